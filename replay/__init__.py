@@ -1,0 +1,1 @@
+"""What runs afterwards: from a recording to contributions, scores and reports."""

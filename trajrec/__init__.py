@@ -1,0 +1,47 @@
+"""trajrec: a flight recorder for PyTorch training, and the analyzer that reads the recording.
+
+    with trajrec.record("run.h5", model=model, optimizer=optimizer, loader=loader):
+        ...                                      # the training loop, unchanged
+
+    with trajrec.open("run.h5") as run:
+        c = trajrec.replay.contributions(run, task, exact=True)
+
+Public names are imported on first use, so that `import trajrec` and the command line start at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Task": "trajrec.task",
+    "Run": "trajrec.runfile.reader",
+    "open": "trajrec.runfile.reader",
+    "record": "trajrec.recorder",
+    "set_batch": "trajrec.capture",
+    "TrajrecError": "trajrec.errors",
+    "replay": "",
+}
+
+__all__ = ["Run", "Task", "TrajrecError", "__version__", "open", "record", "replay", "set_batch"]  # noqa: F822
+
+if TYPE_CHECKING:
+    from trajrec import replay as replay
+    from trajrec.capture import set_batch as set_batch
+    from trajrec.errors import TrajrecError as TrajrecError
+    from trajrec.recorder import record as record
+    from trajrec.runfile.reader import Run as Run
+    from trajrec.runfile.reader import open as open
+    from trajrec.task import Task as Task
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trajrec' has no attribute {name!r}")
+    module = _PUBLIC[name]
+    value = getattr(import_module(module), name) if module else import_module(f"trajrec.{name}")
+    globals()[name] = value
+    return value

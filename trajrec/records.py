@@ -1,0 +1,166 @@
+"""The frozen values that pass between recorder, run file and replay.
+
+A run is a row of weights w_0, then for every step t = 1..T one `StepRecord` and the row w_t, and now and then a
+`Keyframe` with everything else that is needed to restart after step t. `RunSpec` holds what does not change
+during a run. All values are plain numbers, strings and numpy arrays: no torch, no HDF5, nothing executable.
+
+A row is flat: the parameters of `RunSpec.params` one after the other in table order, each C-contiguous. Its
+dtype is `RunSpec.dtype`, and its length is P = sum of the sizes.
+
+Letters: B samples in a step, G parameter groups, H numeric hyperparameters a group, N training samples,
+P weights, T steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+Row = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter: where it lies in a row, and how the optimizer treats it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    group: int
+    trainable: bool
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> slice:
+        """The parameter's values in a row."""
+        return slice(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSpec:
+    """One buffer of the model (running statistics and the like); its values are in the keyframes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What stays the same during a run.
+
+    Attributes:
+        run_id: random hexadecimal name of this run.
+        created: start of the recording, ISO 8601 in UTC.
+        params: parameter table in row order; `group` is -1 for parameters outside the optimizer.
+        buffers: buffer table.
+        dtype: numpy name of a row's dtype ("float32", "float64").
+        optimizer: class name; looked up in torch.optim, never imported from here.
+        optimizer_module: module of that class, to be shown.
+        defaults: the optimizer's `defaults`, numbers, booleans, strings and None only.
+        hyperparameters: names of the H numeric values recorded for every group at every step; a tuple-valued one
+            is split ("betas.0", "betas.1"). A missing value (None) is NaN.
+        groups: G.
+        samples: N, the length of the training set.
+        rng: names and lengths in bytes of the random generator states whose concatenation is `StepRecord.rng`.
+        eval_modules: names of modules that were in eval mode during the first training forward pass.
+        task: "FILE.py:ATTR" as recorded, or None; `task_sha256` of that file.
+        data: fingerprint of the training data (names to values, see `trajrec.task`).
+        versions: of trajrec, torch, numpy and Python.
+        device: where the parameters were ("cpu", "cuda:0").
+        threads: torch's thread count within an operation.
+        command: the command line.
+    """
+
+    run_id: str
+    created: str
+    params: tuple[ParamSpec, ...]
+    buffers: tuple[BufferSpec, ...]
+    dtype: str
+    optimizer: str
+    optimizer_module: str
+    defaults: dict[str, Any]
+    hyperparameters: tuple[str, ...]
+    groups: int
+    samples: int
+    rng: tuple[tuple[str, int], ...] = ()
+    eval_modules: tuple[str, ...] = ()
+    task: str | None = None
+    task_sha256: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
+    command: tuple[str, ...] = ()
+
+    @property
+    def row_length(self) -> int:
+        """P."""
+        return sum(param.size for param in self.params)
+
+    def to_json(self) -> dict[str, Any]:
+        """The spec as JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RunSpec:
+        """The spec from `to_json`'s values; unknown keys (of a newer minor version) are ignored."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        known["params"] = tuple(ParamSpec(**{**p, "shape": tuple(p["shape"])}) for p in known["params"])
+        known["buffers"] = tuple(BufferSpec(**{**b, "shape": tuple(b["shape"])}) for b in known["buffers"])
+        known["rng"] = tuple((str(name), int(size)) for name, size in known.get("rng", ()))
+        for name in ("hyperparameters", "eval_modules", "command"):
+            known[name] = tuple(known.get(name, ()))
+        return cls(**known)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one optimizer step used, besides the weights. Step 0 stands for the weights before the first step.
+
+    Attributes:
+        step: t, from 1.
+        epoch: passes over the training loader begun before this step, minus one: from 0.
+        loss: the loss as the loop computed it (sum over backward calls); NaN if there was none.
+        time: seconds since the epoch (Unix time) when the step ended.
+        hyper: [G, H] hyperparameters in force during the step.
+        ids: [B] sample ids in batch order, repeats kept.
+        weights: [B] the c[t,i] of each id, or None for 1/B.
+        rng: generator states at the start of the step's forward pass, or b"" if it consumed no randomness.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    time: float
+    hyper: FloatArray
+    ids: IntArray
+    weights: FloatArray | None = None
+    rng: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Keyframe:
+    """Everything besides the weights that is needed to go on after a step.
+
+    Attributes:
+        step: t; the state is that after step t (0: before the first).
+        arrays: path to array: "optimizer/NAME" [P] in row layout, "optimizer/NAME.present" [params] uint8,
+            "optimizer/NAME.scalar" [params] for values of one number, "optimizer/NAME/INDEX" for state of any other
+            shape; "buffers/NAME"; "rng/python", "rng/numpy", "rng/cpu", "rng/cuda:0".
+    """
+
+    step: int
+    arrays: Mapping[str, npt.NDArray[Any]]
