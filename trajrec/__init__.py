@@ -26,7 +26,7 @@ _PUBLIC = {
     "replay": "",
 }
 
-__all__ = ["Run", "Task", "TrajrecError", "__version__", "open", "record", "replay", "set_batch"]  # noqa: F822
+__all__ = ["Run", "Task", "TrajrecError", "__version__", "open", "record", "replay", "set_batch"]
 
 if TYPE_CHECKING:
     from trajrec import replay as replay

@@ -135,6 +135,7 @@ class StepRecord:
         epoch: passes over the training loader begun before this step, minus one: from 0.
         loss: the loss as the loop computed it (sum over backward calls); NaN if there was none.
         time: seconds since the epoch (Unix time) when the step ended.
+        crc32: CRC-32 (zlib) of the bytes of the row w_t.
         hyper: [G, H] hyperparameters in force during the step.
         ids: [B] sample ids in batch order, repeats kept.
         weights: [B] the c[t,i] of each id, or None for 1/B.
@@ -145,6 +146,7 @@ class StepRecord:
     epoch: int
     loss: float
     time: float
+    crc32: int
     hyper: FloatArray
     ids: IntArray
     weights: FloatArray | None = None
@@ -157,9 +159,11 @@ class Keyframe:
 
     Attributes:
         step: t; the state is that after step t (0: before the first).
-        arrays: path to array: "optimizer/NAME" [P] in row layout, "optimizer/NAME.present" [params] uint8,
-            "optimizer/NAME.scalar" [params] for values of one number, "optimizer/NAME/INDEX" for state of any other
-            shape; "buffers/NAME"; "rng/python", "rng/numpy", "rng/cpu", "rng/cuda:0".
+        arrays: path to array: "weights" [P] where rows of every step are not kept; "optimizer/NAME" [P] in
+            row layout for state shaped like the parameter, "optimizer/NAME.present" [params] uint8 (which parameters
+            have it), "optimizer/NAME.scalar" [params] for values of one number (NaN where absent),
+            "optimizer/NAME/INDEX" for state of any other shape; "buffers/NAME"; "rng/python", "rng/numpy",
+            "rng/cpu", "rng/cuda:0". All paths but "weights" have one or two slashes.
     """
 
     step: int

@@ -3,9 +3,12 @@
 A sink hands out the row that the next step's weights are to be copied into, so that the copy happens once:
 
     sink.open(spec)
-    row = sink.reserve()       # [P], to be filled
-    sink.commit(record)        # record.step = 0 first (weights before training), then 1, 2, ...
-    sink.keyframe(keyframe)    # any time after the commit of that step
+    row = sink.reserve()              # [P], to be filled; None: this sink keeps no row a step, only the checksum
+    sink.commit(record)               # record.step = 0 first (weights before training)
+    t = sink.resumed_at + 1           # 1, or later where an earlier recording of this run goes on
+    ...
+    if sink.wants_keyframe(t):        # after the commit of step t
+        sink.keyframe(keyframe)       # with "weights" where reserve() gives None
     summary = sink.close(complete=True)
 """
 
@@ -33,26 +36,36 @@ class Summary:
 class Sink(Protocol):
     """Takes the records of one run."""
 
+    @property
+    def resumed_at(self) -> int:
+        """The step that the weights of record 0 were found at: 0, or t where a recording is resumed."""
+
     def open(self, spec: RunSpec) -> None:
         """Starts the run."""
 
-    def reserve(self) -> Row:
-        """The row [P] to fill before the next commit."""
+    def reserve(self) -> Row | None:
+        """The row [P] to fill before the next commit, or None if rows of single steps are not kept."""
 
     def commit(self, record: StepRecord) -> None:
         """Publishes the reserved row together with its record."""
 
+    def wants_keyframe(self, step: int) -> bool:
+        """Whether the state after this step is to be kept."""
+
     def keyframe(self, keyframe: Keyframe) -> None:
-        """Takes the state after a committed step."""
+        """Takes the state after a committed step (also of steps it did not ask for)."""
 
     def close(self, complete: bool) -> Summary:
         """Ends the run; `complete` is False when training was cut off."""
 
 
 class MemorySink:
-    """Keeps everything in lists."""
+    """Keeps everything in lists, with a keyframe every `interval` steps."""
 
-    def __init__(self) -> None:
+    resumed_at = 0
+
+    def __init__(self, interval: int = 64) -> None:
+        self.interval = interval
         self.spec: RunSpec | None = None
         self.rows: list[Row] = []
         self.records: list[StepRecord] = []
@@ -75,6 +88,10 @@ class MemorySink:
         assert self._row is not None
         self.rows.append(self._row)
         self.records.append(record)
+
+    def wants_keyframe(self, step: int) -> bool:
+        """Whether the state after this step is to be kept."""
+        return step % self.interval == 0
 
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step."""
