@@ -1,1 +1,30 @@
-"""What runs afterwards: from a recording to contributions, scores and reports."""
+"""What runs afterwards: from a recording to contributions, scores and reports.
+
+The scores and reports know no torch, so names are imported on first use here too.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_PUBLIC = {
+    "Contributions": "trajrec.replay.contribution",
+    "Hypergradients": "trajrec.replay.hypergradient",
+    "contributions": "trajrec.replay.contribution",
+    "hypergradients": "trajrec.replay.hypergradient",
+}
+
+__all__ = ["Contributions", "Hypergradients", "contributions", "hypergradients"]
+
+if TYPE_CHECKING:
+    from trajrec.replay.contribution import Contributions as Contributions
+    from trajrec.replay.contribution import contributions as contributions
+    from trajrec.replay.hypergradient import Hypergradients as Hypergradients
+    from trajrec.replay.hypergradient import hypergradients as hypergradients
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trajrec.replay' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,194 @@
+r"""The certificate: proof, step by step, that a replay replays THIS run.
+
+From w_{t-1}, s_{t-1} and the recorded batch the step is made again and compared with the recorded w_t:
+
+    drift_t = max|w_t(recomputed) - w_t| / max|w_t - w_{t-1}|
+
+Rounding is allowed for: the tolerance on max|dw| is rtol max|w_t - w_{t-1}| plus a few units in the last place of the
+largest weight. Drift beyond it means that the Task does not describe the training. The replay then refuses, names the
+first bad step and says what the losses tell about the cause.
+
+Going forwards the optimizer state is simply carried along. Going backwards, s_{t-1} follows from the rows w_{t-2},
+w_{t-1} and the gradient of step t-1 (`Rule.implied_state`), which the replay computes one step later: so each check
+waits for the next step. A step whose state is hidden by a learning rate of zero and not in a keyframe counts as
+unchecked.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trajrec.errors import DriftError
+from trajrec.records import FloatArray
+from trajrec.replay.trajectory import RecordedRun, Step
+from trajrec.rules import Rule
+from trajrec.rules.step import State
+
+_ROUNDING = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a replay has proved.
+
+    Attributes:
+        verdict: "bit-exact", "within rounding", "drifted" or "unchecked".
+        steps: T.
+        steps_checked: how many steps were made again and compared.
+        max_drift: largest drift_t of the checked steps (no unit).
+        at_step: step of the largest drift; 0 if none was checked.
+        tolerance: rtol.
+        first_bad_step: first step found beyond tolerance, or None.
+    """
+
+    verdict: str
+    steps: int
+    steps_checked: int
+    max_drift: float
+    at_step: int
+    tolerance: float
+    first_bad_step: int | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The certificate in words."""
+        if self.verdict == "unchecked":
+            return "No step could be checked."
+        checked = f"{self.steps_checked:,} of {self.steps:,} steps were made again"
+        if self.verdict == "bit-exact":
+            return f"{checked}, every one bit for bit as recorded."
+        drift = f"largest drift {self.max_drift:.1e} at step {self.at_step:,}"
+        if self.verdict == "drifted":
+            return f"{checked}, but from step {self.first_bad_step:,} on they differ ({drift}): NOT the recorded run."
+        return f"{checked} and agree with the recording within rounding ({drift})."
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values, with the sentence."""
+        return asdict(self) | {"sentence": self.sentence}
+
+
+class Certifier:
+    """Compares recomputed steps with recorded ones.
+
+    Args:
+        run: the recording.
+        rule: steps like the run's optimizer.
+        dtype: floating type of the replay.
+        allow_drift: go on after drift, and say so in the certificate.
+    """
+
+    def __init__(self, run: RecordedRun, rule: Rule, dtype: torch.dtype, allow_drift: bool) -> None:
+        self.run = run
+        self.rule = rule
+        self.allow_drift = allow_drift
+        coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
+        self.rtol = 1e-4 if coarser > 1e-10 else 1e-9
+        self._rounding = _ROUNDING * coarser
+        self._checked = 0
+        self._worst, self._worst_step = 0.0, 0
+        self._first_bad: int | None = None
+        self._exact = True
+        self._waiting: tuple[Step, Tensor] | None = None
+
+    def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
+        """Checks a step whose state is known. Returns the state after it."""
+        made, new_state = self.rule.step(step.before, state, gradient, step.hyper)
+        self._compare(step, made, 1.0)
+        return new_state
+
+    def backwards(self, step: Step, gradient: Tensor) -> None:
+        """Takes a step going backwards, and checks the one that waited for it."""
+        if self._waiting is not None:
+            state = self._state_after(step, gradient)
+            if state is not None:
+                self._check(*self._waiting, state, _growth(step.hyper, self._waiting[0].hyper, self.rule))
+        self._waiting = (step, gradient)
+
+    def finish_backwards(self, initial: State) -> None:
+        """Checks the first step, whose state is the one that training began with."""
+        if self._waiting is not None:
+            self._check(*self._waiting, initial, 1.0)
+            self._waiting = None
+
+    def _state_after(self, step: Step, gradient: Tensor) -> State | None:
+        if step.t in self.run.keyframe_steps:
+            return self.rule.initial_state(self.run.keyframe(step.t), step.before.dtype, step.before.device)
+        return self.rule.implied_state(step.before, step.after, gradient, step.hyper)
+
+    def _check(self, step: Step, gradient: Tensor, state: State, growth: float) -> None:
+        made, _ = self.rule.step(step.before, state, gradient, step.hyper)
+        self._compare(step, made, growth)
+
+    def _compare(self, step: Step, made: Tensor, growth: float) -> None:
+        error = float((made - step.after).abs().max())
+        moved = float((step.after - step.before).abs().max())
+        rounding = self._rounding * growth * float(step.after.abs().max())
+        self._checked += 1
+        self._exact &= error == 0.0
+        within = error <= self.rtol * moved + rounding
+        drift = error / moved if moved else (0.0 if within else math.inf)
+        if drift > self._worst:
+            self._worst, self._worst_step = drift, step.t
+        if not within:
+            self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
+            if not self.allow_drift:
+                raise Drifted(step, drift)
+
+    def certificate(self) -> Certificate:
+        """What has been proved so far."""
+        verdict = "within rounding"
+        if self._checked == 0:
+            verdict = "unchecked"
+        elif self._first_bad is not None:
+            verdict = "drifted"
+        elif self._exact:
+            verdict = "bit-exact"
+        return Certificate(
+            verdict, self.run.steps, self._checked, self._worst, self._worst_step, self.rtol, self._first_bad
+        )
+
+
+class Drifted(Exception):  # noqa: N818
+    """Drift at a step, before its cause has been looked for."""
+
+    def __init__(self, step: Step, drift: float) -> None:
+        super().__init__(step.t)
+        self.step = step
+        self.drift = drift
+
+
+def _growth(before: FloatArray, after: FloatArray, rule: Rule) -> float:
+    """By how much a rounding error of w_{t-1} grows when the implied buffer meets another learning rate."""
+    column = rule.names.index("lr")
+    rates = [(float(a), float(b)) for a, b in zip(after[:, column], before[:, column], strict=True) if b]
+    return max([1.0, *(abs(a / b) for a, b in rates)])
+
+
+def drift_error(first: Drifted, recorded_loss: float, computed_loss: float, tolerance: float, data: str) -> DriftError:
+    """The refusal, with the first bad step and what the losses tell about the cause."""
+    return DriftError(
+        f"Replay drifted at step {first.step.t}: the recomputed step differs from the recorded one by "
+        f"{first.drift:.1e} of its length, tolerance {tolerance:.0e}. "
+        f"{_cause(recorded_loss, computed_loss)}{data} Mend the Task, or go on with --allow-drift."
+    )
+
+
+def _cause(recorded: float, computed: float) -> str:
+    if math.isnan(recorded):
+        return "The Task does not describe the recorded training (loss, clipping, augmentation, dropout, data)."
+    if abs(recorded - computed) <= 1e-3 * max(abs(recorded), 1e-12):
+        return (
+            f"The loss agrees ({recorded:.6g}), so the gradient was changed after the loss: clipping, loss scaling, "
+            "or weights changed outside the optimizer."
+        )
+    ratio = computed / recorded if recorded else math.inf
+    return (
+        f"The loss differs: recorded {recorded:.6g}, by the Task {computed:.6g} (ratio {ratio:.4g}). Another loss or "
+        "reduction, other data or labels, augmentation, or another train/eval mode."
+    )

@@ -1,0 +1,133 @@
+r"""Hypergradients d w_T / d eps_i of chosen samples: the second public question.
+
+A hypergradient is as large as the model, so they are computed in blocks of samples and streamed to an HDF5 file, from
+which single ones are read back.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trajrec.records import IntArray
+from trajrec.replay.certificate import Certificate
+from trajrec.replay.session import Progress, Session, Silent, blocks
+from trajrec.replay.tangent import tangent
+from trajrec.replay.targets import check_ids
+from trajrec.replay.trajectory import RecordedRun
+from trajrec.runfile.vectors import VectorFile
+from trajrec.task import Task
+
+
+class Hypergradients:
+    """Hypergradients on disk; `h[i]` reads that of sample i as a dict of tensors by parameter name.
+
+    Attributes:
+        samples: [S] training sample ids.
+        certificate: what the replay has proved.
+        path: the HDF5 file; a temporary one (removed by `close`) unless `out` was given.
+    """
+
+    def __init__(self, session: Session, samples: IntArray, path: Path, folder: Any) -> None:
+        self.samples = samples
+        self.path = path
+        self.certificate: Certificate | None = None
+        self._layout = session.layout
+        self._folder = folder
+        self._places = {int(sample): place for place, sample in enumerate(samples)}
+        self._file = VectorFile.create(path, samples, session.layout.params, str(session.dtype).removeprefix("torch."))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+        """D w_T / d eps of a sample by its id.
+
+        Raises:
+            KeyError: if it was not asked for.
+        """
+        if int(sample) not in self._places:
+            raise KeyError(f"sample {sample} is not among the {len(self)} tracked ones")
+        return self._layout.split(torch.from_numpy(self._file.read(self._places[int(sample)])))
+
+    def write(self, piece: slice, vectors: Tensor) -> None:
+        """Stores the hypergradients [K, P'] of a piece of the samples."""
+        self._file.write(piece, vectors.cpu().numpy())
+
+    def close(self) -> None:
+        """Closes the file, and removes it if it is a temporary one."""
+        self._file.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __enter__(self) -> Hypergradients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def hypergradients(
+    run: RecordedRun,
+    task: Task,
+    samples: Any,
+    exact: bool = False,
+    *,
+    out: str | Path | None = None,
+    dtype: Any = None,
+    device: Any = None,
+    allow_drift: bool = False,
+    progress: Progress | None = None,
+) -> Hypergradients:
+    """Hypergradients d w_T / d eps_i of chosen training samples (paper, Algorithm 1 and equations (33), (34)).
+
+    Args:
+        run: an open recording (`trajrec.open`).
+        task: describes the training.
+        samples: [S] training sample ids.
+        exact: with Hessian-vector products; otherwise the paper's Hessian-free approximation.
+        out: HDF5 file to be written; default a temporary one.
+        dtype: "float32" or "float64"; default the recording's.
+        device: torch device; default CPU.
+        allow_drift: go on where the task does not reproduce the recording.
+        progress: is told how far the replay is.
+
+    Raises:
+        OutputExistsError: if `out` exists.
+        TaskError, DriftError, ReplayError: as `contributions`.
+    """
+    session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift)
+    chosen = check_ids(samples, run.spec.samples, "training")
+    folder = None if out is not None else tempfile.TemporaryDirectory(prefix="trajrec-")
+    path = Path(out) if folder is None and out is not None else Path(str(folder and folder.name)) / "hypergradients.h5"
+    result = Hypergradients(session, chosen, path, folder)
+    try:
+        session.guarded(lambda: _fill(session, result, exact, progress or Silent()))
+    except BaseException:
+        result.close()
+        path.unlink(missing_ok=True)
+        raise
+    return result
+
+
+def _fill(session: Session, result: Hypergradients, exact: bool, progress: Progress) -> None:
+    pieces = blocks(len(result), session.layout.size * 8)
+    progress.start("tangent", session.run.steps * len(pieces))
+    for piece in pieces:
+        certifier = session.certifier()
+        vectors = tangent(
+            session.trajectory,
+            session.function,
+            session.train,
+            session.rule,
+            result.samples[piece],
+            exact=exact,
+            certifier=certifier,
+            advance=progress.advance,
+        )
+        result.write(piece, vectors)
+        result.certificate = certifier.certificate()

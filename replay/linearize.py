@@ -1,0 +1,64 @@
+r"""One recorded step, linearised: losses, gradient, directional derivatives and Hessian-vector products.
+
+With multipliers u [B] of the losses l(w) [B], one backward pass gives g(u, w) = sum_i u_i grad l_i(w). Differentiating
+<g, gamma> once more gives both things that an exact step needs, in one pass:
+
+    d/du <g, gamma> = (<grad l_i, gamma>)_i         the inner products of all samples of the batch
+    d/dw <g, gamma> = H gamma                       the Hessian-vector product, H = sum_i u_i hess l_i
+
+No per-sample gradient is ever formed, so BatchNorm in train mode (coupled losses) stays exact. The gradient itself is
+the loop's own, which is what the certificate compares.
+
+Letters: B batch, K directions, P' trainable weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trajrec.replay.model import LossFunction, check_finite
+from trajrec.replay.samples import Samples
+from trajrec.replay.trajectory import Step
+from trajrec.rules.step import pull_batched
+
+
+class Linearization:
+    """A step at w_{t-1}: losses [B] and gradient [P'], ready to be differentiated again."""
+
+    def __init__(self, function: LossFunction, samples: Samples, step: Step) -> None:
+        self._weights = step.before.detach().requires_grad_()
+        self._shares = step.shares.detach().requires_grad_()
+        with torch.enable_grad():
+            self._losses = function.losses(self._weights, samples.batch(step.ids), len(step.ids), step.rng)
+            check_finite(self._losses.detach(), "The training loss", step.t)
+            total = torch.dot(self._shares, self._losses)
+            (self._gradient,) = torch.autograd.grad(total, self._weights, create_graph=True)
+
+    @property
+    def losses(self) -> Tensor:
+        """Losses of the batch, [B]."""
+        return self._losses.detach()
+
+    @property
+    def gradient(self) -> Tensor:
+        """sum_i c[t,i] grad l_i, [P']."""
+        return self._gradient.detach()
+
+    def inner_products(self, directions: Tensor) -> Tensor:
+        """<grad l_i, direction> for every sample of the batch: [K, B] from [K, P']."""
+        (inner,) = pull_batched([self._gradient], [self._shares], [directions])
+        return inner
+
+    def inner_products_and_hvp(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """[K, B] inner products and [K, P'] Hessian-vector products of directions [K, P'], from one pass."""
+        inner, hvp = pull_batched([self._gradient], [self._shares, self._weights], [directions])
+        return inner, hvp
+
+    def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
+        """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
+        outputs, cotangents = [self._losses], [multipliers]
+        if directions is not None:
+            outputs, cotangents = [self._losses, self._gradient], [multipliers, directions]
+        (force,) = pull_batched(outputs, [self._weights], cotangents)
+        return force

@@ -1,0 +1,179 @@
+"""The task's model as a function of its weights: per-sample losses at any recorded point.
+
+The user's loss is called as it is, on the user's module; `torch.func.functional_call` puts the weights in for the time
+of the call (tied parameters included). Training losses run in the mode that was recorded (train mode, but for modules
+that were in eval mode then), with the random state of the recorded step, so dropout masks come back. Targets run in
+eval mode with the run's last buffers (running statistics), which are held constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trajrec.errors import ModelMismatchError, NonFiniteError, TaskError
+from trajrec.records import Keyframe, RunSpec
+from trajrec.replay.trajectory import RecordedRun
+from trajrec.rules import FlatLayout
+from trajrec.task import Batch, Loss, Task
+
+
+class _LossModule(nn.Module):
+    """The user's loss as a module's forward, so that functional_call reaches the model inside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss: Loss, batch: Batch) -> Tensor:
+        return loss(self.model, batch)
+
+
+class LossFunction:
+    """Per-sample losses of a task as a function of the trainable weights [P'].
+
+    Args:
+        task: the user's task.
+        run: the recording; frozen parameters and buffers come from it.
+        layout: the order of the trainable weights.
+        dtype: floating type of the replay.
+        device: where it computes.
+
+    Raises:
+        ModelMismatchError: if the task's model has other parameters than the recording.
+    """
+
+    def __init__(
+        self, task: Task, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.task = task
+        self.layout = layout
+        self.spec = run.spec
+        self.device = device
+        self.model = task.build_model()
+        check_model(self.model, self.spec)
+        self._load(self.model, run)
+        self.model.to(device=device, dtype=dtype)
+        self._module = _LossModule(self.model)
+        self._train_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[0]), self.model)
+        self._final_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[-1]), self.model)
+        self.train_mode()
+
+    def _load(self, model: nn.Module, run: RecordedRun) -> None:
+        row = run.row(0)
+        values = {p.name: torch.from_numpy(row[p.span].copy()).reshape(p.shape) for p in self.spec.params}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(values[name])
+                parameter.requires_grad_(False)
+
+    def train_mode(self) -> None:
+        """The modes and buffers that training began with."""
+        self.model.train()
+        for name, module in self.model.named_modules():
+            if name in self.spec.eval_modules:
+                module.eval() if name else module.train(False)
+        self._set_buffers(self._train_buffers)
+
+    def eval_mode(self) -> None:
+        """Eval mode, with the buffers at the end of the run."""
+        self.model.eval()
+        self._set_buffers(self._final_buffers)
+
+    def _set_buffers(self, values: dict[str, Tensor]) -> None:
+        for name, buffer in self.model.named_buffers():
+            if name in values:
+                buffer.copy_(values[name])
+
+    def losses(self, weights: Tensor, batch: Batch, count: int, rng: bytes = b"") -> Tensor:
+        """Training losses [B] of a batch of `count` samples at weights [P'], differentiable."""
+        with self._random_state(rng):
+            return self._call(self.task.loss, "loss", weights, batch, count)
+
+    def measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
+        """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""
+        return self._call(self.task.measure, "measure", weights, batch, count)
+
+    def _call(self, loss: Loss, what: str, weights: Tensor, batch: Batch, count: int) -> Tensor:
+        named = {f"model.{name}": value for name, value in self.layout.split(weights).items()}
+        # The fused attention kernels have no second derivative; the plain one has.
+        with sdpa_kernel(SDPBackend.MATH):
+            values = functional_call(self._module, named, (loss, batch))
+        if not isinstance(values, Tensor) or values.shape != (count,):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise TaskError(
+                f"Task.{what} must return one value for each of the {count} samples of a batch, shape ({count},), but "
+                f"returned {found}. Use reduction='none' in the criterion."
+            )
+        return values
+
+    @contextmanager
+    def _random_state(self, rng: bytes) -> Iterator[None]:
+        if not rng:
+            yield
+            return
+        states = split_rng(self.spec, rng)
+        devices = [name for name in states if name != "cpu"]
+        with torch.random.fork_rng(devices=[torch.device(name) for name in devices]):
+            torch.set_rng_state(states["cpu"])
+            for name in devices:
+                torch.cuda.set_rng_state(states[name], name)
+            yield
+
+
+def split_rng(spec: RunSpec, rng: bytes) -> dict[str, Tensor]:
+    """Generator states by name, from their concatenation in a step record."""
+    states, offset = {}, 0
+    for name, size in spec.rng:
+        states[name] = torch.from_numpy(np.frombuffer(rng, np.uint8, size, offset).copy())
+        offset += size
+    return states
+
+
+def check_model(model: nn.Module, spec: RunSpec) -> None:
+    """Checks that a model has the recorded parameters.
+
+    Raises:
+        ModelMismatchError: naming what differs.
+    """
+    recorded = {p.name: p.shape for p in spec.params}
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    missing = [f"{n} {s}" for n, s in recorded.items() if n not in found]
+    extra = [f"{n} {s}" for n, s in found.items() if n not in recorded]
+    shapes = [f"{n}: recorded {s}, task {found[n]}" for n, s in recorded.items() if n in found and found[n] != s]
+    problems = [
+        f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for title, names in (("missing in the task", missing), ("not recorded", extra), ("other shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ModelMismatchError(
+            f"The task's model is not the recorded one. {'; '.join(problems)}. Task.model must build the model that "
+            "was trained."
+        )
+
+
+def _keyframe_buffers(keyframe: Keyframe, model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, buffer in model.named_buffers():
+        array: Any = keyframe.arrays.get(f"buffers/{name}")
+        if array is not None:
+            found[name] = torch.from_numpy(np.array(array)).to(buffer.device, buffer.dtype)
+    return found
+
+
+def check_finite(values: Tensor, what: str, t: int) -> None:
+    """Checks values of step t.
+
+    Raises:
+        NonFiniteError: naming the step.
+    """
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(f"{what} at step {t} became NaN or infinite; the replay cannot go on past that step.")

@@ -1,0 +1,119 @@
+"""Samples of a data set as batches on the replay's device.
+
+Replay visits every sample many times. Where items are tensors and numbers of one shape and torch's default collation
+makes the batches, the data set is collated once and batches are rows of it: the same values, without Python calls for
+each item. Everything else (custom collation, items of several shapes, data sets larger than `limit`) goes item by item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.data import default_collate
+
+from trajrec.errors import DataMismatchError
+from trajrec.records import IntArray
+from trajrec.task import Batch, Collate
+
+_BLOCK = 512
+_LIMIT = 2 << 30
+
+
+class Samples:
+    """Batches of a data set by sample ids.
+
+    Args:
+        dataset: map-style data set.
+        collate: makes a batch of a list of items.
+        dtype: floating tensors of a batch are cast to it.
+        device: where batches go.
+        limit: bytes up to which the collated data set is held in memory.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Collate, dtype: torch.dtype, device: torch.device, limit: int = _LIMIT
+    ) -> None:
+        self.dataset = dataset
+        self.collate = collate
+        self.dtype = dtype
+        self.device = device
+        self._stack: Batch | None = None
+        self._may_stack = collate is default_collate
+        self._limit = limit
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+    def raw(self, ids: IntArray) -> Batch:
+        """The batch as the training loop received it: collated, neither moved nor cast."""
+        return self.collate([self.dataset[i] for i in ids.tolist()])
+
+    def batch(self, ids: IntArray) -> Batch:
+        """The batch of these ids [B], on the device and in the replay's floating type."""
+        if self._may_stack and self._stack is None:
+            self._stack = self._collate_all()
+            self._may_stack = self._stack is not None
+        if self._stack is not None:
+            index = torch.as_tensor(ids, device=self.device)
+            return tree_map(lambda values: values[index], self._stack)
+        return self._place(self.raw(ids))
+
+    def _place(self, batch: Batch) -> Batch:
+        def place(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+
+        return tree_map(place, batch)
+
+    def _collate_all(self) -> Batch | None:
+        """The whole data set as one batch, or None where it cannot be one."""
+        first = self._place(self.raw(np.arange(min(2, len(self)))))
+        leaves = tree_leaves(first)
+        if not leaves or not all(isinstance(v, Tensor) and v.dim() and len(v) == min(2, len(self)) for v in leaves):
+            return None
+        if sum(v.nbytes for v in leaves) / min(2, len(self)) * len(self) > self._limit:
+            return None
+        blocks = []
+        for start in range(0, len(self), _BLOCK):
+            try:
+                blocks.append(self._place(self.raw(np.arange(start, min(start + _BLOCK, len(self))))))
+            except RuntimeError:  # items of different shapes
+                return None
+        return _concatenate(blocks)
+
+    def labels(self, ids: IntArray) -> list[Any] | None:
+        """The labels of these samples where a batch is a pair (inputs, integer labels [B]); else None."""
+        found: list[Any] = []
+        for start in range(0, len(ids), _BLOCK):
+            batch = self.batch(ids[start : start + _BLOCK])
+            label = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+            if not isinstance(label, Tensor) or label.dim() != 1 or label.is_floating_point():
+                return None
+            found += label.tolist()
+        return found
+
+    def check_ids(self, largest: int, what: str) -> None:
+        """Checks that the data set holds the sample with the largest id.
+
+        Raises:
+            DataMismatchError: if it is too short.
+        """
+        if largest >= len(self):
+            raise DataMismatchError(
+                f"The recording used {what} sample {largest}, but the task's {what} set has only {len(self)} samples. "
+                "Give the Task the data set that the run was trained on."
+            )
+
+
+def _concatenate(blocks: list[Batch]) -> Batch:
+    if len(blocks) == 1:
+        return blocks[0]
+    flat = [tree_flatten(block) for block in blocks]
+    joined = [torch.cat(parts) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return tree_unflatten(joined, flat[0][1])

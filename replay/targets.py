@@ -1,0 +1,127 @@
+"""Targets: the scalars of the final weights that contributions are measured on, and their gradients at w_T.
+
+    mean    the mean loss over the test set                 one target, named -1
+    class   the mean loss over the test samples of a class  one target a class, named by the class
+    each    the loss of every test sample                   one target a sample, named by its id
+    ids     the loss of chosen test samples                 the same
+
+All are means over groups of test samples, so a target is a name and the ids of its group. The model is in eval mode,
+with the running statistics that the run ended with; these are held constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trajrec.errors import SampleRangeError, TaskError
+from trajrec.records import IntArray
+from trajrec.replay.model import LossFunction, check_finite
+from trajrec.replay.samples import Samples
+from trajrec.rules.step import pull_batched
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Names [M] of the targets and the test ids that each is the mean over; `kind` as asked."""
+
+    kind: str
+    names: IntArray
+    groups: tuple[IntArray, ...]
+
+
+def choose_targets(question: Any, samples: Samples) -> Targets:
+    """The targets of "mean", "each", "class" or an array of test ids.
+
+    Raises:
+        TaskError: if the question is none of these, or the data set gives no class labels.
+        SampleRangeError: if a test id does not exist.
+    """
+    everything = np.arange(len(samples))
+    if isinstance(question, str):
+        if question == "mean":
+            return Targets("mean", np.array([-1]), (everything,))
+        if question == "each":
+            return Targets("each", everything, tuple(everything[:, None]))
+        if question == "class":
+            return _classes(samples, everything)
+        raise TaskError(f'targets must be "mean", "each", "class" or an array of test ids, not {question!r}.')
+    chosen = check_ids(question, len(samples), "test")
+    return Targets("chosen", chosen, tuple(chosen[:, None]))
+
+
+def _classes(samples: Samples, everything: IntArray) -> Targets:
+    labels = samples.labels(everything)
+    if labels is None:
+        raise TaskError(
+            'targets="class" needs test batches that are pairs (inputs, integer labels). Choose "mean", "each" or ids.'
+        )
+    classes = np.unique(np.asarray(labels, dtype=np.int64))
+    return Targets("class", classes, tuple(np.flatnonzero(np.asarray(labels) == c) for c in classes))
+
+
+def check_ids(ids: Any, length: int, what: str) -> IntArray:
+    """Sample ids as an int64 array.
+
+    Raises:
+        SampleRangeError: if they are not integers, or one does not exist.
+    """
+    array = np.asarray(ids)
+    if array.dtype == np.bool_ or array.dtype.kind not in "iu" or array.ndim != 1:
+        raise SampleRangeError(
+            f"{what.capitalize()} ids must be a one-dimensional array of integers, not {array.dtype} of shape "
+            f"{array.shape}."
+        )
+    outside = array[(array < 0) | (array >= length)]
+    if len(outside):
+        raise SampleRangeError(
+            f"There is no {what} sample {outside[0]}: the {what} set has {length} samples, ids 0 to {length - 1}."
+        )
+    return array.astype(np.int64)
+
+
+def target_gradients(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
+    """Grad l_j(w_T) of every target, [M, P'].
+
+    Raises:
+        NonFiniteError: if a target loss is NaN or infinite.
+    """
+    function.eval_mode()
+    try:
+        if all(len(group) == 1 for group in targets.groups):
+            return _single_gradients(np.concatenate(targets.groups), function, samples, weights)
+        return torch.stack([_mean_gradient(group, function, samples, weights) for group in targets.groups])
+    finally:
+        function.train_mode()
+
+
+def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
+    losses = function.measures(weights, samples.batch(ids), len(ids))
+    check_finite(losses.detach(), "A target loss", -1)
+    return losses
+
+
+def _mean_gradient(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
+    total = torch.zeros_like(weights)
+    w = weights.detach().requires_grad_()
+    for start in range(0, len(ids), _BLOCK):
+        with torch.enable_grad():
+            losses = _losses(ids[start : start + _BLOCK], function, samples, w)
+            total += torch.autograd.grad(losses.sum(), w, materialize_grads=True)[0]
+    return total / len(ids)
+
+
+def _single_gradients(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
+    w = weights.detach().requires_grad_()
+    gradients = []
+    for start in range(0, len(ids), _BLOCK):
+        with torch.enable_grad():
+            losses = _losses(ids[start : start + _BLOCK], function, samples, w)
+            gradients.append(pull_batched([losses], [w], [torch.eye(len(losses), dtype=w.dtype, device=w.device)])[0])
+    return torch.cat(gradients)

@@ -1,0 +1,109 @@
+"""The recorded steps of a run, forwards or backwards, as tensors ready for the mathematics.
+
+A step carries what U and the losses need: w_{t-1} and w_t (trainable weights only, [P']), the batch's ids and shares,
+hyperparameters and the random state of its forward pass. How the rows come to be (read from the file, recomputed from
+keyframes) is the run's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trajrec.errors import NonFiniteError
+from trajrec.records import FloatArray, IntArray, Keyframe, Row, RunSpec
+from trajrec.rules import FlatLayout
+
+
+class RecordedRun(Protocol):
+    """What replay needs of a run; `trajrec.open` gives one."""
+
+    @property
+    def spec(self) -> RunSpec: ...  # noqa: D102
+    @property
+    def steps(self) -> int: ...  # noqa: D102
+    @property
+    def epochs(self) -> IntArray: ...  # noqa: D102
+    @property
+    def keyframe_steps(self) -> tuple[int, ...]: ...  # noqa: D102
+    def keyframe(self, t: int) -> Keyframe: ...  # noqa: D102
+    def row(self, t: int) -> Row: ...  # noqa: D102
+    def walk(self, first: int, last: int) -> Iterator[tuple[int, Row]]: ...  # noqa: D102
+    def sample_ids(self, t: int) -> IntArray: ...  # noqa: D102
+    def sample_weights(self, t: int) -> FloatArray: ...  # noqa: D102
+    def hyper(self, t: int) -> FloatArray: ...  # noqa: D102
+    def loss(self, t: int) -> float: ...  # noqa: D102
+    def rng(self, t: int) -> bytes: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Step t: before [P'] and after [P'] are w_{t-1} and w_t, ids [B], shares [B] the c[t,i], hyper [G, H]."""
+
+    t: int
+    before: Tensor
+    after: Tensor
+    ids: IntArray
+    shares: Tensor
+    hyper: FloatArray
+    rng: bytes
+
+
+class Trajectory:
+    """The steps 1..T of a run.
+
+    Args:
+        run: an open recording.
+        layout: the order of the trainable weights.
+        dtype: floating type of the replay.
+        device: where the tensors go.
+    """
+
+    def __init__(self, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device) -> None:
+        self.run = run
+        self.layout = layout
+        self.dtype = dtype
+        self.device = device
+
+    def __len__(self) -> int:
+        return self.run.steps
+
+    def weights(self, t: int) -> Tensor:
+        """w_t [P']."""
+        return self._vector(self.run.row(t), t)
+
+    def forwards(self) -> Iterator[Step]:
+        """Steps 1, 2, ..., T."""
+        before: Tensor | None = None
+        for t, row in self.run.walk(0, self.run.steps):
+            after = self._vector(row, t)
+            if before is not None:
+                yield self._step(t, before, after)
+            before = after
+
+    def backwards(self) -> Iterator[Step]:
+        """Steps T, T-1, ..., 1."""
+        after: Tensor | None = None
+        for t, row in self.run.walk(self.run.steps, 0):
+            before = self._vector(row, t)
+            if after is not None:
+                yield self._step(t + 1, before, after)
+            after = before
+
+    def _vector(self, row: Row, t: int) -> Tensor:
+        values = self.layout.select(row)
+        if not np.isfinite(values).all():
+            raise NonFiniteError(
+                f"The recorded weights after step {t} are not finite: the training diverged there. Contributions to "
+                "a loss of such weights do not exist; record a run that converges."
+            )
+        return torch.tensor(values, dtype=self.dtype, device=self.device)
+
+    def _step(self, t: int, before: Tensor, after: Tensor) -> Step:
+        shares = torch.as_tensor(self.run.sample_weights(t)).to(self.device, self.dtype)
+        return Step(t, before, after, self.run.sample_ids(t), shares, self.run.hyper(t), self.run.rng(t))

@@ -1,0 +1,43 @@
+"""A recording in memory, as replay sees one: the mathematics is tested without any file."""
+
+import numpy as np
+
+from trajrec.sink import MemorySink
+
+
+class MemoryRun:
+    """Reads a MemorySink like `trajrec.open` reads a file."""
+
+    def __init__(self, sink: MemorySink) -> None:
+        self.sink = sink
+        self.spec = sink.spec
+        self.steps = len(sink.records) - 1
+        self.epochs = np.array([r.epoch for r in sink.records[1:]], dtype=np.int64)
+        self._keyframes = {k.step: k for k in sink.keyframes}
+        self.keyframe_steps = tuple(sorted(self._keyframes))
+
+    def keyframe(self, t):
+        return self._keyframes[t]
+
+    def row(self, t):
+        return self.sink.rows[t]
+
+    def walk(self, first, last):
+        for t in range(first, last + 1) if first <= last else range(first, last - 1, -1):
+            yield t, self.sink.rows[t]
+
+    def sample_ids(self, t):
+        return self.sink.records[t].ids
+
+    def sample_weights(self, t):
+        record = self.sink.records[t]
+        return np.full(len(record.ids), 1 / len(record.ids)) if record.weights is None else record.weights
+
+    def hyper(self, t):
+        return self.sink.records[t].hyper
+
+    def loss(self, t):
+        return self.sink.records[t].loss
+
+    def rng(self, t):
+        return self.sink.records[t].rng

@@ -1,0 +1,303 @@
+"""Which samples made this optimizer step: found by watching, without a line in the training loop.
+
+Three things are watched while a recording is on:
+
+    DataLoader.__iter__         a stand-in for the loader's batch sampler remembers the ids it drew; the iterator
+                                hands them over when the loop receives the batch. Loaders yield in the order drawn,
+                                so this also holds with worker processes that fetch ahead.
+    the model's forward pass    marks the batch that it used; a pass without gradients is evaluation.
+    torch.autograd.backward     batches that were used and led to a backward pass belong to the next step; the
+                                loss is the tensor it was called on.
+
+A batch that was drawn but never went through a forward pass with gradients and a backward pass is no training
+batch: validation passes between steps drop out. What this cannot tell (iterable data sets, ids that are no
+integers, loops without a DataLoader) is an error that says to call `trajrec.set_batch(ids)` before each step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from trajrec.errors import UnknownBatchError
+from trajrec.records import FloatArray, IntArray
+from trajrec.task import digest
+
+_HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
+
+
+@dataclass(slots=True)
+class DrawnBatch:
+    """A batch that the loop received: its ids (None if they cannot be told) and how it was used."""
+
+    loader: Any
+    ids: IntArray | None
+    content: Any
+    used_in_training_mode: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """The samples of one step: ids [B], weights c [B] or None for 1/B, loss, and a digest function's input."""
+
+    ids: IntArray
+    weights: FloatArray | None
+    loss: float
+    contents: tuple[Any, ...]
+
+    def digest(self) -> int | None:
+        """CRC-32 of the batch as the loader made it, or None where no loader made it."""
+        known = len(self.contents) == 1 and self.contents[0] is not None
+        return digest(self.contents[0]) if known else None
+
+
+class SamplerTap:
+    """Stands in for a loader's (batch) sampler and remembers what it drew since the last `iter`."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.drawn: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.drawn = deque()
+        return self._draw(self.drawn)
+
+    def _draw(self, drawn: deque[Any]) -> Iterator[Any]:
+        for ids in self.sampler:
+            drawn.append(ids)
+            yield ids
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+
+class WatchedIterator:
+    """A loader's iterator that reports each batch when the loop receives it."""
+
+    def __init__(self, iterator: Any, received: Callable[[Any, Any], None], drawn: deque[Any] | None) -> None:
+        self._iterator = iterator
+        self._received = received
+        self._drawn = drawn
+
+    def __iter__(self) -> WatchedIterator:
+        return self
+
+    def __next__(self) -> Any:
+        content = next(self._iterator)
+        self._received(self._drawn.popleft() if self._drawn else None, content)
+        return content
+
+    def __len__(self) -> int:
+        return len(self._iterator)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+
+class BatchLedger:
+    """Books drawn batches and says which of them made a step.
+
+    Args:
+        loaders: the training loaders, or None to watch every loader and take the training set to be the data set
+            whose batch made the first step.
+    """
+
+    def __init__(self, loaders: Sequence[Any] | None) -> None:
+        self.loaders = loaders
+        self.dataset: Any = None if loaders is None else loaders[0].dataset
+        self.epochs = 0
+        self._drawn: list[DrawnBatch] = []
+        self._made_step: list[DrawnBatch] = []
+        self._given: tuple[IntArray, FloatArray | None] | None = None
+        self._losses: list[Tensor] = []
+        self._passes: dict[int, int] = {}
+        self._first = True
+
+    def watches(self, loader: Any) -> bool:
+        """Whether batches of this loader can be training batches."""
+        return self.loaders is None or any(loader is known for known in self.loaders)
+
+    def begin_pass(self, loader: Any) -> None:
+        """A new pass over a loader has begun."""
+        key = id(loader.dataset)
+        self._passes[key] = self._passes.get(key, 0) + 1
+
+    def draw(self, loader: Any, ids: Any, content: Any) -> None:
+        """The loop has received a batch."""
+        for batch in self._drawn:
+            batch.content = None
+        # Data is held only until the first step has been digested, and ids of an evaluation loop do not pile up.
+        self._drawn.append(DrawnBatch(loader, _as_ids(ids), content if self._first else None))
+        del self._drawn[:-64]
+
+    def give(self, ids: IntArray, weights: FloatArray | None) -> None:
+        """The user has named the samples of the next step."""
+        self._given = (ids, weights)
+
+    def forward(self, gradients: bool, training: bool) -> None:
+        """The model has been called, with or without gradients, in training mode or not."""
+        if gradients and self._drawn:
+            self._drawn[-1].used_in_training_mode = training
+
+    def backward(self, loss: Any) -> None:
+        """A backward pass has begun: what was used so far belongs to the next step."""
+        self._made_step += self._training_batches()
+        self._drawn = []
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._losses.append(loss.detach())
+
+    def _training_batches(self) -> list[DrawnBatch]:
+        """Of the batches used with gradients, those of the training set and, if any, in training mode.
+
+        Where no forward pass was seen (the loop calls parts of the model), the batch drawn last counts as used.
+        """
+        used = [batch for batch in self._drawn if batch.used_in_training_mode is not None] or self._drawn[-1:]
+        if not used:
+            return []
+        dataset = self.dataset if self.dataset is not None else used[-1].loader.dataset
+        own = [batch for batch in used if batch.loader.dataset is dataset]
+        in_training_mode = [batch for batch in own if batch.used_in_training_mode]
+        return in_training_mode or own
+
+    def take(self) -> StepBatch:
+        """The samples of the step that is about to be made; forgets them.
+
+        Raises:
+            UnknownBatchError: if they cannot be told.
+        """
+        batches = self._made_step or self._training_batches()
+        loss = (
+            float(torch.stack([value.double().reshape(()) for value in self._losses]).sum()) if self._losses else np.nan
+        )
+        given, self._given = self._given, None
+        self._made_step, self._losses, self._drawn = [], [], []
+        if given is not None:
+            return StepBatch(given[0], given[1], loss, ())
+        ids = self._ids(batches)
+        self.dataset = batches[-1].loader.dataset if self.dataset is None else self.dataset
+        self.epochs = self._passes.get(id(self.dataset), 1)
+        self._first = False
+        return StepBatch(ids, None, loss, tuple(batch.content for batch in batches))
+
+    def _ids(self, batches: list[DrawnBatch]) -> IntArray:
+        if not batches:
+            raise UnknownBatchError(f"No batch of a DataLoader was seen before this optimizer step. {_HINT}")
+        for batch in batches:
+            if batch.ids is None:
+                raise UnknownBatchError(_why_unknown(batch.loader))
+        return np.concatenate([batch.ids for batch in batches if batch.ids is not None])
+
+
+def _why_unknown(loader: Any) -> str:
+    dataset = type(loader.dataset).__name__
+    if isinstance(loader.dataset, IterableDataset):
+        return f"{dataset} is an iterable data set: its samples have no ids. {_HINT}"
+    if not getattr(loader, "in_order", True):
+        return f"The DataLoader over {dataset} has in_order=False: batches come in any order. {_HINT}"
+    return f"The sampler of the DataLoader over {dataset} does not draw integer ids. {_HINT}"
+
+
+def _as_ids(drawn: Any) -> IntArray | None:
+    """What a sampler drew as [B] int64, or None if it is not integers."""
+    try:
+        ids = np.asarray(drawn if not isinstance(drawn, Sequence) else list(drawn))
+    except (TypeError, ValueError):
+        return None
+    if ids.dtype.kind not in "iu":
+        return None
+    return np.atleast_1d(ids).astype(np.int64).reshape(-1)
+
+
+class Capture:
+    """Installs the watching of loaders and backward passes, and takes it out again."""
+
+    def __init__(self, ledger: BatchLedger) -> None:
+        self.ledger = ledger
+        self._taps: list[tuple[Any, str, SamplerTap]] = []
+        self._original_iter: Any = None
+        self._original_backward: Any = None
+
+    def install(self) -> None:
+        """Starts watching."""
+        self._original_iter = DataLoader.__iter__
+        self._original_backward = torch.autograd.backward
+        capture = self
+
+        def watched_iter(loader: Any) -> Any:
+            if not capture.ledger.watches(loader):
+                return capture._original_iter(loader)
+            return capture._watch(loader)
+
+        def watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            capture.ledger.backward(tensors)
+            return capture._original_backward(tensors, *args, **kwargs)
+
+        DataLoader.__iter__ = watched_iter  # type: ignore[method-assign]
+        torch.autograd.backward = watched_backward
+        _active.append(self.ledger)
+
+    def remove(self) -> None:
+        """Stops watching; loaders get their own samplers back."""
+        DataLoader.__iter__ = self._original_iter  # type: ignore[method-assign]
+        torch.autograd.backward = self._original_backward
+        _active.remove(self.ledger)
+        for loader, attribute, tap in self._taps:
+            object.__setattr__(loader, attribute, tap.sampler)
+        self._taps.clear()
+
+    def _watch(self, loader: Any) -> WatchedIterator:
+        tap = self._tap(loader)
+        self.ledger.begin_pass(loader)
+        iterator = self._original_iter(loader)
+        # Read after the iterator exists: making it is what starts the sampler anew.
+        drawn = tap.drawn if tap is not None else None
+        return WatchedIterator(iterator, lambda ids, content: self.ledger.draw(loader, ids, content), drawn)
+
+    def _tap(self, loader: Any) -> SamplerTap | None:
+        """The stand-in of this loader's sampler, put in place on the first pass."""
+        if isinstance(loader.dataset, IterableDataset) or not getattr(loader, "in_order", True):
+            return None
+        attribute = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+        sampler = getattr(loader, attribute)
+        if isinstance(sampler, SamplerTap):
+            return sampler
+        tap = SamplerTap(sampler)
+        # DataLoader forbids to set its sampler later, to keep it consistent; a stand-in that draws the same is.
+        object.__setattr__(loader, attribute, tap)
+        self._taps.append((loader, attribute, tap))
+        return tap
+
+
+_active: list[BatchLedger] = []
+
+
+def set_batch(ids: Any, weights: Any = None) -> None:
+    """Names the samples of the coming optimizer step, where the recorder cannot tell them by itself.
+
+    Does nothing while no recording is on, so a script that calls it also runs without trajrec's recorder.
+
+    Args:
+        ids: [B] integer sample ids, repeats allowed.
+        weights: [B] the weight c of each sample's loss in the step's gradient; default 1/B (a mean loss).
+
+    Raises:
+        UnknownBatchError: if ids are not integers, or weights have another length.
+    """
+    named = _as_ids(ids.tolist() if hasattr(ids, "tolist") else ids)
+    if named is None:
+        raise UnknownBatchError("trajrec.set_batch needs integer sample ids.")
+    shares = None if weights is None else np.asarray(weights, dtype=np.float64).reshape(-1)
+    if shares is not None and len(shares) != len(named):
+        raise UnknownBatchError(f"trajrec.set_batch got {len(named)} ids but {len(shares)} weights.")
+    for ledger in _active:
+        ledger.give(named, shares)

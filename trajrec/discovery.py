@@ -1,0 +1,71 @@
+"""Finds the model that a script trains, for recordings that are started from outside the script.
+
+Until the first optimizer step every module call is watched; the model is the outermost called module that holds all of
+the optimizer's parameters. After that step nothing but this model is watched any more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim import Optimizer
+
+from trajrec.capture import BatchLedger
+from trajrec.errors import RecordingError
+from trajrec.snapshot import generator_states
+
+
+class Discovery:
+    """Finds the model that a script trains: the outermost module whose parameters the optimizer holds."""
+
+    def __init__(self, ledger: BatchLedger) -> None:
+        self.ledger = ledger
+        self.rng_before: bytes | None = None
+        self._called: dict[int, nn.Module] = {}
+        self._depth = 0
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        """Watches every module until the first optimizer step."""
+        self._handles = [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Stops watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._depth += 1
+        if self._depth > 1 or isinstance(module, nn.modules.loss._Loss):
+            return
+        gradients = torch.is_grad_enabled()
+        self.ledger.forward(gradients, module.training)
+        if gradients:
+            self._called[id(module)] = module
+            if self.rng_before is None:
+                self.rng_before = generator_states(None)
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+
+    def model_of(self, optimizer: Optimizer) -> nn.Module:
+        """The called module that holds all parameters of the optimizer.
+
+        Raises:
+            RecordingError: if no single module does.
+        """
+        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for module in self._called.values():
+            if wanted <= {id(p) for p in module.parameters()}:
+                return module
+        raise RecordingError(
+            f"No module that was called holds all {len(wanted)} parameters of the {type(optimizer).__name__} "
+            "optimizer, so the model cannot be told. Use trajrec.record(model=..., optimizer=...) in the script."
+        )

@@ -1,0 +1,274 @@
+"""The recorder: from PyTorch's own hooks to records, and from there to a sink.
+
+    before optimizer.step()   the step's samples, loss and hyperparameters; at the first step also the run's spec,
+                              the weights w_0 and a keyframe of the state before training
+    after optimizer.step()    the weights w_t are copied into the row that the sink hands out
+
+Everything is read, nothing is written: the training and its random numbers are the same to the bit with and
+without a recorder. Random generator states are compared before the first forward pass and before the step, and
+recorded only for steps that consumed randomness. What the recorder itself cost is timed and reported.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from trajrec.capture import BatchLedger, Capture, StepBatch, set_batch
+from trajrec.discovery import Discovery
+from trajrec.errors import RecordingError
+from trajrec.records import FloatArray, Keyframe, StepRecord
+from trajrec.rules import check_recordable
+from trajrec.sink import Sink, Summary
+from trajrec.snapshot import Snapshot, generator_states
+from trajrec.task import file_sha256, task_file
+
+
+class Recorder:
+    """Records one training run; a context manager around the unchanged training loop.
+
+    Args:
+        sink: where records go.
+        model: the model being trained; None to find it at the first step.
+        optimizer: its optimizer; None to take the first one that steps.
+        loader: the training loader or loaders; None to watch all.
+        task: "FILE.py:ATTR" to be noted in the recording.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        loader: Any = None,
+        task: str | None = None,
+    ) -> None:
+        self.sink = sink
+        self.model = model
+        self.optimizer = optimizer
+        self.task = task
+        self.summary: Summary | None = None
+        self.seconds = 0.0
+        self.training_seconds = 0.0
+        loaders = None if loader is None else list(loader) if isinstance(loader, list | tuple) else [loader]
+        self.ledger = BatchLedger(loaders)
+        self._capture = Capture(self.ledger)
+        self._discovery = Discovery(self.ledger) if model is None else None
+        self._handles: list[Any] = []
+        self._snapshot: Snapshot | None = None
+        self._pending: tuple[StepBatch, FloatArray, bytes] | None = None
+        self._rng_before: bytes | None = None
+        self._step = 0
+        self._began = 0.0
+        self._last_keyframe = -1
+        self._last_hyper: FloatArray | None = None
+        self._first_batch: StepBatch | None = None
+        self._keeps_rows = True
+
+    set_batch = staticmethod(set_batch)
+
+    def __enter__(self) -> Recorder:
+        if self.optimizer is not None:
+            check_recordable(self.optimizer)
+        self._capture.install()
+        if self._discovery is not None:
+            self._discovery.install()
+        if self.model is not None:
+            self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
+        if self.optimizer is not None:
+            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+        else:
+            self._handles.append(register_optimizer_step_pre_hook(self._before_step))
+            self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._detach()
+        self.close(complete=kind is None)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._capture.remove()
+        if self._discovery is not None:
+            self._discovery.remove()
+
+    def close(self, complete: bool) -> Summary | None:
+        """Ends the recording. Returns what was written, or None if there was no step."""
+        if self._snapshot is None:
+            return None
+        if self._last_keyframe != self._step:
+            self._keyframe()
+        self.summary = self.sink.close(complete)
+        return self.summary
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _on_forward(self, module: nn.Module, _: Any) -> None:
+        gradients = torch.is_grad_enabled()
+        self.ledger.forward(gradients, module.training)
+        if gradients and self._rng_before is None:
+            self._rng_before = generator_states(self._snapshot)
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.optimizer is not None and optimizer is not self.optimizer:
+            self._refuse_second(optimizer)
+            return
+        start = time.perf_counter()
+        if self._snapshot is None:
+            self._begin(optimizer)
+        assert self._snapshot is not None
+        batch = self._first_batch or self.ledger.take()
+        self._first_batch = None
+        consumed = self._rng_before is not None and self._rng_before != generator_states(self._snapshot)
+        rng = self._rng_before if consumed and self._rng_before is not None else b""
+        hyper = self._snapshot.hyper()
+        if self._hides_state(hyper):
+            self._keyframe()
+        self._pending = (batch, hyper, rng)
+        self._rng_before = None
+        self.seconds += time.perf_counter() - start
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._pending is None or optimizer is not self.optimizer or self._snapshot is None:
+            return
+        start = time.perf_counter()
+        batch, hyper, rng = self._pending
+        self._pending = None
+        self._step += 1
+        self._commit(batch, hyper, rng)
+        if self.sink.wants_keyframe(self._step):
+            self._keyframe()
+        now = time.perf_counter()
+        self.seconds += now - start
+        self.training_seconds = now - self._began
+
+    # -- the first step ------------------------------------------------------------------------------------------
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        self._began = time.perf_counter()
+        check_recordable(optimizer)
+        self.optimizer = optimizer
+        if self.model is None:
+            assert self._discovery is not None
+            self.model = self._discovery.model_of(optimizer)
+            self._discovery.remove()
+            self._rng_before = self._discovery.rng_before
+            self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
+        batch = self._first_batch = self.ledger.take()
+        self._snapshot = Snapshot(self.model, optimizer)
+        self.sink.open(self._snapshot.spec(self._describe(batch)))
+        nothing = StepBatch(np.empty(0, dtype=np.int64), None, float("nan"), ())
+        self._commit(nothing, self._snapshot.hyper(), b"")
+        self._step = self.sink.resumed_at
+        if self._step == 0:
+            self._keyframe()
+
+    def _describe(self, batch: StepBatch) -> dict[str, Any]:
+        """The fields of RunSpec that come from around the model."""
+        dataset = self.ledger.dataset
+        length = len(dataset) if hasattr(dataset, "__len__") else int(batch.ids.max(initial=-1)) + 1
+        data: dict[str, Any] = {"dataset": type(dataset).__name__, "length": length}
+        if (crc := batch.digest()) is not None:
+            data["first_batch_crc32"] = crc
+        file = None if self.task is None else task_file(self.task)
+        return {
+            "samples": length,
+            "data": data,
+            "task": self.task,
+            "task_sha256": None if file is None else file_sha256(file),
+        }
+
+    def _refuse_second(self, optimizer: Optimizer) -> None:
+        known = {id(p) for group in (self.optimizer.param_groups if self.optimizer else ()) for p in group["params"]}
+        if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            raise RecordingError(
+                "A second optimizer has stepped on the parameters that are being recorded. trajrec records the "
+                "steps of one optimizer: pass it to trajrec.record(optimizer=...) in the part that is to be recorded."
+            )
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def _commit(self, batch: StepBatch, hyper: FloatArray, rng: bytes) -> None:
+        assert self._snapshot is not None
+        row = self.sink.reserve()
+        self._keeps_rows = row is not None
+        self.sink.commit(
+            StepRecord(
+                step=self._step,
+                epoch=max(self.ledger.epochs - 1, 0),
+                loss=batch.loss,
+                time=time.time(),
+                crc32=self._snapshot.copy(row),
+                hyper=hyper,
+                ids=batch.ids,
+                weights=batch.weights,
+                rng=rng,
+            )
+        )
+        self._last_hyper = hyper
+
+    def _hides_state(self, hyper: FloatArray) -> bool:
+        """Whether a learning rate has just risen from zero.
+
+        A step with a rate of zero does not show the momentum buffer in the weights, and from now on it counts.
+        """
+        if (
+            self._last_hyper is None
+            or self._last_keyframe == self._step
+            or self._snapshot is None
+            or "lr" not in self._snapshot.names
+        ):
+            return False
+        column = self._snapshot.names.index("lr")
+        return bool(((self._last_hyper[:, column] == 0) & (hyper[:, column] != 0)).any())
+
+    def _keyframe(self) -> None:
+        assert self._snapshot is not None
+        self.sink.keyframe(Keyframe(self._step, self._snapshot.keyframe(with_weights=not self._keeps_rows)))
+        self._last_keyframe = self._step
+
+
+def record(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    loader: Any = None,
+    task: str | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Recorder:
+    """A recorder to be used as a context manager around a training loop:
+
+        with trajrec.record("run.h5", model=model, optimizer=optimizer, loader=loader):
+            ...
+
+    Args:
+        path: the run file to be written.
+        model: the model being trained; left out, it is found at the first step.
+        optimizer: its optimizer; left out, the first one that steps.
+        loader: the training DataLoader, or a list of them; left out, all are watched and validation is told apart.
+        task: "FILE.py:ATTR" of the Task, noted in the recording so that `trajrec replay` finds it.
+        force: replace an existing recording.
+        **options: of `trajrec.runfile.recording.RunFileSink`.
+
+    Raises:
+        OutputExistsError: if the output exists and `force` is False.
+        RecordingError: if this training cannot be recorded (see `trajrec.errors`).
+    """
+    from trajrec.runfile.recording import RunFileSink
+
+    return Recorder(
+        RunFileSink(Path(path), force=force, **options), model=model, optimizer=optimizer, loader=loader, task=task
+    )

@@ -1,0 +1,138 @@
+r"""One optimizer step as a pure function, and its derivatives in both directions.
+
+    (w_t, s_t) = U(w_{t-1}, s_{t-1}, g_t; h_t)
+
+U is the optimizer class itself: one instance a group is given clones of the weights and of the state and the gradient
+in `.grad`, takes its own `.step()` with gradients enabled (`differentiable=True`, `foreach=False`), and hands weights
+and state back. Forward mode is the jvp of that function, reverse mode its vjp; no adjoint is derived by hand.
+
+Letters: G groups, P' trainable weights, K directions at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+from torch.optim import Optimizer
+
+from trajrec.records import FloatArray, Keyframe, RunSpec
+from trajrec.rules.flat import FlatLayout
+
+State = dict[str, Tensor]
+
+
+class Rule(ABC):
+    """An optimizer's step on flat vectors.
+
+    A state is a dict of vectors [P'] (momentum buffers and the like). Cotangents and tangents of states are dicts with
+    the same names and a leading dimension [K]; a missing name is zero.
+    """
+
+    optimizer_class: ClassVar[type[Optimizer]]
+
+    def __init__(self, spec: RunSpec, layout: FlatLayout) -> None:
+        self.layout = layout
+        self.names = spec.hyperparameters
+        self._defaults = spec.defaults
+        self._optimizers = [self._build() for _ in range(spec.groups)]
+
+    def _build(self) -> Optimizer:
+        accepted = inspect.signature(self.optimizer_class).parameters
+        options: dict[str, Any] = {k: v for k, v in self._defaults.items() if k in accepted}
+        options |= {"foreach": False, "fused": None, "differentiable": True, "capturable": False}
+        options = {k: v for k, v in options.items() if k in accepted}
+        return self.optimizer_class([nn.Parameter(torch.zeros(1))], **options)
+
+    @abstractmethod
+    def initial_state(self, keyframe: Keyframe, dtype: torch.dtype, device: torch.device) -> State:
+        """The state s_t of a keyframe; {} before the first step."""
+
+    @abstractmethod
+    def implied_state(self, before: Tensor, after: Tensor, gradient: Tensor, hyper: FloatArray) -> State | None:
+        """s_t from w_{t-1}, w_t and g_t [P'], where the weights imply it; else None."""
+
+    @abstractmethod
+    def placeholder_state(self, weights: Tensor) -> State:
+        """A state of the right shape, for derivatives that do not depend on its values."""
+
+    @abstractmethod
+    def step(self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> tuple[Tensor, State]:
+        """(w_t, s_t) from w_{t-1} [P'], s_{t-1}, g_t [P'] and hyperparameters [G, H]; differentiable."""
+
+    def _step_group(
+        self, index: int, weights: Tensor, state: State, gradient: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, State]:
+        """One group's own `.step()` on clones."""
+        optimizer = self._optimizers[index]
+        parameter = weights.clone()
+        parameter.grad = gradient
+        group = optimizer.param_groups[0]
+        group.update(options)
+        group["params"] = [parameter]
+        optimizer.state.clear()
+        if state:
+            optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
+        optimizer.step()
+        return parameter, {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, Tensor)}
+
+    def options(self, hyper: FloatArray, index: int) -> dict[str, Any]:
+        """Options of one group as the optimizer wants them: booleans as booleans, tuples as tuples, NaN as None."""
+        options: dict[str, Any] = {}
+        for name, value in zip(self.names, hyper[index].tolist(), strict=True):
+            key, _, position = name.partition(".")
+            if position:
+                options[key] = (*options.get(key, ()), value)
+            else:
+                options[key] = self._restore(key, value)
+        return options
+
+    def _restore(self, key: str, value: float) -> Any:
+        if isinstance(self._defaults.get(key), bool):
+            return bool(value)
+        return None if value != value else value
+
+    def pull(
+        self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, lam: Tensor, sigma: State
+    ) -> tuple[Tensor, State, Tensor]:
+        """The vjp of U: (lam', sigma', gamma), each [K, P'], from cotangents lam [K, P'] of w_t and sigma of s_t."""
+        w, g = weights.detach().requires_grad_(), gradient.detach().requires_grad_()
+        s = {name: value.detach().requires_grad_() for name, value in state.items()}
+        with torch.enable_grad():
+            stepped, new_state = self.step(w, s, g, hyper)
+        names = [name for name in new_state if name in sigma]
+        outputs = [stepped, *(new_state[name] for name in names)]
+        inputs = [w, *s.values(), g]
+        found = pull_batched(outputs, inputs, [lam, *(sigma[name] for name in names)])
+        return found[0], dict(zip(s, found[1:-1], strict=True)), found[-1]
+
+    def push(
+        self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, d: Tensor, r: State, k: Tensor
+    ) -> tuple[Tensor, State]:
+        """The jvp of U: (D_t, R_t), each [K, P'], along D_{t-1} [K, P'], R_{t-1} and the gradient's direction k [K, P']."""
+        zeros = torch.zeros_like(d)
+        tangents = {name: r.get(name, zeros) for name in state}
+
+        def one(d: Tensor, r: State, k: Tensor) -> tuple[Tensor, State]:
+            found = jvp(lambda w, s, g: self.step(w, s, g, hyper), (weights, state, gradient), (d, r, k))
+            return found[1]  # type: ignore[no-any-return]
+
+        return vmap(one)(d, tangents, k)  # type: ignore[no-any-return]
+
+
+def pull_batched(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    """Vjp of `outputs` with respect to `inputs` for K cotangents at once, [K, ...] each; zero where independent."""
+    if len(cotangents[0]) == 1:
+        # One cotangent needs no vmap: every operator supports it, and it is faster.
+        found = torch.autograd.grad(outputs, inputs, [c[0] for c in cotangents], materialize_grads=True)
+        return [value[None] for value in found]
+    found = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True)
+    count = len(cotangents[0])
+    return [
+        value if value is not None else source.new_zeros(count, *source.shape)
+        for value, source in zip(found, inputs, strict=True)
+    ]

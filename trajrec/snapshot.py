@@ -1,0 +1,223 @@
+"""Reads a model and its optimizer: the spec of a run, its rows, hyperparameters and keyframes.
+
+Reading changes nothing: values are copied, generators are asked for their state but never drawn from.
+
+Letters: G parameter groups, H hyperparameters, P weights.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import sys
+import uuid
+import zlib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import trajrec
+from trajrec.errors import HalfPrecisionError, RecordingError
+from trajrec.records import BufferSpec, FloatArray, ParamSpec, RunSpec
+
+# How torch computes a step, not what: they have no place in the mathematics of a replay.
+_IMPLEMENTATION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr"})
+
+
+class Snapshot:
+    """Reads a model and its optimizer: the spec, rows, hyperparameters and keyframes of a run."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.parameters = dict(model.named_parameters())
+        self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self.names = _hyperparameter_names(optimizer)
+        self._views: dict[int, list[Tensor]] = {}
+        self._check_dtypes()
+        self.rng = _generators(next(iter(self.parameters.values())).device)
+
+    def _check_dtypes(self) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise HalfPrecisionError(
+                    f"Parameter {name} is {parameter.dtype}. Replay differentiates the training and needs float32 or "
+                    "float64 weights: keep the weights in float32 and use torch.autocast for the forward pass."
+                )
+        known = {id(p) for p in self.parameters.values()}
+        if any(key not in known for key in self._groups):
+            raise RecordingError(
+                "The optimizer holds parameters that the model does not have. Pass the module that holds them all: "
+                "trajrec.record(model=...)."
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of a row: float64 if any parameter has it."""
+        kinds = {p.dtype for p in self.parameters.values()}
+        return torch.float64 if torch.float64 in kinds else torch.float32
+
+    def spec(self, around: dict[str, Any]) -> RunSpec:
+        """The run's spec; `around` gives the fields that model and optimizer do not know."""
+        return RunSpec(
+            run_id=uuid.uuid4().hex,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            params=self._param_table(),
+            buffers=tuple(
+                BufferSpec(name, tuple(b.shape), _dtype_name(b.dtype)) for name, b in self.model.named_buffers()
+            ),
+            dtype=_dtype_name(self.dtype),
+            optimizer=type(self.optimizer).__name__,
+            optimizer_module=type(self.optimizer).__module__,
+            defaults={k: v for k, v in self.optimizer.defaults.items() if _is_plain(v)},
+            hyperparameters=self.names,
+            groups=len(self.optimizer.param_groups),
+            rng=self.rng,
+            eval_modules=tuple(name for name, m in self.model.named_modules() if name and not m.training)
+            if self.model.training
+            else ("",),
+            versions={
+                "trajrec": trajrec.__version__,
+                "torch": str(torch.__version__),
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+            device=str(next(iter(self.parameters.values())).device),
+            threads=torch.get_num_threads(),
+            command=tuple(sys.argv),
+            **around,
+        )
+
+    def _param_table(self) -> tuple[ParamSpec, ...]:
+        table, offset = [], 0
+        for name, p in self.parameters.items():
+            group = self._groups.get(id(p), -1)
+            # A parameter without a gradient at the first step is skipped by the optimizer: constant, like a frozen one.
+            trainable = group >= 0 and p.requires_grad and p.grad is not None
+            table.append(ParamSpec(name, tuple(p.shape), _dtype_name(p.dtype), offset, group, trainable))
+            offset += p.numel()
+        return tuple(table)
+
+    def copy(self, row: npt.NDArray[Any] | None) -> int:
+        """Copies the weights into a row, if there is one. Returns their CRC-32."""
+        values = [p.detach().reshape(-1) for p in self.parameters.values()]
+        if row is None:
+            return _crc32(values, self.dtype)
+        torch._foreach_copy_(self._targets(row, values), values)
+        return zlib.crc32(row.data)
+
+    def _targets(self, row: npt.NDArray[Any], values: Sequence[Tensor]) -> list[Tensor]:
+        """The row as one view a parameter; a ring has few rows, so the views are made once."""
+        address = int(row.__array_interface__["data"][0])
+        if address not in self._views:
+            self._views[address] = list(torch.split(torch.from_numpy(row), [v.numel() for v in values]))
+        return self._views[address]
+
+    def hyper(self) -> FloatArray:
+        """Hyperparameters in force, [G, H]."""
+        groups = self.optimizer.param_groups
+        return np.array([[_number(group, name) for name in self.names] for group in groups], dtype=np.float64)
+
+    def keyframe(self, with_weights: bool) -> dict[str, npt.NDArray[Any]]:
+        """Optimizer state, buffers and generator states, by the paths of `Keyframe.arrays`."""
+        arrays = self._optimizer_state()
+        if with_weights:
+            row = np.empty(sum(p.numel() for p in self.parameters.values()), dtype=_dtype_name(self.dtype))
+            self.copy(row)
+            arrays["weights"] = row
+        for name, buffer in self.model.named_buffers():
+            arrays[f"buffers/{name}"] = buffer.detach().cpu().numpy().copy()
+        return arrays | _all_generator_states()
+
+    def _optimizer_state(self) -> dict[str, npt.NDArray[Any]]:
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        offset, count = 0, len(self.parameters)
+        total = sum(p.numel() for p in self.parameters.values())
+        for index, p in enumerate(self.parameters.values()):
+            for name, value in self.optimizer.state.get(p, {}).items():
+                path = f"optimizer/{name}"
+                if isinstance(value, Tensor) and value.shape == p.shape and p.dim():
+                    row = arrays.setdefault(path, np.zeros(total, dtype=_dtype_name(value.dtype)))
+                    row[offset : offset + p.numel()] = value.detach().cpu().reshape(-1).numpy()
+                    arrays.setdefault(f"{path}.present", np.zeros(count, dtype=np.uint8))[index] = 1
+                elif isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+                    arrays.setdefault(f"{path}.scalar", np.full(count, np.nan))[index] = float(value)
+                elif isinstance(value, Tensor):
+                    arrays[f"{path}/{index}"] = value.detach().cpu().numpy().copy()
+            offset += p.numel()
+        return arrays
+
+
+def _crc32(values: Sequence[Tensor], dtype: torch.dtype) -> int:
+    crc = 0
+    for value in values:
+        crc = zlib.crc32(value.to("cpu", dtype).contiguous().numpy().data, crc)
+    return crc
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _hyperparameter_names(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the numeric options of the groups; those of tuples by position ("betas.0")."""
+    names: dict[str, None] = {}
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if key in _IMPLEMENTATION_OPTIONS:
+                continue
+            if isinstance(value, list | tuple):
+                names.update(
+                    {f"{key}.{i}": None for i, item in enumerate(value) if isinstance(item, int | float | Tensor)}
+                )
+            elif value is None or isinstance(value, bool | int | float | Tensor):
+                names[key] = None
+    return tuple(names)
+
+
+def _number(group: dict[str, Any], name: str) -> float:
+    key, _, position = name.partition(".")
+    value = group.get(key)
+    value = value[int(position)] if position and value is not None else value
+    return float("nan") if value is None else float(value)
+
+
+def _generators(device: torch.device) -> tuple[tuple[str, int], ...]:
+    """Generators that a forward pass on this device may use, with the length of their state in bytes."""
+    cpu = (("cpu", int(torch.get_rng_state().numel())),)
+    if device.type != "cuda":
+        return cpu
+    return (*cpu, (str(device), int(torch.cuda.get_rng_state(device).numel())))
+
+
+def generator_states(snapshot: Snapshot | None) -> bytes:
+    """The states of the spec's generators one after the other; before the spec is known, of the CPU's alone."""
+    names = [name for name, _ in snapshot.rng] if snapshot is not None else ["cpu"]
+    states = [torch.get_rng_state() if name == "cpu" else torch.cuda.get_rng_state(name) for name in names]
+    return b"".join(state.numpy().tobytes() for state in states)
+
+
+def _all_generator_states() -> dict[str, npt.NDArray[Any]]:
+    version, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state()
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "rng/python": np.array([version, *words, np.nan if gauss is None else gauss], dtype=np.float64),
+        "rng/numpy": np.array([*legacy[1], legacy[2], legacy[3], legacy[4]], dtype=np.float64),
+        "rng/cpu": torch.get_rng_state().numpy().copy(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for index in range(torch.cuda.device_count()):
+            arrays[f"rng/cuda:{index}"] = torch.cuda.get_rng_state(index).numpy().copy()
+    return arrays

@@ -1,0 +1,209 @@
+"""A Task says what was trained: how to build the model, the data sets, and the loss of every sample.
+
+A recording holds what happened (weights, ids, hyperparameters), never code. The Task is the user's own code
+and supplies what replay has to differentiate:
+
+    model     () -> nn.Module                     the architecture; its initial values do not matter
+    train     map-style data set                  item i is the sample with id i in the recording
+    test      map-style data set                  what contributions are measured on
+    loss      (model, batch) -> Tensor [B]        the training loss of every sample, no reduction
+    measure   (model, batch) -> Tensor [B]        the same for targets; default: loss
+    collate   [item] -> batch                     default: torch's default_collate
+
+That the Task describes the recorded training is not taken on trust: the certificate of every replay proves it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import sys
+import zlib
+from collections.abc import Callable, Sequence, Sized
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from trajrec.errors import TaskError
+
+Batch = Any
+Loss = Callable[[nn.Module, Batch], Tensor]
+Collate = Callable[[list[Any]], Batch]
+
+
+class Task:
+    """What was trained: model, data sets and per-sample loss.
+
+    Args:
+        model: builds the model; called once a replay. A module instance is copied.
+        train: the training set, with `__getitem__` and `__len__`, or a function that returns it.
+        test: the same for the test set; only needed for questions about test losses.
+        loss: training loss of every sample: (model, batch) -> [B], without reduction.
+        measure: loss of every test sample, [B]; default: `loss`.
+        collate: makes a batch of a list of items; default: torch's.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module] | nn.Module,
+        train: Any,
+        test: Any = None,
+        *,
+        loss: Loss,
+        measure: Loss | None = None,
+        collate: Collate | None = None,
+    ) -> None:
+        self._model = model
+        self._train = train
+        self._test = test
+        self.loss = loss
+        self.measure = measure or loss
+        self.collate: Collate = collate or default_collate
+
+    @classmethod
+    def supervised(
+        cls,
+        model: Callable[[], nn.Module] | nn.Module,
+        train: Any,
+        test: Any = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        collate: Collate | None = None,
+    ) -> Task:
+        """A task whose batches are pairs (x, y), with criterion(model(x), y) -> [B] as loss and measure.
+
+        The default criterion is cross entropy without reduction.
+        """
+        score = criterion or nn.CrossEntropyLoss(reduction="none")
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            inputs, labels = batch
+            return score(model(inputs), labels)
+
+        return cls(model, train, test, loss=loss, collate=collate)
+
+    def build_model(self) -> nn.Module:
+        """A new model.
+
+        Raises:
+            TaskError: if `model` does not give an nn.Module.
+        """
+        model = copy.deepcopy(self._model) if isinstance(self._model, nn.Module) else self._model()
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"Task.model must return an nn.Module, but returned {type(model).__name__}.")
+        return model
+
+    @property
+    def train(self) -> Any:
+        """The training set."""
+        self._train = _resolve(self._train, "train")
+        return self._train
+
+    @property
+    def test(self) -> Any:
+        """The test set.
+
+        Raises:
+            TaskError: if the task has none.
+        """
+        if self._test is None:
+            raise TaskError("This question is about test losses, but the Task has no test set: pass Task(test=...).")
+        self._test = _resolve(self._test, "test")
+        return self._test
+
+
+def _resolve(data: Any, name: str) -> Any:
+    """The data set itself, from a data set or a function that returns one."""
+    if not hasattr(data, "__getitem__") and callable(data):
+        data = data()
+    if not hasattr(data, "__getitem__") or not isinstance(data, Sized):
+        raise TaskError(
+            f"Task.{name} must be a map-style data set (with __getitem__ and __len__) or a function that "
+            f"returns one, but is {type(data).__name__}."
+        )
+    return data
+
+
+def load_task(reference: str) -> Task:
+    """The Task named "FILE.py:ATTR" or "package.module:ATTR" (":ATTR" left out means ":task").
+
+    The file's folder is put on sys.path while it is imported, as Python does for a script.
+
+    Raises:
+        TaskError: if there is no such file, module or attribute, if importing it fails, or if it is no Task.
+    """
+    source, _, attribute = reference.rpartition(":") if ":" in reference else (reference, "", "task")
+    module = _import(source)
+    if not hasattr(module, attribute):
+        found = sorted(name for name, value in vars(module).items() if isinstance(value, Task))
+        hint = f"It has these tasks: {', '.join(found)}." if found else "It has no Task at all."
+        raise TaskError(f"{source} has no attribute {attribute!r}. {hint} Pass --task {source}:NAME.")
+    value = getattr(module, attribute)
+    task = value() if callable(value) and not isinstance(value, Task) else value
+    if not isinstance(task, Task):
+        raise TaskError(f"{reference} must be a trajrec.Task, but is {type(task).__name__}.")
+    return task
+
+
+def _import(source: str) -> ModuleType:
+    path = Path(source)
+    if source.endswith(".py") and not path.is_file():
+        raise TaskError(f"There is no task file {source}. Pass --task FILE.py:ATTR.")
+    try:
+        return _import_file(path) if source.endswith(".py") else importlib.import_module(source)
+    except Exception as error:
+        raise TaskError(f"Importing the task from {source} failed: {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"_trajrec_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered before execution: dataclasses and pickling inside the file look their module up by name.
+    sys.modules[name] = module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def task_file(reference: str) -> Path | None:
+    """The file that a reference names, or None for a module."""
+    source = reference.rpartition(":")[0] if ":" in reference else reference
+    return Path(source) if source.endswith(".py") else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digest(batch: Batch) -> int:
+    """CRC-32 of everything in a batch: tensors (dtype, shape, values), numbers, strings, nested or not."""
+    return _digest(batch, 0)
+
+
+def _digest(value: Any, crc: int) -> int:
+    if isinstance(value, Tensor):
+        array = value.detach().cpu().contiguous()
+        crc = zlib.crc32(f"{array.dtype}{tuple(array.shape)}".encode(), crc)
+        content = array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b""
+        return zlib.crc32(content, crc)
+    if isinstance(value, dict):
+        return _digest([item for pair in value.items() for item in pair], crc)
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for item in value:
+            crc = _digest(item, crc)
+        return crc
+    return zlib.crc32(repr(value).encode(), crc)
