@@ -65,8 +65,8 @@ class Contributions:
             grid = np.meshgrid(self.samples, self.targets, indexing="ij")
             columns = dict(zip(("sample", "target"), map(np.ravel, grid), strict=True))
             return pl.LazyFrame(columns | {"contribution": self.values.ravel()})
-        grid = np.meshgrid(self.epochs, self.samples, self.targets, indexing="ij")
-        columns = dict(zip(("epoch", "sample", "target"), map(np.ravel, grid), strict=True))
+        cube = np.meshgrid(self.epochs, self.samples, self.targets, indexing="ij")
+        columns = dict(zip(("epoch", "sample", "target"), map(np.ravel, cube), strict=True))
         frame = pl.LazyFrame(columns | {"contribution": self.by_epoch.ravel()})
         return frame.select("sample", "target", "contribution", "epoch")
 

@@ -176,9 +176,7 @@ class BatchLedger:
             UnknownBatchError: if they cannot be told.
         """
         batches = self._made_step or self._training_batches()
-        loss = (
-            float(torch.stack([value.double().reshape(()) for value in self._losses]).sum()) if self._losses else np.nan
-        )
+        loss = sum(float(value) for value in self._losses) if self._losses else float("nan")
         given, self._given = self._given, None
         self._made_step, self._losses, self._drawn = [], [], []
         if given is not None:

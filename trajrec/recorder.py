@@ -223,14 +223,10 @@ class Recorder:
 
         A step with a rate of zero does not show the momentum buffer in the weights, and from now on it counts.
         """
-        if (
-            self._last_hyper is None
-            or self._last_keyframe == self._step
-            or self._snapshot is None
-            or "lr" not in self._snapshot.names
-        ):
+        names = self._snapshot.names if self._snapshot is not None else ()
+        if self._last_hyper is None or self._last_keyframe == self._step or "lr" not in names:
             return False
-        column = self._snapshot.names.index("lr")
+        column = names.index("lr")
         return bool(((self._last_hyper[:, column] == 0) & (hyper[:, column] != 0)).any())
 
     def _keyframe(self) -> None:
@@ -249,7 +245,7 @@ def record(
     force: bool = False,
     **options: Any,
 ) -> Recorder:
-    """A recorder to be used as a context manager around a training loop:
+    """A recorder, to be used as a context manager around a training loop.
 
         with trajrec.record("run.h5", model=model, optimizer=optimizer, loader=loader):
             ...

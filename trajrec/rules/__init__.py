@@ -1,4 +1,4 @@
-"""Optimizer steps as pure functions, (w_t, s_t) = U(w_{t-1}, s_{t-1}, g_t; h_t), made from torch.optim's own classes."""
+"""Optimizer steps as pure functions (w_t, s_t) = U(w_{t-1}, s_{t-1}, g_t; h_t), made from torch.optim's classes."""
 
 from __future__ import annotations
 

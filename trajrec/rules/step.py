@@ -113,7 +113,7 @@ class Rule(ABC):
     def push(
         self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, d: Tensor, r: State, k: Tensor
     ) -> tuple[Tensor, State]:
-        """The jvp of U: (D_t, R_t), each [K, P'], along D_{t-1} [K, P'], R_{t-1} and the gradient's direction k [K, P']."""
+        """The jvp of U: (D_t, R_t), each [K, P'], along D_{t-1} [K, P'], R_{t-1} and k [K, P'] of the gradient."""
         zeros = torch.zeros_like(d)
         tangents = {name: r.get(name, zeros) for name in state}
 
@@ -121,7 +121,7 @@ class Rule(ABC):
             found = jvp(lambda w, s, g: self.step(w, s, g, hyper), (weights, state, gradient), (d, r, k))
             return found[1]  # type: ignore[no-any-return]
 
-        return vmap(one)(d, tangents, k)  # type: ignore[no-any-return]
+        return vmap(one)(d, tangents, k)
 
 
 def pull_batched(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
