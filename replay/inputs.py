@@ -58,7 +58,7 @@ class Settings:
     Attributes:
         run: the recording's path.
         run_id: its identity.
-        method: "adjoint" or "tangent".
+        mode: "adjoint" or "tangent".
         exact: with the Hessian (True), without it (False), or unknown.
         targets: "mean", "each", "class" or "chosen".
         target_set: "test", or "train" when targets are training samples (then a target's id is a sample's id).
@@ -71,7 +71,7 @@ class Settings:
 
     run: str | None
     run_id: str | None
-    method: str | None
+    mode: str | None
     exact: bool | None
     targets: str
     target_set: str
@@ -185,7 +185,7 @@ def _settings(facts: Mapping[str, Any]) -> Settings:
     return Settings(
         run=_text(facts.get("run")),
         run_id=_text(facts.get("run_id")),
-        method=_text(facts.get("method")),
+        mode=_mode(facts),
         exact=_truth(facts.get("exact")),
         targets=_text(facts.get("targets")) or "mean",
         target_set=_text(facts.get("target_set")) or "test",
@@ -197,14 +197,20 @@ def _settings(facts: Mapping[str, Any]) -> Settings:
         optimizer=_text(facts.get("optimizer")),
         classes=tuple(str(name) for name in facts.get("classes") or ()),
         created=_text(facts.get("created")),
-        version=_text(facts.get("trajrec version") or facts.get("version") or facts.get("trajrec")),
+        version=_text(facts.get("trajrec") or facts.get("trajrec version")),
         command=_command(facts.get("command")),
         details=tuple((key, _plain(value)) for key, value in facts.items() if _is_detail(key, value)),
     )
 
 
+def _mode(facts: Mapping[str, Any]) -> str | None:
+    """The direction taken; "auto" is what was asked, then `method` says what was done."""
+    said = [_text(facts.get(key)) for key in ("mode", "method")]
+    return next((word for word in said if word in ("adjoint", "tangent")), None)
+
+
 def _is_detail(key: str, value: Any) -> bool:
-    return key in {"mode", "seconds", "dtype", "device", "drift_allowed"} and value not in (None, "")
+    return key in {"seconds", "dtype", "device", "drift_allowed"} and value not in (None, "")
 
 
 def _plain(value: Any) -> str:

@@ -1,89 +1,68 @@
 """A report: everything a renderer may show, as plain frozen values.
 
-`build` asks the questions of `scores` of a replay folder and joins the answers with labels and names; `render`
-draws the result on a terminal, in tables or as a page. Nothing here knows how it will look, and no renderer
-computes a number.
+`build` asks the questions of a replay folder; `render` draws the answers on a terminal, in tables or as a page.
+Nothing here knows how it will look, and no renderer computes a number.
 
-The contributions of several targets are summed up as the contribution to their mean, so that a report of
+The contributions to several targets are summed up as the contribution to their mean, so that a report of
 targets=each begins with the same table as one of targets=mean.
-
-    S tracked samples, M targets, k rows of a table
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
-import polars as pl
-
-from trajrec.errors import NonFiniteError, ReplayError
-from trajrec.replay import scores
-from trajrec.replay.agreement import Agreement, agree, joined
+from trajrec.errors import ReplayError
+from trajrec.replay import scores, sections
+from trajrec.replay.findings import (
+    Comparison,
+    Entry,
+    Matrix,
+    Picture,
+    Statistics,
+    Suspicions,
+    Timeline,
+    Top,
+    Why,
+)
 from trajrec.replay.inputs import CONTRIBUTIONS, Certificate, Inputs, Settings, load, reading
 
-__all__ = ["Comparison", "Entry", "Report", "Top", "build", "load"]
+__all__ = ["Ask", "Report", "build", "load"]
+
+T = TypeVar("T")
+GROUPS_IN_ALL = 30
+TRACKED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One row of a table of samples.
+class Ask:
+    """Which questions a report answers besides the overall top.
 
     Attributes:
-        rank: from 1, within its side.
-        side: "helpful" or "harmful".
-        sample: id of the training sample.
-        label: its label, if known.
-        name: its name, if the data set gives one.
-        noisy: whether its label is known to be wrong, if that is known at all.
-        target: id of the target, -1 for the mean of all.
-        contribution: C(i, j), in the unit of the target.
-        share: |C| as a fraction of the sum of |C| over all tracked samples.
+        by: top tables of every target, or of every class of targets.
+        why: targets to explain.
+        statistics: mean, deviation, concentration, outliers.
+        matrix: inter-class contributions.
+        suspects: suspected wrong labels.
+        timeline: which epochs mattered.
+        samples: training samples to follow through the epochs (implies `timeline`).
+        compare: another replay folder.
+        pictures: take thumbnails along.
+        everything: also answer every other question that the folder can answer.
     """
 
-    rank: int
-    side: str
-    sample: int
-    label: str | None
-    name: str | None
-    noisy: bool | None
-    target: int
-    contribution: float
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
-class Top:
-    """The most helpful and the most harmful samples of one target, or of a mean of targets.
-
-    Attributes:
-        title: what they help or harm, in words.
-        target: its id, -1 for a mean.
-        helpful: rows by descending contribution, all positive.
-        harmful: rows by ascending contribution, all negative.
-    """
-
-    title: str
-    target: int
-    helpful: tuple[Entry, ...]
-    harmful: tuple[Entry, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Agreement of this replay with another on the samples that both have.
-
-    Attributes:
-        this: what this replay is, in a few words.
-        other: what the other is.
-        points: (sample, this, other) of at most some thousand samples, for a scatter plot.
-    """
-
-    this: str
-    other: str
-    agreement: Agreement
-    points: tuple[tuple[int, float, float], ...]
+    by: Literal["target", "class"] | None = None
+    why: tuple[int, ...] = ()
+    statistics: bool = False
+    matrix: bool = False
+    suspects: bool = False
+    timeline: bool = False
+    samples: tuple[int, ...] = ()
+    compare: Path | None = None
+    pictures: bool = False
+    everything: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +76,8 @@ class Report:
         total: sum of the samples' contributions to the mean target.
         mass: sum of their absolute values: what shares are shares of.
         overall: top samples for the mean target.
-        groups: top samples for each target or class that was asked for.
+        groups: top samples for each target or class.
+        notes: what could not be answered, and why.
     """
 
     folder: Path
@@ -109,110 +89,114 @@ class Report:
     mass: float
     overall: Top
     groups: tuple[Top, ...] = ()
+    why: tuple[Why, ...] = ()
+    statistics: Statistics | None = None
+    matrix: Matrix | None = None
+    suspicions: Suspicions | None = None
+    timeline: Timeline | None = None
     comparison: Comparison | None = None
+    pictures: tuple[Picture, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def build(folder: str | Path, top: int = 10, compare: str | Path | None = None) -> Report:
+def build(folder: str | Path, top: int = 10, ask: Ask | None = None, compare: str | Path | None = None) -> Report:
     """The report of a replay folder.
 
     Args:
         folder: what `trajrec replay` wrote.
-        top: k.
-        compare: another replay folder to measure agreement with.
+        top: rows of each side of a table.
+        ask: further questions.
+        compare: another replay folder to measure agreement with; short for `Ask(compare=...)`.
 
     Raises:
-        ReplayError: a folder is not a replay folder, or the two have no sample in common.
+        ReplayError: a folder is not a replay folder, or cannot answer what was asked for by name.
+        SampleRangeError: a target or sample that was asked for is not in the replay.
         NonFiniteError: a contribution is NaN or infinite.
         DamagedRunError: a file cannot be read.
     """
-    inputs = load(folder)
+    inputs, ask = load(folder), ask or Ask()
+    compare = compare or ask.compare
     with reading(inputs.folder / CONTRIBUTIONS):
-        totals = sound_totals(inputs)
-        mass, total = _mass(totals)
-        return Report(
+        return _Builder(inputs, ask, top, load(compare) if compare else None).report()
+
+
+def entries(report: Report) -> Iterator[Entry]:
+    """The rows of all top tables: overall first."""
+    for top in (report.overall, *report.groups, *(why.top for why in report.why)):
+        yield from top.helpful
+        yield from top.harmful
+
+
+class _Builder:
+    """Asks the sections one after the other; what was asked for by name must succeed, the rest may be left out."""
+
+    def __init__(self, inputs: Inputs, ask: Ask, top: int, other: Inputs | None) -> None:
+        self.inputs, self.ask, self.k, self.other = inputs, ask, top, other
+        self.totals = sections.sound_totals(inputs)
+        self.target_ids = scores.target_ids(inputs.contributions)
+        self.notes: list[str] = []
+
+    def report(self) -> Report:
+        inputs, totals, k, M = self.inputs, self.totals, self.k, len(self.target_ids)
+        ask, overall = self.ask, sections.overall(self.inputs, self.totals, self.k)
+        values = totals["contribution"]
+        found = Report(
             folder=inputs.folder,
             settings=inputs.settings,
             certificate=inputs.certificate,
             samples=totals.height,
-            targets=len(scores.target_ids(inputs.contributions)),
-            total=total,
-            mass=mass,
-            overall=_overall(inputs, totals, top),
-            comparison=_comparison(inputs, totals, load(compare)) if compare else None,
+            targets=M,
+            total=float(values.sum()),
+            mass=float(values.abs().sum()),
+            overall=overall,
+            groups=self._groups(),
+            why=tuple(sections.why(inputs, target, k) for target in ask.why),
+            statistics=self._try(ask.statistics, lambda: sections.statistics(inputs, totals, M, k)),
+            matrix=self._try(ask.matrix, lambda: sections.matrix(inputs)),
+            suspicions=self._suspicions(),
+            timeline=self._try(ask.timeline or bool(ask.samples), lambda: self._timeline(overall)),
+            comparison=sections.comparison(inputs, totals, self.other) if self.other else None,
         )
+        return replace(found, pictures=self._pictures(found), notes=tuple(self.notes))
 
+    def _try(self, asked: bool, section: Callable[[], T]) -> T | None:
+        if not asked and not self.ask.everything:
+            return None
+        try:
+            return section()
+        except ReplayError as error:
+            if asked:
+                raise
+            self.notes.append(str(error))
+            return None
 
-def sound_totals(inputs: Inputs) -> pl.DataFrame:
-    """Sample and contribution to the mean target, [S] rows, every one finite.
+    def _groups(self) -> tuple[Top, ...]:
+        if self.ask.by == "target":
+            return sections.by_target(self.inputs, self.target_ids, self.totals.height, self.k)
+        return self._try(self.ask.by == "class", self._classes) or ()
 
-    Raises:
-        NonFiniteError: one is not.
-        ReplayError: there are none.
-    """
-    totals = scores.collect(scores.totals(inputs.contributions)).sort("sample")
-    if totals.is_empty():
-        raise ReplayError(f"{inputs.folder / CONTRIBUTIONS} has no rows. Replay again with --force.")
-    bad = totals.filter(pl.col("contribution").is_finite().not_())
-    if bad.height:
-        raise NonFiniteError(
-            f"{bad.height:,} of {totals.height:,} samples have a contribution that is NaN or infinite, first sample "
-            f"{bad['sample'][0]}, in {inputs.folder / CONTRIBUTIONS}. Replay again with --dtype float64."
-        )
-    return totals
+    def _classes(self) -> tuple[Top, ...]:
+        groups = sections.by_class(self.inputs, self.k)
+        return groups if self.ask.by or len(groups) <= GROUPS_IN_ALL else ()
 
+    def _suspicions(self) -> Suspicions | None:
+        def section(cluster: bool) -> Suspicions:
+            return sections.suspicions(self.inputs, self.totals, len(self.target_ids), self.k, cluster)
 
-def kind(settings: Settings) -> str:
-    """What a replay is, in a few words: "exact", "Hessian-free"."""
-    return {True: "exact", False: "Hessian-free", None: "replay"}[settings.exact]
+        found = self._try(self.ask.suspects, lambda: section(True))
+        return found or (section(False) if self.ask.everything else None)
 
+    def _timeline(self, overall: Top) -> Timeline:
+        best = [*overall.helpful[:TRACKED], *overall.harmful[:TRACKED]]
+        samples = self.ask.samples or [entry.sample for entry in best]
+        return sections.timeline(self.inputs, samples, self.totals.height)
 
-def _mass(totals: pl.DataFrame) -> tuple[float, float]:
-    values = totals["contribution"]
-    return float(values.abs().sum()), float(values.sum())
-
-
-def _overall(inputs: Inputs, totals: pl.DataFrame, k: int) -> Top:
-    rows = scores.collect(scores.top(totals.lazy(), k))
-    return _top(_overall_title(inputs.settings), scores.MEAN, named(rows, inputs.samples))
-
-
-def _overall_title(settings: Settings) -> str:
-    words = {
-        "mean": f"the mean {settings.target_set} loss",
-        "class": "the mean over the classes",
-        "each": f"the mean over all {settings.target_set} samples",
-    }
-    return words.get(settings.targets, f"the mean over the chosen {settings.target_set} samples")
-
-
-def named(rows: pl.DataFrame, people: pl.LazyFrame) -> pl.DataFrame:
-    """Rows joined with label, name and noisy, in their order."""
-    ids = rows["sample"].unique().to_list()
-    known = scores.collect(people.filter(pl.col("sample").is_in(ids)).select("sample", "label", "name", "noisy"))
-    return rows.join(known.unique("sample"), on="sample", how="left", maintain_order="left")
-
-
-def _top(title: str, target: int, rows: pl.DataFrame) -> Top:
-    entries = [_entry(row, target) for row in rows.iter_rows(named=True)]
-    sides = (tuple(e for e in entries if e.side == side) for side in (scores.HELPFUL, scores.HARMFUL))
-    return Top(title, target, *sides)
-
-
-def _entry(row: dict[str, Any], target: int) -> Entry:
-    names = ("rank", "side", "sample", "label", "name", "noisy", "contribution", "share")
-    return Entry(target=target, **{name: row[name] for name in names})
-
-
-def _comparison(inputs: Inputs, totals: pl.DataFrame, other: Inputs, limit: int = 2000) -> Comparison:
-    with reading(other.folder / CONTRIBUTIONS):
-        others = sound_totals(other)
-    both = scores.collect(joined(totals.lazy(), others.lazy()))
-    if both.is_empty():
-        raise ReplayError(f"{inputs.folder} and {other.folder} have no sample in common: nothing to compare.")
-    agreement = agree(both["a"].to_numpy(), both["b"].to_numpy())
-    points = both if both.height <= limit else both.sample(limit, seed=0).sort("sample")
-    return Comparison(_words(inputs), _words(other), agreement, tuple(points.iter_rows()))
-
-
-def _words(inputs: Inputs) -> str:
-    return f"{kind(inputs.settings)} ({inputs.folder.name})"
+    def _pictures(self, found: Report) -> tuple[Picture, ...]:
+        if not self.ask.pictures:
+            return ()
+        train = {entry.sample for entry in entries(found)}
+        if found.suspicions:
+            train |= {suspect.sample for ranking in found.suspicions.rankings for suspect in ranking.suspects}
+        if found.statistics:
+            train |= {outlier.sample for outlier in found.statistics.outliers}
+        return sections.pictures(self.inputs, train, {why.target for why in found.why})

@@ -8,6 +8,9 @@ contribution of training sample i to target j, positive = helpful: removing the 
     share of a sample     |C| / sum over all tracked samples of |C|, for the same target (or of the totals)
     inter-class matrix    mean of C(i, j) over all pairs of a training class and a test class (paper, equation 23)
 
+    z of a sample         (C - mean) / standard deviation, over all tracked samples
+    concentration         share carried by the 1 % of samples with the largest |C|
+
 Shares are of the sum of absolute values, because contributions of both signs nearly cancel and a share of their
 plain sum would exceed 1 many times over. Samples of equal contribution are ordered by id, so that reports repeat.
 
@@ -103,6 +106,109 @@ def only(frame: pl.LazyFrame, target: int) -> pl.LazyFrame:
 def target_ids(frame: pl.LazyFrame) -> list[int]:
     """The ids of all targets, ascending."""
     return collect(frame.select(pl.col("target").unique().sort()))["target"].to_list()
+
+
+def statistics(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """One row: count, mean, std, min, max, and how many are positive, negative and zero."""
+    return frame.select(
+        count=pl.len(),
+        mean=_VALUE.mean(),
+        std=_VALUE.std(),
+        min=_VALUE.min(),
+        max=_VALUE.max(),
+        positive=(_VALUE > 0).sum(),
+        negative=(_VALUE < 0).sum(),
+        zero=(_VALUE == 0).sum(),
+    )
+
+
+def outliers(frame: pl.LazyFrame, z: float = 3.0) -> pl.LazyFrame:
+    """Samples at least z standard deviations from the mean, farthest first: sample, contribution, z."""
+    score = (_VALUE - _VALUE.mean()) / _VALUE.std()
+    far = frame.select("sample", "contribution", z=score).filter(pl.col("z").is_finite(), pl.col("z").abs() >= z)
+    return far.sort([pl.col("z").abs(), "sample"], descending=[True, False])
+
+
+def concentration(frame: pl.LazyFrame, fractions: tuple[float, ...] = (0.01, 0.05, 0.1, 0.5)) -> pl.LazyFrame:
+    """Share of the sum of |C| that the largest fraction of samples carries: fraction, samples, share.
+
+    Args:
+        frame: sample and contribution, one row a sample.
+        fractions: of the samples; at least one sample is taken.
+    """
+    size = _VALUE.abs().sort(descending=True)
+    running = frame.select(mass=size.cum_sum() / _VALUE.abs().sum(), taken=pl.int_range(1, pl.len() + 1))
+    wanted = frame.select(pl.len().cast(pl.Float64).alias("all")).join(
+        pl.LazyFrame({"fraction": list(fractions)}), how="cross"
+    )
+    counts = wanted.select("fraction", taken=(pl.col("all") * pl.col("fraction")).ceil().clip(1).cast(pl.Int64))
+    return counts.join(running, on="taken").select("fraction", samples="taken", share="mass").sort("fraction")
+
+
+def histogram(frame: pl.LazyFrame, low: float, high: float, bins: int) -> pl.LazyFrame:
+    """Counts of contributions in equal bins from low to high: bin, count; what lies outside is in the end bins."""
+    width = (high - low) / bins
+    place = ((_VALUE - low) / width).floor().clip(0, bins - 1).cast(pl.Int64)
+    counts = frame.group_by(bin=place).agg(count=pl.len().cast(pl.Int64))
+    return pl.LazyFrame({"bin": range(bins)}).join(counts, on="bin", how="left").fill_null(0).sort("bin")
+
+
+def matrix(frame: pl.LazyFrame, samples: pl.LazyFrame, targets: pl.LazyFrame) -> pl.LazyFrame:
+    """Mean contribution of every training class to every test class (paper, equation 23).
+
+    Args:
+        frame: contributions.
+        samples: sample and label.
+        targets: target and label.
+
+    Returns:
+        train, test, contribution: the mean over all pairs of the two classes.
+    """
+    train = samples.select("sample", train="label").drop_nulls()
+    test = targets.select("target", test="label").drop_nulls()
+    epochs = pl.col("epoch").n_unique() if "epoch" in frame.collect_schema() else pl.lit(1)
+    cells = frame.join(train, on="sample").join(test, on="target").group_by("train", "test")
+    return cells.agg(_VALUE.mean() * epochs).sort("train", "test")
+
+
+def normalised(cells: pl.LazyFrame) -> pl.LazyFrame:
+    """The matrix, every entry divided by sqrt(row sum x column sum); null where that product is not positive."""
+    product = _VALUE.sum().over("train") * _VALUE.sum().over("test")
+    return cells.with_columns(pl.when(product > 0).then(_VALUE / product.sqrt()))
+
+
+def phases(frame: pl.LazyFrame) -> pl.LazyFrame:
+    """What each epoch carried: epoch, helpful and harmful sums over samples, and mass, the sum of |C|.
+
+    Args:
+        frame: epoch, sample and contribution to the mean target, one row a sample and epoch.
+    """
+    epochs = frame.group_by("epoch").agg(
+        helpful=_VALUE.filter(_VALUE > 0).sum(), harmful=_VALUE.filter(_VALUE < 0).sum(), mass=_VALUE.abs().sum()
+    )
+    return epochs.sort("epoch")
+
+
+def totals_by_epoch(frame: pl.LazyFrame, epochs: list[int]) -> pl.LazyFrame:
+    """Epoch, sample and contribution to the mean target in some epochs."""
+    targets = frame.select(pl.col("target").n_unique().alias("targets"))
+    sums = frame.filter(pl.col("epoch").is_in(epochs)).group_by("epoch", "sample").agg(_VALUE.sum())
+    return sums.join(targets, how="cross").select("epoch", "sample", _VALUE / pl.col("targets"))
+
+
+def tracks(frame: pl.LazyFrame, samples: list[int]) -> pl.LazyFrame:
+    """The timeline of some samples: sample, epoch, contribution to the mean target."""
+    targets = frame.select(pl.col("target").n_unique().alias("targets"))
+    sums = frame.filter(pl.col("sample").is_in(samples)).group_by("sample", "epoch").agg(_VALUE.sum())
+    rows = sums.join(targets, how="cross").select("sample", "epoch", _VALUE / pl.col("targets"))
+    return rows.sort("sample", "epoch")
+
+
+def by_label(frame: pl.LazyFrame, samples: pl.LazyFrame) -> pl.LazyFrame:
+    """Sum of contributions by the samples' label, largest first: label, samples, contribution."""
+    labels = samples.select("sample", "label").drop_nulls()
+    sums = frame.join(labels, on="sample").group_by("label").agg(pl.len().alias("samples"), _VALUE.sum())
+    return sums.sort(["contribution", "label"], descending=[True, False])
 
 
 def blocks(frame: pl.LazyFrame, targets: list[int], samples: int) -> Iterator[pl.LazyFrame]:

@@ -64,9 +64,9 @@ def _settings(samples: int, targets: str) -> dict[str, Any]:
     return {
         "run": "runs/lenet.h5",
         "run_id": "0123456789abcdef",
-        "method": "adjoint",
+        "method": "exact (Hessian-vector products)",
         "exact": True,
-        "mode": "auto",
+        "mode": "adjoint",
         "sign": "positive = helpful",
         "unit": "test loss",
         "targets": targets,

@@ -54,7 +54,7 @@ def test_report_has_ranks_labels_and_shares(folder: Path) -> None:
 
 def test_class_names_replace_class_numbers(tmp_path: Path) -> None:
     path = replay_folder.write(tmp_path / "r", VALUES, labels=[1, 0, 1, 2, 5], classes=["cat", "dog", "emu"])
-    labels = {e.sample: e.label for e in tables.entries(report.build(path))}
+    labels = {e.sample: e.label for e in report.entries(report.build(path))}
     assert labels == {0: "dog", 1: "cat", 2: "dog", 4: "5"}
 
 

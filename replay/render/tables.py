@@ -1,21 +1,24 @@
-"""Reports as tables for other programs: CSV.
+"""Reports as tables for other programs: CSV and Parquet of the top tables, JSON of everything.
 
 A file is written beside its name and renamed when it is complete, so that a full disk or Ctrl-C leaves either the
-old file or the new one. Nothing is overwritten unless asked.
+old file or the new one. Nothing is overwritten unless asked. JSON has null where a number is not defined.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from trajrec.errors import OutputExistsError
-from trajrec.replay.report import Entry, Report
+from trajrec.replay.report import Report, entries
 
 COLUMNS: dict[str, type[pl.DataType]] = {
     "rank": pl.Int64,
@@ -31,28 +34,57 @@ COLUMNS: dict[str, type[pl.DataType]] = {
 def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
     """Write the top tables: rank, side, sample, label, target (-1 for the mean), contribution, share.
 
+    Several tables follow each other, told apart by target; those by class by a last column, table.
+
     Args:
-        report: the report; all its top tables are written, one after the other.
+        report: the report.
         path: the file to write.
         force: overwrite an existing file.
 
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    return save(path, lambda file: frame(report).write_csv(file), force)
+    rows = frame(report) if report.groups or report.why else frame(report).drop("table")
+    return save(path, lambda file: rows.write_csv(file), force)
+
+
+def write_parquet(report: Report, path: str | Path, force: bool = False) -> Path:
+    """Write the top tables as `write_csv` does, with the column table always, and sign and unit in the metadata.
+
+    Raises:
+        OutputExistsError: the file exists and `force` is False.
+    """
+    facts = {"sign": report.settings.sign, "unit": report.settings.unit or "", "run_id": report.settings.run_id or ""}
+    return save(path, lambda file: frame(report).write_parquet(file, metadata=facts), force)
+
+
+def write_json(report: Report, path: str | Path, force: bool = False) -> Path:
+    """Write every section of a report, pictures left out.
+
+    Raises:
+        OutputExistsError: the file exists and `force` is False.
+    """
+    text = json.dumps(plain({**asdict(report), "pictures": ()}), indent=1, allow_nan=False, ensure_ascii=False)
+    return save(path, lambda file: file.write_text(text + "\n", encoding="utf-8"), force)
 
 
 def frame(report: Report) -> pl.DataFrame:
-    """All top tables of a report as one data frame."""
+    """All top tables of a report as one data frame, with the title of its table behind every row."""
+    tables = [report.overall, *report.groups, *(why.top for why in report.why)]
+    titles = [top.title for top in tables for _ in (*top.helpful, *top.harmful)]
     rows = [{name: values[name] for name in COLUMNS} for values in map(asdict, entries(report))]
-    return pl.DataFrame(rows, schema=COLUMNS)
+    return pl.DataFrame(rows, schema=COLUMNS).with_columns(pl.Series("table", titles, dtype=pl.String))
 
 
-def entries(report: Report) -> Iterator[Entry]:
-    """The rows of all top tables: overall first."""
-    for top in (report.overall, *report.groups):
-        yield from top.helpful
-        yield from top.harmful
+def plain(value: Any) -> Any:
+    """A value that JSON can hold: paths as strings, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def claim(path: str | Path, force: bool) -> Path:

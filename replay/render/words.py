@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
-from trajrec.replay.inputs import Settings
+from trajrec.replay.findings import Clusters, Comparison, Spread
+from trajrec.replay.inputs import Certificate, Settings
 from trajrec.replay.report import Report
+from trajrec.replay.suspects import Detection
 
 SIGN = "positive = helpful: removing the sample would raise the loss"
 SHARE = "of the sum of |contribution| over all tracked samples"
+NO_CERTIFICATE = "none: nothing proves that this replay repeated the recorded run"
 
 
 def question(report: Report) -> str:
@@ -39,7 +42,7 @@ def method(settings: Settings) -> str:
     """How the contributions were computed."""
     form = {True: "exact (with the Hessian)", False: "Hessian-free approximation", None: "unknown form"}
     way = {"adjoint": "backwards through training (adjoint)", "tangent": "forwards through training (tangent)"}
-    return ", ".join(filter(None, [form[settings.exact], way.get(settings.method or "", settings.method)]))
+    return ", ".join(filter(None, [form[settings.exact], way.get(settings.mode or "")]))
 
 
 def training(settings: Settings) -> str:
@@ -70,3 +73,65 @@ def percent(value: float | None) -> str:
 def ratio(value: float) -> str:
     """A coefficient with three decimals, or "undefined"."""
     return "undefined" if math.isnan(value) else f"{value:.3f}"
+
+
+def certificate(proof: Certificate) -> str:
+    """The certificate's sentence; a failed one begins with a warning."""
+    return f"NOT PROVED. {proof.sentence}" if proof.good is False else proof.sentence
+
+
+def balance(spread: Spread) -> str:
+    """How many help and how many harm."""
+    parts = [
+        f"{percent(number / spread.count)} {word}"
+        for number, word in ((spread.positive, "help"), (spread.negative, "harm"), (spread.zero, "neither"))
+    ]
+    return ", ".join(parts)
+
+
+def part(fraction: float) -> str:
+    """A fraction of the samples."""
+    return f"top {100 * fraction:g} %"
+
+
+def carries(count: int, share: float) -> str:
+    """What the largest samples carry."""
+    return f"{count:,} sample{'' if count == 1 else 's'} carr{'ies' if count == 1 else 'y'} {percent(share)}"
+
+
+def detection(found: Detection) -> str:
+    """How well a score finds the known wrong labels."""
+    if not found.wrong:
+        return f"no wrong label is known among {found.samples:,} samples"
+    return (
+        f"{found.wrong:,} of {found.samples:,} labels are known to be wrong: ROC-AUC {ratio(found.auc)}; "
+        f"{percent(found.found_10)} of them found after inspecting 10 %, {percent(found.found_20)} after 20 %"
+    )
+
+
+def clusters(found: Clusters) -> str:
+    """What the clusters suspect, and how far that is right."""
+    text = f"{found.suspected:,} samples are in clusters that harm on the whole: suspected"
+    if found.jaccard is None:
+        return text
+    right, wrong = percent(found.jaccard.correct), percent(found.jaccard.wrong)
+    return f"{text}; Jaccard index with the known truth: right labels {right}, wrong labels {wrong}"
+
+
+def agreement(found: Comparison) -> list[tuple[str, str, str]]:
+    """Measure, value and meaning, row by row."""
+    same = found.agreement
+    rows = [
+        ("Spearman", ratio(same.spearman), "1 = the same order"),
+        ("Kendall tau-b", ratio(same.kendall), "1 = the same order"),
+        ("Pearson", ratio(same.pearson), "1 = proportional"),
+        ("slope", ratio(same.slope), "1 = the same scale"),
+        ("sign error", percent(same.sign_error), f"of {same.samples:,} samples change sign"),
+        (f"top {same.k} helpful", percent(same.overlap_helpful), "are in both lists"),
+        (f"top {same.k} harmful", percent(same.overlap_harmful), "are in both lists"),
+    ]
+    if found.by_target:
+        count, spearman, sign_error = found.by_target
+        rows.append(("Spearman by target", ratio(spearman), f"mean over {count:,} targets"))
+        rows.append(("sign error by target", percent(sign_error), f"mean over {count:,} targets"))
+    return rows
