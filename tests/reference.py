@@ -33,6 +33,11 @@ def sgd_step(p, v, g, o):
     return p - o["lr"] * g, v
 
 
+def copies(model):
+    """Clones of the buffers: training must not change the running statistics that the targets use."""
+    return {name: value.clone() for name, value in model.named_buffers()}
+
+
 def train(model, params, data, losses, plan, eps, hessian=True):
     """w_T by name, as a function of eps [N]. Without `hessian`, gradients do not depend on the weights."""
     n = len(eps)
@@ -43,7 +48,7 @@ def train(model, params, data, losses, plan, eps, hessian=True):
         at = params if hessian else {k: v.detach().requires_grad_() for k, v in params.items()}
         if plan.dropout_states:
             torch.set_rng_state(plan.dropout_states[t])
-        per_sample = losses(lambda *a, at=at: functional_call(model, at, a), batch)
+        per_sample = losses(lambda *a, at=at: functional_call(model, at | copies(model), a), batch)
         total = (share * (1 + n * eps[ids]) * per_sample).sum()
         grads = torch.autograd.grad(total, list(at.values()), create_graph=eps.requires_grad)
         grads = dict(zip(at, grads, strict=True))

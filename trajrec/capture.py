@@ -41,16 +41,18 @@ class DrawnBatch:
     ids: IntArray | None
     content: Any
     used_in_training_mode: bool | None = None
+    rng: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The samples of one step: ids [B], weights c [B] or None for 1/B, loss, and a digest function's input."""
+    """The samples of one step: ids [B], weights c [B] or None for 1/B, loss, generator states, what a digest is of."""
 
     ids: IntArray
     weights: FloatArray | None
     loss: float
-    contents: tuple[Any, ...]
+    rng: bytes | None = None
+    contents: tuple[Any, ...] = ()
 
     def digest(self) -> int | None:
         """CRC-32 of the batch as the loader made it, or None where no loader made it."""
@@ -121,6 +123,7 @@ class BatchLedger:
         self._given: tuple[IntArray, FloatArray | None] | None = None
         self._losses: list[Tensor] = []
         self._passes: dict[int, int] = {}
+        self._loose_rng: bytes | None = None
         self._first = True
 
     def watches(self, loader: Any) -> bool:
@@ -144,10 +147,20 @@ class BatchLedger:
         """The user has named the samples of the next step."""
         self._given = (ids, weights)
 
-    def forward(self, gradients: bool, training: bool) -> None:
-        """The model has been called, with or without gradients, in training mode or not."""
-        if gradients and self._drawn:
-            self._drawn[-1].used_in_training_mode = training
+    def forward(self, gradients: bool, training: bool, states: Callable[[], bytes]) -> None:
+        """The model is being called, with or without gradients, in training mode or not.
+
+        `states` reads the generators: their states belong to the batch's first use, so that other random numbers drawn
+        before it (shuffling, an evaluation) do not count.
+        """
+        if not gradients:
+            return
+        if not self._drawn:
+            self._loose_rng = self._loose_rng or states()
+            return
+        batch = self._drawn[-1]
+        batch.used_in_training_mode = training
+        batch.rng = batch.rng or states()
 
     def backward(self, loss: Any) -> None:
         """A backward pass has begun: what was used so far belongs to the next step."""
@@ -177,15 +190,16 @@ class BatchLedger:
         """
         batches = self._made_step or self._training_batches()
         loss = sum(float(value) for value in self._losses) if self._losses else float("nan")
+        rng = next((batch.rng for batch in batches if batch.rng), self._loose_rng)
         given, self._given = self._given, None
-        self._made_step, self._losses, self._drawn = [], [], []
+        self._made_step, self._losses, self._drawn, self._loose_rng = [], [], [], None
         if given is not None:
-            return StepBatch(given[0], given[1], loss, ())
+            return StepBatch(given[0], given[1], loss, rng)
         ids = self._ids(batches)
         self.dataset = batches[-1].loader.dataset if self.dataset is None else self.dataset
         self.epochs = self._passes.get(id(self.dataset), 1)
         self._first = False
-        return StepBatch(ids, None, loss, tuple(batch.content for batch in batches))
+        return StepBatch(ids, None, loss, rng, tuple(batch.content for batch in batches))
 
     def _ids(self, batches: list[DrawnBatch]) -> IntArray:
         if not batches:

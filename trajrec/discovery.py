@@ -23,7 +23,6 @@ class Discovery:
 
     def __init__(self, ledger: BatchLedger) -> None:
         self.ledger = ledger
-        self.rng_before: bytes | None = None
         self._called: dict[int, nn.Module] = {}
         self._depth = 0
         self._handles: list[Any] = []
@@ -46,11 +45,9 @@ class Discovery:
         if self._depth > 1 or isinstance(module, nn.modules.loss._Loss):
             return
         gradients = torch.is_grad_enabled()
-        self.ledger.forward(gradients, module.training)
+        self.ledger.forward(gradients, module.training, lambda: generator_states(module))
         if gradients:
             self._called[id(module)] = module
-            if self.rng_before is None:
-                self.rng_before = generator_states(None)
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1

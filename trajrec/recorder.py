@@ -65,7 +65,6 @@ class Recorder:
         self._handles: list[Any] = []
         self._snapshot: Snapshot | None = None
         self._pending: tuple[StepBatch, FloatArray, bytes] | None = None
-        self._rng_before: bytes | None = None
         self._step = 0
         self._began = 0.0
         self._last_keyframe = -1
@@ -115,10 +114,7 @@ class Recorder:
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def _on_forward(self, module: nn.Module, _: Any) -> None:
-        gradients = torch.is_grad_enabled()
-        self.ledger.forward(gradients, module.training)
-        if gradients and self._rng_before is None:
-            self._rng_before = generator_states(self._snapshot)
+        self.ledger.forward(torch.is_grad_enabled(), module.training, lambda: generator_states(module))
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.optimizer is not None and optimizer is not self.optimizer:
@@ -130,13 +126,11 @@ class Recorder:
         assert self._snapshot is not None
         batch = self._first_batch or self.ledger.take()
         self._first_batch = None
-        consumed = self._rng_before is not None and self._rng_before != generator_states(self._snapshot)
-        rng = self._rng_before if consumed and self._rng_before is not None else b""
+        consumed = batch.rng is not None and batch.rng != generator_states(self._snapshot.model)
         hyper = self._snapshot.hyper()
         if self._hides_state(hyper):
             self._keyframe()
-        self._pending = (batch, hyper, rng)
-        self._rng_before = None
+        self._pending = (batch, hyper, batch.rng if consumed and batch.rng is not None else b"")
         self.seconds += time.perf_counter() - start
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -163,12 +157,11 @@ class Recorder:
             assert self._discovery is not None
             self.model = self._discovery.model_of(optimizer)
             self._discovery.remove()
-            self._rng_before = self._discovery.rng_before
             self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
         batch = self._first_batch = self.ledger.take()
         self._snapshot = Snapshot(self.model, optimizer)
         self.sink.open(self._snapshot.spec(self._describe(batch)))
-        nothing = StepBatch(np.empty(0, dtype=np.int64), None, float("nan"), ())
+        nothing = StepBatch(np.empty(0, dtype=np.int64), None, float("nan"))
         self._commit(nothing, self._snapshot.hyper(), b"")
         self._step = self.sink.resumed_at
         if self._step == 0:

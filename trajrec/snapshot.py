@@ -41,7 +41,6 @@ class Snapshot:
         self.names = _hyperparameter_names(optimizer)
         self._views: dict[int, list[Tensor]] = {}
         self._check_dtypes()
-        self.rng = _generators(next(iter(self.parameters.values())).device)
 
     def _check_dtypes(self) -> None:
         for name, parameter in self.parameters.items():
@@ -78,7 +77,7 @@ class Snapshot:
             defaults={k: v for k, v in self.optimizer.defaults.items() if _is_plain(v)},
             hyperparameters=self.names,
             groups=len(self.optimizer.param_groups),
-            rng=self.rng,
+            rng=generators(self.model),
             eval_modules=tuple(name for name, m in self.model.named_modules() if name and not m.training)
             if self.model.training
             else ("",),
@@ -194,18 +193,19 @@ def _number(group: dict[str, Any], name: str) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _generators(device: torch.device) -> tuple[tuple[str, int], ...]:
-    """Generators that a forward pass on this device may use, with the length of their state in bytes."""
+def generators(model: nn.Module) -> tuple[tuple[str, int], ...]:
+    """Generators that a forward pass of this model may use, with the length of their state in bytes."""
+    device = next(model.parameters()).device
     cpu = (("cpu", int(torch.get_rng_state().numel())),)
     if device.type != "cuda":
         return cpu
     return (*cpu, (str(device), int(torch.cuda.get_rng_state(device).numel())))
 
 
-def generator_states(snapshot: Snapshot | None) -> bytes:
-    """The states of the spec's generators one after the other; before the spec is known, of the CPU's alone."""
-    names = [name for name, _ in snapshot.rng] if snapshot is not None else ["cpu"]
-    states = [torch.get_rng_state() if name == "cpu" else torch.cuda.get_rng_state(name) for name in names]
+def generator_states(model: nn.Module) -> bytes:
+    """The states of `generators(model)`, one after the other."""
+    device = next(model.parameters()).device
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
     return b"".join(state.numpy().tobytes() for state in states)
 
 

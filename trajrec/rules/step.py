@@ -104,7 +104,8 @@ class Rule(ABC):
         s = {name: value.detach().requires_grad_() for name, value in state.items()}
         with torch.enable_grad():
             stepped, new_state = self.step(w, s, g, hyper)
-        names = [name for name in new_state if name in sigma]
+        # A buffer that this step does not use (momentum 0) is a constant: nothing to pull back through.
+        names = [name for name, value in new_state.items() if name in sigma and value.requires_grad]
         outputs = [stepped, *(new_state[name] for name in names)]
         inputs = [w, *s.values(), g]
         found = pull_batched(outputs, inputs, [lam, *(sigma[name] for name in names)])

@@ -1,0 +1,92 @@
+"""The `trajrec` command: parses, delegates, and is the one place where errors become exit codes.
+
+0 done, 1 the recorded script itself failed, 2 usage or task error, 3 replay refused for drift, 4 damaged run,
+130 interrupted. torch, h5py and polars are imported by the commands that need them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from trajrec.cli.demo import demo
+
+from trajrec.cli.maintenance import info, pack, verify
+from trajrec.cli.record import RecordCommand, record
+from trajrec.cli.replay import replay
+from trajrec.cli.report import report
+from trajrec.errors import TrajrecError
+
+app = typer.Typer(
+    name="trajrec",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="A flight recorder for PyTorch training: record a run, then ask which samples made the model what it is.",
+)
+app.command(
+    cls=RecordCommand,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)(record)
+app.command()(replay)
+app.command()(report)
+app.command()(info)
+app.command()(verify)
+app.command()(pack)
+app.command()(demo)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from trajrec import __version__
+
+        typer.echo(f"trajrec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """A flight recorder for PyTorch training: record a run, then ask which samples made the model what it is."""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code; messages go to standard error."""
+    import click
+
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except TrajrecError as error:
+        return _complain(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("Interrupted.", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`trajrec info run.h5 | head`): nothing is wrong.
+        sys.stderr.close()
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str, code: int) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("Error: ", "bold red"), message))
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""`trajrec info`, `verify` and `pack`: what a run is, whether it is whole, and finishing one that was cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from trajrec.runfile.reader import Run
+
+RunArgument = Annotated[
+    Path | None, typer.Argument(help="The run [default: the newest under ./runs].", show_default=False)
+]
+
+
+def info(run: RunArgument = None) -> None:
+    """Show what a run holds: steps, size, optimizer, data, versions.
+
+    Example: [bold]trajrec info runs/mnist.h5[/bold]
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from trajrec.cli.runs import find_run
+    from trajrec.runfile.reader import open as open_run
+
+    table = Table.grid(padding=(0, 2))
+    with open_run(find_run(run)) as recorded:
+        for name, value in _facts(recorded):
+            table.add_row(Text(name, style="bold"), Text(value))
+    Console().print(table)
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    from trajrec.cli.runs import size_text
+
+    spec = run.spec
+    trainable = sum(p.size for p in spec.params if p.trainable)
+    last = run.hyperparameters(run.steps) if run.steps else []
+    return [
+        ("run", str(run.path)),
+        ("state", run.state),
+        ("created", spec.created),
+        ("steps", f"{run.steps:,} in {len(set(run.epochs.tolist()))} epoch(s)"),
+        ("size", f"{size_text(run.size)}, {size_text(run.size / max(run.steps, 1))} a step"),
+        ("duration", _duration(run)),
+        ("gaps", ", ".join(f"steps {a} to {b}" for a, b in run.gaps) or "none"),
+        ("keyframes", f"{len(run.keyframe_steps)}"),
+        ("weights", f"{spec.row_length:,} {spec.dtype} in {len(spec.params)} parameters, {trainable:,} trainable"),
+        ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),
+        ("loss", f"{run.loss(1):.4g} at step 1, {run.loss(run.steps):.4g} at step {run.steps:,}" if run.steps else "-"),
+        ("samples", f"{spec.samples:,} ({spec.data.get('dataset', 'unknown data set')})"),
+        ("task", spec.task or "none noted"),
+        ("command", " ".join(spec.command)),
+        ("device", f"{spec.device}, {spec.threads} thread(s)"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in spec.versions.items())),
+    ]
+
+
+def _duration(run: Run) -> str:
+    if run.steps < 2:
+        return "-"
+    seconds = run.time(run.steps) - run.time(1)
+    return f"{seconds:.1f} s, {(run.steps - 1) / max(seconds, 1e-9):,.1f} steps/s"
+
+
+def _options(groups: list[dict[str, float]]) -> str:
+    return "; ".join(", ".join(f"{k} {v:g}" for k, v in group.items() if v == v) for group in groups) or "-"

@@ -1,0 +1,168 @@
+"""`trajrec record`: runs an ordinary training script, unchanged, and records it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from trajrec.errors import TrajrecError
+
+if TYPE_CHECKING:
+    import click
+
+    from trajrec.recorder import Recorder
+
+
+class RecordCommand(TyperCommand):
+    """Like Python itself: everything after SCRIPT or `-m MODULE` belongs to the script."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Puts `--` behind `-m MODULE`."""
+        takes_value = {name for p in self.params if not getattr(p, "is_flag", False) for name in p.opts}
+        place = 0
+        while place < len(args) and args[place].startswith("-") and args[place] != "--":
+            if args[place] == "-m":
+                args = [*args[: place + 2], "--", *args[place + 2 :]]
+                break
+            place += 2 if args[place] in takes_value else 1
+        return super().parse_args(ctx, args)
+
+
+def record(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="SCRIPT.py [ARGS]...", show_default=False)] = None,
+    module: Annotated[str | None, typer.Option("-m", metavar="MODULE", help="Run a module, as python -m does.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run file [default: ./runs/SCRIPT-TIME.h5].", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:ATTR",
+            help="The Task, noted in the run so that replay finds it [default: task.py beside SCRIPT, if there].",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing run.")] = False,
+) -> int:
+    """Run a training script and record every optimizer step. The script needs no change.
+
+    Example: [bold]trajrec record --out runs/mnist.h5 train.py --epochs 5[/bold]
+    """
+    from trajrec.cli.runs import check_absent, new_run
+    from trajrec.recorder import record as make_recorder
+
+    script, rest = _script(arguments or [], module)
+    path = out or new_run(script.stem if module is None else module.rpartition(".")[2])
+    check_absent(path, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reference = _task_reference(task, script if module is None else None)
+    recorder: Recorder = make_recorder(path, task=reference, force=force)
+    code = _run(recorder, script, module, rest)
+    if recorder.summary is None:
+        if code == 0:
+            raise TrajrecError(f"No optimizer step was seen in {module or script}: there is nothing to record.")
+        return code
+    _say(recorder, module or script.name, reference)
+    return code
+
+
+def _script(arguments: list[str], module: str | None) -> tuple[Path, list[str]]:
+    if module is not None:
+        return Path(module), arguments
+    if not arguments:
+        raise TrajrecError("Name the script to be recorded: trajrec record SCRIPT.py [ARGS]...")
+    script = Path(arguments[0])
+    if not script.is_file():
+        raise TrajrecError(f"There is no script {script}.")
+    return script, arguments[1:]
+
+
+def _task_reference(task: str | None, script: Path | None) -> str | None:
+    """The reference to be noted, with an absolute path; by default task.py beside the script."""
+    if task is None:
+        beside = None if script is None else script.resolve().parent / "task.py"
+        return f"{beside}:task" if beside is not None and beside.is_file() else None
+    source, colon, attribute = task.rpartition(":") if ":" in task else (task, ":", "task")
+    if source.endswith(".py"):
+        if not Path(source).is_file():
+            raise TrajrecError(f"There is no task file {source}. Pass --task FILE.py:ATTR.")
+        source = str(Path(source).resolve())
+    return f"{source}{colon}{attribute}"
+
+
+def _run(recorder: Recorder, script: Path, module: str | None, arguments: list[str]) -> int:
+    """Runs the script under the recorder. Returns the exit code it asked for."""
+    try:
+        with recorder, _as_main(script, module, arguments):
+            if module is not None:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as stop:
+        return _exit_code(stop.code)
+    except TrajrecError:
+        raise
+    except KeyboardInterrupt:
+        typer.echo("Interrupted.", err=True)
+        return 130
+    except Exception as error:
+        _show_traceback(error)
+        return 1
+    return 0
+
+
+def _exit_code(code: Any) -> int:
+    if isinstance(code, str):
+        typer.echo(code, err=True)
+        return 1
+    return int(code or 0)
+
+
+@contextmanager
+def _as_main(script: Path, module: str | None, arguments: list[str]) -> Iterator[None]:
+    """sys.argv and sys.path as Python sets them for a script."""
+    argv, first = sys.argv, sys.path[0] if sys.path else ""
+    sys.argv = [module or str(script), *arguments]
+    sys.path.insert(0, "" if module is not None else str(script.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if sys.path and sys.path[0] != first:
+            del sys.path[0]
+
+
+def _show_traceback(error: Exception) -> None:
+    """The script's own traceback, without the frames that ran it."""
+    import traceback
+
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+        trace = trace.tb_next
+    traceback.print_exception(type(error), error, trace)
+
+
+def _say(recorder: Recorder, name: str, reference: str | None) -> None:
+    """One line: what was recorded, and what to type next."""
+    from trajrec.cli.runs import RUNS, find_run, size_text
+
+    summary = recorder.summary
+    assert summary is not None
+    assert summary.path is not None
+    cost = recorder.seconds / max(recorder.training_seconds, 1e-9)
+    path = summary.path
+    newest = path.parent == RUNS and find_run(None) == path
+    command = "trajrec replay" + ("" if newest else f" {path}") + ("" if reference else " --task FILE.py:ATTR")
+    gaps = f", {len(summary.gaps)} gap(s)" if summary.gaps else ""
+    typer.echo(
+        f"Recorded {summary.steps:,} steps of {name} into {path} ({size_text(summary.size)}{gaps}; recording took "
+        f"{cost:.1%} of the training thread's time). Next: {command} --exact",
+        err=True,
+    )

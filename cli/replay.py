@@ -1,0 +1,128 @@
+"""`trajrec replay`: contributions of training samples from a recording."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trajrec.errors import DataMismatchError, TaskError, TrajrecError
+
+if TYPE_CHECKING:
+    from trajrec.replay.contribution import Contributions
+    from trajrec.runfile.reader import Run
+    from trajrec.task import Task
+
+
+def replay(
+    run: Annotated[
+        Path | None, typer.Argument(help="The run [default: the newest under ./runs].", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:ATTR", help="The Task [default: the one noted in the run].", show_default=False),
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(metavar="IDX.npy", help="Training sample ids [default: all].", show_default=False)
+    ] = None,
+    targets: Annotated[str, typer.Option(metavar="mean|each|class|FILE.npy", help="What is measured.")] = "mean",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="With Hessian-vector products, not the approximation.")
+    ] = False,
+    mode: Annotated[
+        str, typer.Option(metavar="auto|adjoint|tangent", help="Direction; auto takes the cheaper.")
+    ] = "auto",
+    by_epoch: Annotated[bool, typer.Option("--by-epoch", help="Also the part of each epoch.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Output folder [default: NAME-replay beside the run].", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="float32|float64", help="Floating type [default: the run's].", show_default=False),
+    ] = None,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Go on where the Task does not reproduce the run.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
+) -> None:
+    """Ask a run which training samples made the model do what it does.
+
+    Example: [bold]trajrec replay --samples idx.npy --exact[/bold]
+    """
+    from trajrec.cli.runs import check_absent, find_run, replay_folder
+    from trajrec.replay import report
+    from trajrec.replay.output import new_folder, write_replay
+    from trajrec.replay.render import tables, terminal
+    from trajrec.replay.session import Session
+    from trajrec.runfile.reader import open as open_run
+
+    path = find_run(run)
+    folder = out or replay_folder(path)
+    check_absent(folder, force)
+    began = time.monotonic()
+    with open_run(path) as recorded:
+        session = Session(recorded, _task(task, recorded), dtype=dtype, device=device, allow_drift=allow_drift)
+        wanted = _load_ids(Path(targets), "--targets") if targets.endswith(".npy") else targets
+        chosen = None if samples is None else _load_ids(samples, "--samples")
+        result = _solve(session, wanted, chosen, exact=exact, mode=mode, by_epoch=by_epoch)
+        facts = {"run": str(path), "seconds": round(time.monotonic() - began, 3), "command": " ".join(sys.argv[1:])}
+        with new_folder(folder, force) as unfinished:
+            write_replay(unfinished, result, session, facts)
+            tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
+    terminal.show(report.build(folder, top))
+    typer.echo(f"Written to {folder}/. Next: trajrec report {folder}", err=True)
+
+
+def _solve(session: Any, targets: Any, samples: Any, **options: Any) -> Contributions:
+    from trajrec.cli.progress import ReplayProgress
+    from trajrec.replay.contribution import solve
+
+    with ReplayProgress() as progress:
+        return solve(session, targets, samples, progress=progress, **options)
+
+
+def _load_ids(path: Path, option: str) -> Any:
+    """Sample ids from a .npy file; never unpickles."""
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise TrajrecError(f"{option}: there is no file {path}.") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise TrajrecError(f"{option}: {path} is no .npy file of integers ({error}).") from None
+
+
+def _task(reference: str | None, run: Run) -> Task:
+    """The Task named on the command line, or by the recording if its file is still the same.
+
+    Raises:
+        TaskError: if there is none, or it cannot be loaded.
+        DataMismatchError: if the noted file has changed since.
+    """
+    from trajrec.task import file_sha256, load_task, task_file
+
+    if reference is not None:
+        return load_task(reference)
+    noted = run.spec.task
+    if noted is None:
+        raise TaskError(
+            "The run notes no Task, so replay does not know the model, the data and the loss. Pass --task FILE.py:ATTR "
+            "(see `trajrec.Task`), now or with `trajrec record --task`."
+        )
+    file = task_file(noted)
+    if file is not None and not file.is_file():
+        raise TaskError(f"The Task noted in the run, {noted}, is not there any more. Pass --task FILE.py:ATTR.")
+    if file is not None and file_sha256(file) != run.spec.task_sha256:
+        raise DataMismatchError(
+            f"The Task noted in the run, {noted}, has changed since the recording. If it still describes the training, "
+            f"name it: --task {noted}. The certificate will tell."
+        )
+    typer.echo(f"Task: {noted} (noted in the run, unchanged)", err=True)
+    return load_task(noted)
