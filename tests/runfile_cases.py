@@ -1,0 +1,118 @@
+"""Made-up runs for the tests of the run file: every value is a function of seed and step."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from trajrec.records import BufferSpec, Keyframe, ParamSpec, RunSpec, StepRecord
+from trajrec.sink import Sink, Summary
+
+
+def spec(values: int = 1000, dtype: str = "float32", rng: int = 0, samples: int = 500) -> RunSpec:
+    half = values // 2
+    params = (
+        ParamSpec("layer.weight", (half,), dtype, 0, 0, True),
+        ParamSpec("layer.bias", (values - half,), dtype, half, 1, True),
+    )
+    return RunSpec(
+        run_id="0f" * 16,
+        created="2026-01-02T03:04:05+00:00",
+        params=params,
+        buffers=(BufferSpec("norm.mean", (3,), "float32"),),
+        dtype=dtype,
+        optimizer="SGD",
+        optimizer_module="torch.optim.sgd",
+        defaults={"lr": 0.1, "nesterov": False, "fused": None},
+        hyperparameters=("lr", "momentum"),
+        groups=2,
+        samples=samples,
+        rng=(("cpu", rng),) if rng else (),
+        versions={"trajrec": "0.1.0"},
+        command=("train.py", "--name", "r\u00fcn"),
+    )
+
+
+@dataclass(frozen=True)
+class MadeUpRun:
+    """Rows, records and keyframes of a run."""
+
+    spec: RunSpec
+    seed: int = 0
+    batch: int = 7
+    with_weights: bool = True
+
+    def row(self, t: int) -> np.ndarray:
+        start = np.random.default_rng(self.seed).normal(size=self.spec.row_length)
+        return (start + 1e-3 * t * np.sin(np.arange(self.spec.row_length) + self.seed)).astype(self.spec.dtype)
+
+    def record(self, t: int) -> StepRecord:
+        crc = zlib.crc32(self.row(t).data)
+        hyper = np.array([[0.1 / (t + 1), 0.9], [0.01, np.nan]])
+        if t == 0:
+            return StepRecord(0, 0, float("nan"), 1e9, crc, hyper, np.empty(0, np.int64))
+        random = np.random.default_rng([self.seed, t])
+        ids = random.integers(0, self.spec.samples, self.batch - (t % 5 == 0))
+        weights = random.random(len(ids)) if self.with_weights and t % 3 == 0 else None
+        size = sum(length for _, length in self.spec.rng)
+        return StepRecord(t, t // 10, 1.0 / t, 1e9 + t, crc, hyper, ids, weights, random.bytes(size * (t % 2)))
+
+    def keyframe(self, t: int, with_weights: bool = False) -> Keyframe:
+        random = np.random.default_rng([self.seed, t, 1])
+        arrays = {
+            "optimizer/momentum_buffer": random.normal(size=self.spec.row_length).astype(self.spec.dtype),
+            "optimizer/momentum_buffer.present": np.ones(len(self.spec.params), np.uint8),
+            "optimizer/step.scalar": np.array([float(t), np.nan]),
+            "optimizer/extra/0": random.normal(size=(2, 3, 4)),
+            "buffers/norm.mean": np.float32(random.normal(size=3)),
+            "buffers/norm.count": np.array(t, np.int64),
+            "rng/cpu": random.integers(0, 256, 5056).astype(np.uint8),
+            "rng/empty": np.empty(0, np.float32),
+        }
+        return Keyframe(t, ({"weights": self.row(t)} if with_weights else {}) | arrays)
+
+    def feed(self, sink: Sink, last: int, first: int = 0) -> None:
+        """Commits steps first..last, with the keyframes that the sink asks for."""
+        for t in range(first, last + 1):
+            row = sink.reserve()
+            if row is not None:
+                row[:] = self.row(t)
+            sink.commit(self.record(t))
+            if sink.wants_keyframe(t):
+                sink.keyframe(self.keyframe(t, with_weights=row is None))
+
+    def write(self, sink: Sink, last: int, complete: bool = True) -> Summary:
+        sink.open(self.spec)
+        self.feed(sink, last)
+        return sink.close(complete)
+
+
+def assert_same_run(run: object, made: MadeUpRun, last: int) -> None:
+    """Compares everything a Run tells with what was recorded, bit for bit."""
+    assert run.steps == last
+    assert run.spec == made.spec
+    for t, row in run.walk(0, last):
+        assert row.tobytes() == made.row(t).tobytes()
+    for t in range(1, last + 1):
+        assert_same_step(run, made.record(t))
+
+
+def assert_same_step(run: object, record: StepRecord) -> None:
+    t, count = record.step, len(record.ids)
+    assert np.array_equal(run.sample_ids(t), record.ids)
+    expected = np.full(count, 1 / count) if record.weights is None else record.weights
+    assert np.array_equal(run.sample_weights(t), expected)
+    assert np.array_equal(run.hyper(t), record.hyper, equal_nan=True)
+    told = (run.epoch(t), run.loss(t), run.time(t), run.crc32(t), run.rng(t))
+    assert told == (record.epoch, record.loss, record.time, record.crc32, record.rng)
+
+
+def assert_same_keyframe(found: Keyframe, made: Keyframe) -> None:
+    assert found.step == made.step
+    assert found.arrays.keys() == made.arrays.keys()
+    for name, value in made.arrays.items():
+        assert found.arrays[name].dtype == value.dtype
+        assert found.arrays[name].shape == value.shape
+        assert found.arrays[name].tobytes() == value.tobytes()

@@ -1,0 +1,229 @@
+"""The folder `run.h5.rec` beside the output, where a recording lives until it is packed.
+
+    lock                              held by whoever records (lock.py)
+    manifest.json                     spec and options, with a CRC-32
+    ring.bin                          steps that are not sealed yet (ring.py)
+    segment-FIRST-LAST.h5             sealed steps; complete, because renamed only after fsync
+    keyframe-STEP.bin                 raw keyframes (keyfile.py)
+    record-STEP.bin                   a record too large for the ring
+    writer.log                        what the writer process said
+    *.tmp, *.part                     unfinished; deleted by whoever comes next
+
+A segment's name says which steps it holds, so the state of a recording can be told without opening a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
+from trajrec.records import RunSpec
+
+SUFFIX = ".rec"
+FORMAT = "trajrec recording"
+VERSION = 1
+_SEGMENT = re.compile(r"segment-(\d{10})-(\d{10})\.h5")
+_KEYFRAME = re.compile(r"keyframe-(\d{10})\.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is known of a recording from its first moment.
+
+    Attributes:
+        spec: of the run.
+        output: name of the packed file.
+        keep: "steps" or "keyframes".
+        compression: "zstd" or "none".
+        resumed: steps the recording was taken up again at.
+        gaps: stretches that went unrecorded, of earlier parts of a resumed recording.
+    """
+
+    spec: RunSpec
+    output: str
+    keep: str
+    compression: str
+    resumed: tuple[int, ...] = ()
+    gaps: tuple[tuple[int, int], ...] = ()
+
+    def to_json(self) -> str:
+        """The manifest as text, with a checksum."""
+        body = json.dumps({**asdict(self), "spec": self.spec.to_json()}, indent=1)
+        return json.dumps({"format": FORMAT, "version": VERSION, "crc32": zlib.crc32(body.encode())}) + "\n" + body
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A sealed segment: steps [first, stop)."""
+
+    path: Path
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Paths inside a recording's folder."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, output: Path) -> Folder:
+        """The folder of an output."""
+        return cls(output.with_name(output.name + SUFFIX))
+
+    @property
+    def output(self) -> Path:
+        """The packed file that this folder becomes."""
+        return self.path.with_name(self.path.name.removesuffix(SUFFIX))
+
+    @property
+    def lock(self) -> Path:
+        """The lock file."""
+        return self.path / "lock"
+
+    @property
+    def ring(self) -> Path:
+        """The ring."""
+        return self.path / "ring.bin"
+
+    @property
+    def manifest(self) -> Path:
+        """The manifest."""
+        return self.path / "manifest.json"
+
+    @property
+    def log(self) -> Path:
+        """What the writer said."""
+        return self.path / "writer.log"
+
+    def segment(self, first: int, stop: int) -> Path:
+        """Path of the segment of steps [first, stop)."""
+        return self.path / f"segment-{first:010d}-{stop - 1:010d}.h5"
+
+    def keyframe(self, step: int) -> Path:
+        """Path of a keyframe."""
+        return self.path / f"keyframe-{step:010d}.bin"
+
+    def segments(self) -> list[Segment]:
+        """The sealed segments in order."""
+        found = [(p, _SEGMENT.fullmatch(p.name)) for p in self._entries()]
+        segments = [Segment(p, int(m[1]), int(m[2]) + 1) for p, m in found if m]
+        return sorted(segments, key=lambda s: s.first)
+
+    def keyframes(self) -> dict[int, Path]:
+        """The raw keyframes by step, in order."""
+        found = [(p, _KEYFRAME.fullmatch(p.name)) for p in self._entries()]
+        return {int(m[1]): p for p, m in sorted(found, key=lambda x: x[0].name) if m}
+
+    def _entries(self) -> list[Path]:
+        return list(self.path.iterdir()) if self.path.is_dir() else []
+
+    def size(self) -> int:
+        """Bytes of what is recorded: segments and keyframes."""
+        paths = [s.path for s in self.segments()] + list(self.keyframes().values())
+        return sum(_size(path) for path in paths)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Writes the manifest, durably."""
+        with durable(self.manifest) as tmp:
+            tmp.write_text(manifest.to_json())
+
+    def read_manifest(self) -> Manifest:
+        """The manifest.
+
+        Raises:
+            NotARunError: there is none. DamagedRunError: its checksum does not match. NewerFormatError: as it says.
+        """
+        try:
+            head, _, body = self.manifest.read_text().partition("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise NotARunError(f"{self.path} is not a recording of trajrec: it has no readable manifest.") from error
+        try:
+            return _parse(head, body, self.path)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedRunError(f"{self.manifest} is damaged ({error}).") from error
+
+    def clear(self) -> None:
+        """Deletes everything but the lock."""
+        for path in self._entries():
+            if path != self.lock:
+                path.unlink()
+
+    def sweep(self) -> None:
+        """Deletes unfinished files of an earlier writer."""
+        for path in self._entries():
+            if path.suffix == ".tmp":
+                path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Deletes the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def durable(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; what is written there becomes `path` whole and synced, or not at all."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        yield tmp
+        sync(tmp)
+        tmp.replace(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a folder's list of names is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _parse(head: str, body: str, path: Path) -> Manifest:
+    about = json.loads(head)
+    if about["format"] != FORMAT:
+        raise NotARunError(f"{path} is not a recording of trajrec.")
+    if about["version"] > VERSION:
+        raise NewerFormatError(f"{path} was written by a newer trajrec (version {about['version']}). Update trajrec.")
+    if about["crc32"] != zlib.crc32(body.encode()):
+        raise ValueError("its text does not match its checksum")
+    values = json.loads(body)
+    return Manifest(
+        spec=RunSpec.from_json(values["spec"]),
+        output=str(values["output"]),
+        keep=str(values["keep"]),
+        compression=str(values["compression"]),
+        resumed=tuple(int(t) for t in values["resumed"]),
+        gaps=tuple((int(a), int(b)) for a, b in values["gaps"]),
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that there is no room."""
+    while error is not None:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,103 @@
+"""A keyframe as a raw file, written by the training process without HDF5 and folded into the run file later.
+
+    "TRAJKEY1" | uint32 length of the header | uint32 CRC-32 of the header | header | arrays
+
+The header is JSON: {"step": t, "arrays": [[path, dtype, shape, start, bytes, CRC-32], ...]} with starts counted from
+the end of the header. Arrays are C-contiguous and little-endian, of booleans and numbers only. A file is
+written under another name and renamed, so one that has its name is whole, unless power was cut: the writer fsyncs
+it later, and the checksums tell.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trajrec.errors import DamagedRunError
+from trajrec.records import Keyframe
+
+MAGIC = b"TRAJKEY1"
+_HEAD = struct.Struct("<8sII")
+
+
+def write_keyframe(path: Path, keyframe: Keyframe) -> int:
+    """Writes a keyframe (not synced) and returns the file's size in bytes.
+
+    Raises:
+        OSError: no room (ENOSPC); no half file is left.
+        TypeError: an array of objects.
+    """
+    arrays = {name: _plain(name, value) for name, value in keyframe.arrays.items()}
+    head = _header(keyframe.step, arrays)
+    part = path.with_suffix(".part")
+    try:
+        with part.open("wb", buffering=0) as file:
+            _write(file, head)
+            for array in arrays.values():
+                _write(file, array.data.cast("B") if array.size else b"")
+            size = file.tell()
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    return size
+
+
+def read_keyframe(path: Path, only: str | None = None) -> Keyframe:
+    """The keyframe in a file; with `only`, just the array of that path.
+
+    Raises:
+        DamagedRunError: truncated, or a checksum does not match.
+    """
+    data = path.read_bytes()
+    try:
+        step, entries, start = _parse(data)
+        arrays = {e[0]: _array(data, start, e) for e in entries if only in (None, e[0])}
+    except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
+        raise DamagedRunError(f"{path}: this keyframe is damaged ({error}).") from error
+    return Keyframe(step, arrays)
+
+
+def _plain(name: str, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array = np.asarray(value, order="C")
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"a keyframe holds arrays of numbers; {name} has dtype {array.dtype}")
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _header(step: int, arrays: dict[str, npt.NDArray[Any]]) -> bytes:
+    entries, start = [], 0
+    for name, array in arrays.items():
+        entries.append([name, array.dtype.str, array.shape, start, array.nbytes, zlib.crc32(array.data)])
+        start += array.nbytes
+    body = json.dumps({"step": step, "arrays": entries}).encode()
+    return _HEAD.pack(MAGIC, len(body), zlib.crc32(body)) + body
+
+
+def _write(file: Any, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _parse(data: bytes) -> tuple[int, list[list[Any]], int]:
+    magic, length, crc = _HEAD.unpack_from(data)
+    body = data[_HEAD.size : _HEAD.size + length]
+    if magic != MAGIC or zlib.crc32(body) != crc:
+        raise ValueError("its header does not match its checksum")
+    head = json.loads(body)
+    return int(head["step"]), head["arrays"], _HEAD.size + length
+
+
+def _array(data: bytes, start: int, entry: list[Any]) -> npt.NDArray[Any]:
+    name, dtype, shape, offset, size, crc = entry
+    part = data[start + offset : start + offset + size]
+    if len(part) != size or zlib.crc32(part) != crc:
+        raise ValueError(f"array {name} does not match its checksum")
+    return np.frombuffer(part, np.dtype(dtype)).reshape(shape)

@@ -1,0 +1,193 @@
+"""The HDF5 layout of a run: the only module that knows its names. docs/format.md describes it byte by byte.
+
+A segment and a packed run are laid out alike. Entry k of every dataset belongs to step first + k; entry 0 of a run
+is step 0, the weights before training, so that `weights[t]` and `steps/loss[t]` of a packed run are those of step t.
+
+    attributes    format, version, created, state, first, keep, gaps, resumed
+    /spec         one JSON attribute for every field of RunSpec
+    /weights      (n, P) in chunks (R, C); (0, P) where rows of single steps are not kept
+    /steps        step, epoch, loss, time, crc32 (n); hyper (n, G, H)
+    /batches      ids, weights, rng: flat; ids_offsets, weights_offsets, rng_offsets (n + 1)
+    /keyframes    the step as ten digits: the keyframe's arrays by their paths, each with its CRC-32 (packed runs)
+
+What finds a damaged byte: the file format's own checksums for structure and attributes (hence libver v110 and
+strings of fixed length), Fletcher-32 for the columns, the CRC-32 of the step for a row, the attribute for a keyframe.
+Files are only ever written whole under another name, synced and renamed; none is opened again for writing.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin
+import numpy as np
+import numpy.typing as npt
+
+from trajrec.records import Row, RunSpec
+from trajrec.runfile.table import PLAIN, RAGGED, StepTable
+
+FORMAT = "trajrec"
+VERSION = "1.0"
+LIBVER = ("v110", "v110")
+STEP_DIGITS = 10
+COLUMN_CHUNK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a file says of itself, besides the spec.
+
+    Attributes:
+        state: "recording" (a segment), "complete" or "recovered".
+        first: step of entry 0.
+        keep: "steps", or "keyframes" where rows of single steps are not kept.
+        compression: "zstd" or "none".
+        chunks: (R, C) of /weights.
+        gaps: first and last step of stretches that went unrecorded.
+        resumed: steps that a recording was taken up again at.
+    """
+
+    state: str
+    first: int
+    keep: str
+    compression: str
+    chunks: tuple[int, int]
+    gaps: tuple[tuple[int, int], ...] = ()
+    resumed: tuple[int, ...] = ()
+
+
+def filters(compression: str) -> dict[str, Any]:
+    """The filters of /weights, as arguments of `create_dataset`."""
+    return {} if compression == "none" else {"shuffle": True, "compression": hdf5plugin.Zstd(clevel=1)}
+
+
+def begin(path: Path, head: Head, spec: RunSpec, cache: int | None = None) -> h5py.File:
+    """A new file with its attributes, its spec and empty /weights; `cache` is the chunk cache in bytes."""
+    file = h5py.File(path, "w", libver=LIBVER, locking=False, rdcc_nbytes=cache)
+    for name, value in _attributes(head, spec).items():
+        file.attrs[name] = np.bytes_(value)
+    file.attrs["first"] = np.int64(head.first)
+    group = file.create_group("spec")
+    for name, value in spec.to_json().items():
+        group.attrs[name] = np.bytes_(json.dumps(value))
+    file.create_dataset(
+        "weights",
+        (0, spec.row_length),
+        np.dtype(spec.dtype).newbyteorder("<"),
+        maxshape=(None, spec.row_length),
+        chunks=head.chunks,
+        **filters(head.compression),
+    )
+    return file
+
+
+def _attributes(head: Head, spec: RunSpec) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": spec.created,
+        "state": head.state,
+        "keep": head.keep,
+        "gaps": json.dumps(head.gaps),
+        "resumed": json.dumps(head.resumed),
+    }
+
+
+def write_rows(file: h5py.File, blocks: Iterable[Row], count: int) -> None:
+    """Fills /weights with blocks of R rows (the last may be shorter), `count` rows in all."""
+    weights, at = file["weights"], 0
+    weights.resize(count, axis=0)
+    for block in blocks:
+        weights[at : at + len(block)] = block
+        at += len(block)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSizes:
+    """How long the columns are: n entries, and the flat lengths of the ragged ones."""
+
+    entries: int
+    ids: int
+    weights: int
+    rng: int
+
+    @classmethod
+    def total(cls, tables: Iterable[ColumnSizes]) -> ColumnSizes:
+        """The sizes of tables put one after the other."""
+        sizes = list(tables)
+        return cls(*(sum(getattr(s, name) for s in sizes) for name in ("entries", *RAGGED)))
+
+
+def create_columns(file: h5py.File, sizes: ColumnSizes, hyper: tuple[int, ...], compression: str) -> None:
+    """Creates /steps and /batches at their full length."""
+    options = {"fletcher32": True, **filters(compression)}
+    for name in ("step", *PLAIN):
+        shape = (sizes.entries, *hyper) if name == "hyper" else (sizes.entries,)
+        _column(file, f"steps/{name}", shape, PLAIN.get(name, "<i8"), options)
+    for name, dtype in RAGGED.items():
+        _column(file, f"batches/{name}", (getattr(sizes, name),), dtype, options)
+        _column(file, f"batches/{name}_offsets", (sizes.entries + 1,), "<i8", options)
+
+
+def _column(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, options: Mapping[str, Any]) -> None:
+    if 0 in shape:
+        file.create_dataset(name, shape, dtype)
+        return
+    entry = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
+    length = min(shape[0], max(1, COLUMN_CHUNK_BYTES // entry))
+    file.create_dataset(name, shape, dtype, chunks=(length, *shape[1:]), **options)
+
+
+def write_columns(file: h5py.File, table: StepTable, at: ColumnSizes) -> None:
+    """Writes a table into the columns, behind the entries and values that `at` counts."""
+    stop = at.entries + len(table)
+    _put(file["steps/step"], at.entries, np.arange(table.first, table.first + len(table)))
+    for name in PLAIN:
+        _put(file[f"steps/{name}"], at.entries, getattr(table, name))
+    for name in RAGGED:
+        base = getattr(at, name)
+        _put(file[f"batches/{name}"], base, getattr(table, name))
+        offsets = getattr(table, f"{name}_offsets") + base
+        file[f"batches/{name}_offsets"][at.entries : stop + 1] = offsets
+
+
+def _put(dataset: h5py.Dataset, at: int, values: npt.NDArray[Any]) -> None:
+    if values.size:
+        dataset[at : at + len(values)] = values
+
+
+def column_sizes(table: StepTable) -> ColumnSizes:
+    """The sizes of a table's columns."""
+    return ColumnSizes(len(table), table.ids.size, table.weights.size, table.rng.size)
+
+
+def keyframe_name(step: int) -> str:
+    """Path of a keyframe's group."""
+    return f"keyframes/{step:0{STEP_DIGITS}d}"
+
+
+def write_keyframe(file: h5py.File, step: int, arrays: Mapping[str, npt.NDArray[Any]], compression: str) -> None:
+    """Stores a keyframe, every array with its CRC-32 as an attribute."""
+    group = file.require_group(keyframe_name(step))
+    for name, array in arrays.items():
+        value = np.asarray(array, order="C")
+        options: dict[str, Any] = {}
+        if value.nbytes > COLUMN_CHUNK_BYTES and compression != "none":
+            options = {"chunks": _keyframe_chunk(value), **filters(compression)}
+        dataset = group.create_dataset(name, data=value, **options)
+        dataset.attrs["crc32"] = np.uint32(zlib.crc32(value.data))
+
+
+def _keyframe_chunk(value: npt.NDArray[Any]) -> tuple[int, ...]:
+    """About 512 kB: whole trailing dimensions while they fit, then a piece of the next, then ones."""
+    room, shape = max(1, 512 * 1024 // value.itemsize), []
+    for length in reversed(value.shape):
+        shape.append(min(length, room))
+        room = max(1, room // length)
+    return tuple(reversed(shape))

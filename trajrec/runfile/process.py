@@ -1,0 +1,122 @@
+"""The training process's side of the writer process: starting, waking and watching it.
+
+The writer gets a session of its own, so that Ctrl-C and a closed terminal reach only training; training ends the
+recording in order, and the writer follows. It inherits the lock (lock.py), so that nobody else takes the folder
+while it drains the ring of a recorder that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from trajrec.errors import RecordingError
+from trajrec.runfile.folder import Folder
+from trajrec.runfile.lock import Lock
+from trajrec.runfile.ring import Control, Ring, Status
+
+_RESTARTS = 5
+
+
+class WriterProcess:
+    """The writer of a folder, as its parent sees it."""
+
+    def __init__(self, folder: Folder, ring: Ring, lock: Lock) -> None:
+        self.folder = folder
+        self.ring = ring
+        self._lock = lock
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failures = 0
+        self._tail = -1
+        self.start()
+
+    def start(self) -> None:
+        """Starts a writer."""
+        self.ring.set(Control.STATUS, Status.STARTING)
+        with self.folder.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "trajrec.runfile.writer", str(self.folder.path.resolve())],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                bufsize=0,
+                pass_fds=(self._lock.fd,),
+                start_new_session=True,
+                env=_environment(),
+            )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
+
+    def wake(self) -> None:
+        """Tells the writer that there is something to do."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):
+            self._process.stdin.write(b"w")
+
+    def status(self) -> Status:
+        """RUNNING, DONE or DISK_FULL; a writer that died otherwise is started again.
+
+        Raises:
+            RecordingError: it died several times without sealing anything.
+        """
+        assert self._process is not None
+        if self._process.poll() is None:
+            return Status.RUNNING
+        said = Status(self.ring.get(Control.STATUS))
+        if said in (Status.DONE, Status.DISK_FULL):
+            return said
+        self._revive()
+        return Status.RUNNING
+
+    def _revive(self) -> None:
+        tail = self.ring.get(Control.TAIL)
+        self._failures = self._failures + 1 if tail == self._tail else 1
+        self._tail = tail
+        if self._failures > _RESTARTS:
+            raise RecordingError(
+                f"The writer process stopped {_RESTARTS} times without sealing a step. What was recorded is safe in "
+                f"{self.folder.path}; `trajrec pack` finishes it. Its last words: {self.last_words()}"
+            )
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new writer in the place of one that has ended."""
+        self.close()
+        self.start()
+
+    def last_words(self) -> str:
+        """The last line of the writer's log."""
+        with contextlib.suppress(OSError):
+            lines = self.folder.log.read_text(errors="replace").strip().splitlines()
+            return lines[-1] if lines else "none"
+        return "none"
+
+    def wait(self, seconds: float) -> bool:
+        """Waits for the writer to end, at most so long; returns whether it has."""
+        assert self._process is not None
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Closes the pipe and waits for the writer, which ends of itself then."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """One thread for numpy, and the way to this package where it is imported from a checkout."""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):
+        paths = [p for p in (environment.get("PYTHONPATH"), str(root)) if p]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment

@@ -1,0 +1,276 @@
+"""The memory-mapped ring between the training process and the writer process.
+
+The training thread copies each step into the ring and goes on; the writer seals entries into segments and frees
+their slots. The ring is a file, so what was copied outlives the death of either process: the kernel owns it. It is
+allocated before it is mapped (`allocate`), because touching a hole on a full disk would kill the process (SIGBUS).
+
+Entry e (the record and row of step e) lies in slot e % slots and is published in three moves:
+
+    seq[slot] := 0;  copy the row and the record;  seq[slot] := e + 1
+
+A reader takes entry e only if seq is e + 1, the CRC-32 of the record (seeded with e + 1, so that no other entry's
+record passes) and that of the row fit, so neither a half-made copy nor a page that a power cut kept from an
+earlier lap is ever used. Processors that reorder stores are covered by the same checks.
+
+Records have no fixed size (ids, generator states), so they go into an arena that is used in circles. Absolute
+offsets only grow; a record that does not fit before the arena's end starts at its beginning. One too large for the
+arena goes to a file of its own (`Folder.overflow`).
+
+    page 0      magic, geometry and first entry with their CRC-32; from byte 2048 eight control words (uint64)
+    slots       64 bytes each: seq, arena offset, length, CRC-32 of the record, padding (uint64)
+    arena       records
+    rows        slots x P values, without gaps: rows of neighbouring slots are one array
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import zlib
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from trajrec.errors import DamagedRunError
+from trajrec.records import Row, StepRecord
+from trajrec.runfile.codec import decode, encode
+from trajrec.runfile.geometry import GEOMETRY_BYTES, PAGE, Geometry
+
+MAGIC = b"TRAJRNG1"
+_CONTROL = 2048
+_SLOT_WORDS = 8
+_OVERFLOW = 1 << 63
+_HEAD = struct.Struct(f"<8s{GEOMETRY_BYTES}sq8s")
+
+
+class Control(IntEnum):
+    """The control words. The training process writes all but the first two."""
+
+    TAIL = 0  # first entry that is not sealed; the slots of earlier ones are free
+    STATUS = 1  # Status of the writer
+    FLUSH = 2  # seal everything below this entry now
+    FINISH = 3  # Finish
+    GAP_FIRST = 4  # steps that went unrecorded (0: none)
+    GAP_LAST = 5
+
+
+class Status(IntEnum):
+    """What the writer last said of itself."""
+
+    STARTING = 0
+    RUNNING = 1
+    DISK_FULL = 2
+    FAILED = 3
+    DONE = 4
+
+
+class Finish(IntEnum):
+    """What the writer is to do once everything is sealed."""
+
+    NO = 0
+    COMPLETE = 1
+    RECOVERED = 2
+
+
+def allocate(path: Path, size: int) -> None:
+    """Makes a file whose every byte has its place on the disk.
+
+    Raises:
+        OSError: no room (ENOSPC); the file is removed.
+    """
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for start in range(0, size, 1 << 20):
+                    file.write(bytes(min(1 << 20, size - start)))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def ring_bytes(geometry: Geometry) -> int:
+    """Size of the ring's file."""
+    return _rows_at(geometry) + geometry.slots * geometry.row_bytes
+
+
+def _rows_at(geometry: Geometry) -> int:
+    size = PAGE + geometry.slots * _SLOT_WORDS * 8 + geometry.arena_bytes
+    return -(-size // PAGE) * PAGE
+
+
+class Ring:
+    """An open ring; `create` makes one, `Ring(path)` opens what is there.
+
+    Attributes:
+        geometry: sizes.
+        first: entry that the ring began with.
+        dtype: of the rows.
+    """
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        self.path = path
+        with path.open("r+b" if writable else "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(_HEAD.size)
+            self.geometry, self.first, self.dtype = _parse(head, size, path)
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(file.fileno(), ring_bytes(self.geometry), access=access)
+        geometry = self.geometry
+        self._control = np.frombuffer(self._map, "<u8", len(Control), _CONTROL)
+        self._slots = np.frombuffer(self._map, "<u8", geometry.slots * _SLOT_WORDS, PAGE).reshape(-1, _SLOT_WORDS)
+        self._arena = PAGE + geometry.slots * _SLOT_WORDS * 8
+        count = geometry.slots * geometry.row_length
+        self._rows = np.frombuffer(self._map, self.dtype, count, _rows_at(geometry)).reshape(geometry.slots, -1)
+        self._arena_head = 0
+
+    # ---- control words
+
+    def get(self, word: Control) -> int:
+        """A control word."""
+        return int(self._control[word])
+
+    def set(self, word: Control, value: int) -> None:
+        """Sets a control word."""
+        self._control[word] = value
+
+    # ---- the training process
+
+    def has_slot(self, entry: int) -> bool:
+        """Whether the slot of the next entry is free."""
+        return entry - self.get(Control.TAIL) < self.geometry.slots
+
+    def open_slot(self, entry: int) -> Row | None:
+        """The row of an entry to be filled [P]; None where the ring keeps no rows. Its slot must be free."""
+        slot = entry % self.geometry.slots
+        self._slots[slot, 0] = 0
+        row: Row = self._rows[slot]
+        return row if self.geometry.row_length else None
+
+    def publish(self, record: StepRecord) -> bool:
+        """Publishes the opened slot with its record; False if the arena has no room yet."""
+        data, entry = encode(record), record.step
+        if len(data) > self.geometry.arena_bytes // 2:
+            return self._publish_overflow(entry, data)
+        place = self._place(entry, len(data))
+        if place is None:
+            return False
+        start = self._arena + place % self.geometry.arena_bytes
+        self._map[start : start + len(data)] = data
+        self._enter(entry, place, len(data), data)
+        self._arena_head = place + len(data)
+        return True
+
+    def _place(self, entry: int, size: int) -> int | None:
+        """Absolute arena offset for a record, or None if unsealed records are in the way."""
+        arena, tail = self.geometry.arena_bytes, self.get(Control.TAIL)
+        place = self._arena_head
+        if place % arena + size > arena:
+            place = -(-place // arena) * arena
+        oldest = place if tail >= entry else int(self._slots[tail % self.geometry.slots, 1])
+        return place if place + size - oldest <= arena else None
+
+    def _publish_overflow(self, entry: int, data: bytes) -> bool:
+        path = overflow_path(self.path.parent, entry)
+        path.with_suffix(".part").write_bytes(data)
+        path.with_suffix(".part").replace(path)
+        self._enter(entry, self._arena_head, len(data) | _OVERFLOW, data)
+        return True
+
+    def _enter(self, entry: int, place: int, length: int, data: bytes) -> None:
+        slot = self._slots[entry % self.geometry.slots]
+        slot[1], slot[2], slot[3] = place, length, zlib.crc32(data, (entry + 1) & 0xFFFFFFFF)
+        slot[0] = entry + 1
+
+    # ---- the writer, and readers
+
+    def published(self, entry: int) -> bool:
+        """Whether an entry is in the ring."""
+        return int(self._slots[entry % self.geometry.slots, 0]) == entry + 1
+
+    def head(self, start: int) -> int:
+        """The first entry from `start` on that is not in the ring."""
+        stop = start + self.geometry.slots
+        while start < stop and self.published(start):
+            start += 1
+        return start
+
+    def record(self, entry: int) -> StepRecord | None:
+        """The record of an entry, or None if it is not, or not intact, in the ring; the row is not looked at."""
+        slot = self._slots[entry % self.geometry.slots]
+        seq, place, length, crc = (int(slot[k]) for k in range(4))
+        if seq != entry + 1:
+            return None
+        data = self._data(entry, place, length)
+        if data is None or zlib.crc32(data, (entry + 1) & 0xFFFFFFFF) != crc or not self.published(entry):
+            return None
+        try:
+            return decode(data)
+        except ValueError:
+            return None
+
+    def _data(self, entry: int, place: int, length: int) -> bytes | None:
+        if length & _OVERFLOW:
+            path = overflow_path(self.path.parent, entry)
+            return path.read_bytes() if path.exists() else None
+        arena = self.geometry.arena_bytes
+        if place % arena + length > arena:
+            return None
+        start = self._arena + place % arena
+        return self._map[start : start + length]
+
+    def rows(self, first: int, stop: int) -> Row:
+        """Rows of entries [first, stop) [n, P]: a view where they are neighbours in the ring, a copy elsewhere."""
+        slots = self.geometry.slots
+        start, count = first % slots, stop - first
+        if start + count <= slots:
+            return self._rows[start : start + count]
+        return np.concatenate([self._rows[start:], self._rows[: start + count - slots]])
+
+    def intact(self, entry: int) -> StepRecord | None:
+        """The record of an entry whose record and row both pass their checks, or None."""
+        record = self.record(entry)
+        if record is None or not self.geometry.row_length:
+            return record
+        fits = zlib.crc32(self.rows(entry, entry + 1).data) == record.crc32
+        return record if fits and self.published(entry) else None
+
+
+def create(path: Path, geometry: Geometry, first: int, dtype: npt.DTypeLike) -> Ring:
+    """A new ring whose first entry is `first`.
+
+    Raises:
+        OSError: no room (ENOSPC).
+    """
+    allocate(path, ring_bytes(geometry))
+    name = np.dtype(dtype).str.encode()
+    head = _HEAD.pack(MAGIC, geometry.to_bytes(), first, name)
+    with path.open("r+b") as file:
+        file.write(head + struct.pack("<I", zlib.crc32(head)))
+    ring = Ring(path, writable=True)
+    ring.set(Control.TAIL, first)
+    return ring
+
+
+def overflow_path(folder: Path, entry: int) -> Path:
+    """File of a record that is too large for the arena."""
+    return folder / f"record-{entry:010d}.bin"
+
+
+def _parse(head: bytes, size: int, path: Path) -> tuple[Geometry, int, np.dtype[np.generic]]:
+    with path.open("rb") as file:
+        file.seek(_HEAD.size)
+        crc = file.read(4)
+    if len(head) < _HEAD.size or crc != struct.pack("<I", zlib.crc32(head)):
+        raise DamagedRunError(f"{path}: the ring's header is damaged; unsealed steps cannot be read from it.")
+    _, packed, first, dtype = _HEAD.unpack(head)
+    geometry = Geometry.from_bytes(packed)
+    if size < ring_bytes(geometry):
+        raise DamagedRunError(
+            f"{path}: a ring of {ring_bytes(geometry)} bytes was expected, found {size}; it was truncated."
+        )
+    return geometry, first, np.dtype(dtype.rstrip(b"\0").decode())

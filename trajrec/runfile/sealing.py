@@ -1,0 +1,132 @@
+"""From ring to segment, and from segments to one packed file.
+
+Sealing takes entries [first, stop) out of the ring, checks them and writes them as a segment that appears under its
+name only when it is on the disk. Packing puts segments one behind the other: chunks are copied as they are stored
+where a segment begins on a multiple of R (it nearly always does); rows are decoded and written again elsewhere.
+
+Only the writer process imports this module: it writes HDF5. Files are not closed when something fails, because
+closing after an I/O error crashes the HDF5 library; the process ends instead (see writer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from trajrec.errors import DamagedRunError
+from trajrec.records import Row, StepRecord
+from trajrec.runfile import layout
+from trajrec.runfile.folder import Folder, Manifest, durable
+from trajrec.runfile.geometry import chunk_shape
+from trajrec.runfile.keyfile import read_keyframe
+from trajrec.runfile.layout import ColumnSizes, Head
+from trajrec.runfile.pieces import Pieces
+from trajrec.runfile.ring import Ring, overflow_path
+from trajrec.runfile.table import table_of
+
+_ENTRIES = 4096
+
+
+def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> int:
+    """Seals entries [first, stop) of the ring, as far as they are intact, and returns where it stopped."""
+    records = list(_intact(ring, first, stop))
+    if not records:
+        return first
+    table, stop = table_of(records), first + len(records)
+    with durable(folder.segment(first, stop)) as tmp:
+        file = layout.begin(tmp, _head(manifest, "recording", first), manifest.spec, cache=0)
+        if ring.geometry.row_length:
+            layout.write_rows(file, _blocks(ring, first, stop), len(records))
+        layout.create_columns(file, layout.column_sizes(table), table.hyper.shape[1:], manifest.compression)
+        layout.write_columns(file, table, ColumnSizes(0, 0, 0, 0))
+        file.close()
+    for step in range(first, stop):
+        overflow_path(folder.path, step).unlink(missing_ok=True)
+    return stop
+
+
+def _intact(ring: Ring, first: int, stop: int) -> Iterator[StepRecord]:
+    for entry in range(first, stop):
+        record = ring.intact(entry)
+        if record is None:
+            return
+        yield record
+
+
+def _blocks(ring: Ring, first: int, stop: int) -> Iterator[Row]:
+    rows = ring.geometry.chunk_rows
+    for start in range(first, stop, rows):
+        yield ring.rows(start, min(start + rows, stop))
+
+
+def _head(manifest: Manifest, state: str, first: int, gaps: Sequence[tuple[int, int]] = ()) -> Head:
+    spec = manifest.spec
+    chunks = chunk_shape(spec.row_length, np.dtype(spec.dtype).itemsize)
+    return Head(state, first, manifest.keep, manifest.compression, chunks, tuple(gaps), manifest.resumed)
+
+
+def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[int, int]]) -> Path:
+    """Packs the sealed segments and keyframes of a folder into its output and removes the folder."""
+    pieces = Pieces(folder.segments())
+    if not pieces.segments or pieces.segments[0].first != 0:
+        raise DamagedRunError(f"{folder.path}: nothing to pack: its first steps were not recorded, or are missing.")
+    with durable(folder.path / "packed.h5") as tmp:
+        file = layout.begin(tmp, _head(manifest, state, 0, gaps), manifest.spec)
+        _copy_rows(file, pieces)
+        _copy_columns(file, pieces, manifest.compression)
+        _fold_keyframes(file, folder, pieces.stop, manifest.compression)
+        file.close()
+    pieces.close()
+    (folder.path / "packed.h5").replace(folder.output)
+    folder.remove()
+    return folder.output
+
+
+def _copy_rows(file: h5py.File, pieces: Pieces) -> None:
+    if not pieces.at(0).has_rows:
+        return
+    weights, total = file["weights"], pieces.stop
+    weights.resize(total, axis=0)
+    rows = weights.chunks[0]
+    for first in range(0, total, rows):
+        stop, source = min(first + rows, total), pieces.at(first)
+        if source.head.chunks == weights.chunks and source.block(first) == (first, stop):
+            for column, mask, data in source.raw_chunks(first):
+                weights.id.write_direct_chunk((first, column), data, mask)
+        else:
+            weights[first:stop] = _gather(pieces, first, stop)
+
+
+def _gather(pieces: Pieces, first: int, stop: int) -> Row:
+    parts = []
+    while first < stop:
+        source = pieces.at(first)
+        parts.append(source.rows(first, min(stop, source.stop)))
+        first = min(stop, source.stop)
+    return np.concatenate(parts)
+
+
+def _copy_columns(file: h5py.File, pieces: Pieces, compression: str) -> None:
+    total = ColumnSizes.total(piece.column_sizes() for piece in pieces)
+    hyper = pieces.at(0).table(0, 1).hyper
+    layout.create_columns(file, total, hyper.shape[1:], compression)
+    at = ColumnSizes(0, 0, 0, 0)
+    for piece in pieces:
+        for first in range(piece.first, piece.stop, _ENTRIES):
+            table = piece.table(first, min(first + _ENTRIES, piece.stop))
+            layout.write_columns(file, table, at)
+            at = ColumnSizes.total([at, layout.column_sizes(table)])
+
+
+def _fold_keyframes(file: h5py.File, folder: Folder, stop: int, compression: str) -> None:
+    for step, path in folder.keyframes().items():
+        if step >= stop:
+            continue
+        try:
+            keyframe = read_keyframe(path)
+        except DamagedRunError:
+            continue  # power was cut before it was synced; the steps between can still be recomputed
+        layout.write_keyframe(file, step, keyframe.arrays, compression)

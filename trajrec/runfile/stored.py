@@ -1,0 +1,235 @@
+"""One HDF5 file of a recording, opened for reading: a segment or a packed run.
+
+Nothing here trusts the file. Only plain datasets of the expected dtype and shape that lie in the file itself are
+read (no external or virtual storage, no links, no objects), every fault of the HDF5 library becomes a
+`DamagedRunError`, and nothing is unpickled or executed.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin as hdf5plugin  # registers the filters
+import numpy as np
+import numpy.typing as npt
+
+from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
+from trajrec.records import Keyframe, Row, RunSpec
+from trajrec.runfile.layout import FORMAT, VERSION, ColumnSizes, Head, keyframe_name
+from trajrec.runfile.table import PLAIN, RAGGED, StepTable
+
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_CACHE = 1024**2
+_FAULTS = (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, MemoryError)
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns a fault of the HDF5 library into a `DamagedRunError` that names file and dataset."""
+    try:
+        yield
+    except _FAULTS as error:
+        raise DamagedRunError(
+            f"{path}: {what} cannot be read: the file is truncated or damaged ({_reason(error)}). "
+            "Run `trajrec verify` to see what is intact."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class StoredRun:
+    """An open segment or packed run; entries [first, stop).
+
+    Attributes:
+        path: the file.
+        head: what the file says of itself.
+        first: step of entry 0; `stop` is the step after the last.
+        has_rows: whether rows of single steps are kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        _check_signature(path)
+        self.path = path
+        with reading(path, "it"):
+            self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=_CACHE)
+        try:
+            self.head = self._head()
+            self.first = self.head.first
+            self._weights = self._dataset("weights", "f", 2)
+            self.entries = self._length()
+        except BaseException:
+            self._file.close()
+            raise
+        self.stop = self.first + self.entries
+        self.has_rows = self.head.keep == "steps"
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    # ---- what the file says of itself
+
+    def _head(self) -> Head:
+        with reading(self.path, "its attributes"):
+            attributes = dict(self._file.attrs)
+        if _text(attributes.get("format")) != FORMAT:
+            raise NotARunError(f"{self.path} is an HDF5 file, but not a recording of trajrec.")
+        _check_version(self.path, _text(attributes.get("version")))
+        with reading(self.path, "its attributes"):
+            return Head(
+                state=_text(attributes["state"]),
+                first=int(attributes["first"]),
+                keep=_text(attributes["keep"]),
+                compression="zstd" if self._dataset("weights", "f", 2).compression else "none",
+                chunks=self._dataset("weights", "f", 2).chunks,
+                gaps=tuple((int(a), int(b)) for a, b in json.loads(_text(attributes["gaps"]))),
+                resumed=tuple(int(t) for t in json.loads(_text(attributes["resumed"]))),
+            )
+
+    def spec(self) -> RunSpec:
+        """The run's spec."""
+        with reading(self.path, "/spec"):
+            fields = {name: json.loads(_text(value)) for name, value in self._file["spec"].attrs.items()}
+            return RunSpec.from_json(fields)
+
+    def _dataset(self, name: str, kinds: str, dimensions: int | None = None) -> h5py.Dataset:
+        with reading(self.path, f"/{name}"):
+            if not isinstance(self._file.get(name, getlink=True), h5py.HardLink):
+                raise ValueError("it is a link to somewhere else")
+            dataset = self._file[name]
+            if dataset.is_virtual or dataset.external:
+                raise ValueError("its values lie outside the file")
+            if dataset.dtype.kind not in kinds or dimensions not in (None, dataset.ndim):
+                raise ValueError(f"unexpected dtype {dataset.dtype} or shape {dataset.shape}")
+            return dataset
+
+    def _length(self) -> int:
+        entries = len(self._dataset("steps/crc32", "u", 1))
+        rows = len(self._weights)
+        if rows != entries * (self.head.keep == "steps") or self.first < 0:
+            raise DamagedRunError(f"{self.path}: /weights has {rows} rows, /steps {entries}; the file is damaged.")
+        return entries
+
+    # ---- rows
+
+    @property
+    def row_length(self) -> int:
+        """P."""
+        return int(self._weights.shape[1])
+
+    def rows(self, first: int, stop: int) -> Row:
+        """Rows of steps [first, stop) [n, P], not checked."""
+        with reading(self.path, f"/weights, steps {first} to {stop - 1}"):
+            out = np.empty((stop - first, self.row_length), self._weights.dtype)
+            if out.size:
+                self._weights.read_direct(out, np.s_[first - self.first : stop - self.first])
+            return out
+
+    def block(self, step: int) -> tuple[int, int]:
+        """The steps [first, stop) whose rows share chunks with that of `step`."""
+        rows = self._weights.chunks[0]
+        start = self.first + (step - self.first) // rows * rows
+        return start, min(start + rows, self.stop)
+
+    def raw_chunks(self, first: int) -> Iterator[tuple[int, int, bytes]]:
+        """Column, filter mask and stored bytes of the chunks whose rows begin with that of step `first`."""
+        with reading(self.path, f"/weights, step {first}"):
+            for column in range(0, self.row_length, self._weights.chunks[1]):
+                mask, data = self._weights.id.read_direct_chunk((first - self.first, column))
+                yield column, mask, data
+
+    # ---- columns
+
+    def column_sizes(self) -> ColumnSizes:
+        """The sizes of the columns."""
+        lengths = (len(self._dataset(f"batches/{name}", np.dtype(kind).kind, 1)) for name, kind in RAGGED.items())
+        return ColumnSizes(self.entries, *lengths)
+
+    def table(self, first: int, stop: int) -> StepTable:
+        """The records of steps [first, stop)."""
+        a, b = first - self.first, stop - self.first
+        with reading(self.path, f"/steps, steps {first} to {stop - 1}"):
+            steps = self._dataset("steps/step", "i", 1)[a:b]
+            if not np.array_equal(steps, np.arange(first, stop)):
+                raise ValueError("the steps are not consecutive")
+            plain = {name: self._plain(name, a, b) for name in PLAIN}
+        with reading(self.path, f"/batches, steps {first} to {stop - 1}"):
+            ragged: dict[str, Any] = {}
+            for name in RAGGED:
+                ragged[name], ragged[f"{name}_offsets"] = self._ragged(name, a, b)
+        return StepTable(first, **plain, **ragged)
+
+    def _plain(self, name: str, a: int, b: int) -> npt.NDArray[Any]:
+        dataset = self._dataset(f"steps/{name}", np.dtype(PLAIN[name]).kind, 3 if name == "hyper" else 1)
+        if len(dataset) != self.entries:
+            raise ValueError(f"/steps/{name} has {len(dataset)} entries, {self.entries} were expected")
+        values: npt.NDArray[Any] = dataset[a:b].astype(PLAIN[name], copy=False)
+        return values
+
+    def _ragged(self, name: str, a: int, b: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        offsets = self._dataset(f"batches/{name}_offsets", "i", 1)[a : b + 1]
+        flat = self._dataset(f"batches/{name}", np.dtype(RAGGED[name]).kind, 1)
+        if len(offsets) != b - a + 1 or offsets[0] < 0 or offsets[-1] > len(flat) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"/batches/{name}_offsets is not an ascending list within /batches/{name}")
+        return flat[offsets[0] : offsets[-1]].astype(RAGGED[name], copy=False), offsets - offsets[0]
+
+    # ---- keyframes
+
+    def keyframe_steps(self) -> tuple[int, ...]:
+        """Steps that have a keyframe."""
+        with reading(self.path, "/keyframes"):
+            return tuple(sorted(int(name) for name in self._file.get("keyframes", ())))
+
+    def keyframe(self, step: int, only: str | None = None) -> Keyframe:
+        """A keyframe, checked; with `only`, just the array of that path."""
+        base = keyframe_name(step)
+        with reading(self.path, f"/{base}"):
+            names: list[str] = []
+            self._file[base].visititems(lambda name, item: _note(names, name, item))
+            return Keyframe(step, {n: self._checked(f"{base}/{n}") for n in names if only in (None, n)})
+
+    def _checked(self, name: str) -> npt.NDArray[Any]:
+        dataset = self._dataset(name, "biufc")
+        value = np.asarray(dataset[()])
+        if zlib.crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
+            raise DamagedRunError(f"{self.path}: /{name} does not match its checksum; the file is damaged.")
+        return value
+
+
+def _note(names: list[str], name: str, item: object) -> None:
+    if isinstance(item, h5py.Dataset):
+        names.append(name)
+
+
+def _check_signature(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_SIGNATURE))
+    except OSError as error:
+        raise NotARunError(f"There is no recording at {path} ({error.strerror}).") from error
+    if not start:
+        raise NotARunError(f"{path} is empty; it is not a recording of trajrec.")
+    if start != _SIGNATURE:
+        raise NotARunError(f"{path} is not an HDF5 file, so it is not a recording of trajrec.")
+
+
+def _check_version(path: Path, version: str) -> None:
+    ours, theirs = VERSION.split(".")[0], version.split(".")[0]
+    if not theirs.isdigit():
+        raise DamagedRunError(f"{path}: its format version reads {version!r}; the file is damaged.")
+    if int(theirs) > int(ours):
+        raise NewerFormatError(
+            f"{path} has format version {version}; this trajrec reads versions up to {ours}.x. Update trajrec."
+        )
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

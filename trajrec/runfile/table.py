@@ -1,0 +1,102 @@
+"""The records of consecutive steps as columns: the form in which they are stored and read.
+
+Ragged columns (ids, weights, generator states) are flat, with offsets of length n + 1: those of entry k are
+`ids[ids_offsets[k]:ids_offsets[k + 1]]`. An entry without weights of its own (c[t,i] = 1/B) has none there.
+
+Entry k of a table that starts at `first` is the record of step first + k; entry 0 of a run is the record of the
+weights before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trajrec.records import FloatArray, IntArray, StepRecord
+
+PLAIN = {"epoch": "<i8", "loss": "<f8", "time": "<f8", "crc32": "<u4", "hyper": "<f8"}
+RAGGED = {"ids": "<i8", "weights": "<f8", "rng": "|u1"}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable:
+    """Records of n consecutive steps; see the module's docstring for the ragged columns.
+
+    Attributes:
+        first: step of entry 0.
+        epoch: [n].
+        loss: [n].
+        time: [n] seconds, Unix time.
+        crc32: [n] uint32 of the rows.
+        hyper: [n, G, H].
+        ids: flat sample ids; `ids_offsets` [n + 1].
+        weights: flat weights c[t,i]; `weights_offsets` [n + 1].
+        rng: flat uint8; `rng_offsets` [n + 1].
+    """
+
+    first: int
+    epoch: IntArray
+    loss: FloatArray
+    time: FloatArray
+    crc32: npt.NDArray[np.uint32]
+    hyper: FloatArray
+    ids: IntArray
+    ids_offsets: IntArray
+    weights: FloatArray
+    weights_offsets: IntArray
+    rng: npt.NDArray[np.uint8]
+    rng_offsets: IntArray
+
+    def __len__(self) -> int:
+        return int(self.crc32.size)
+
+    def record(self, step: int) -> StepRecord:
+        """The record of a step in this table."""
+        k = step - self.first
+        weights = self.span("weights", k)
+        return StepRecord(
+            step,
+            int(self.epoch[k]),
+            float(self.loss[k]),
+            float(self.time[k]),
+            int(self.crc32[k]),
+            self.hyper[k],
+            self.span("ids", k),
+            weights if weights.size else None,
+            self.span("rng", k).tobytes(),
+        )
+
+    def span(self, name: str, k: int) -> npt.NDArray[Any]:
+        """Entry k of a ragged column."""
+        offsets = getattr(self, f"{name}_offsets")
+        values: npt.NDArray[Any] = getattr(self, name)[offsets[k] : offsets[k + 1]]
+        return values
+
+
+def table_of(records: Sequence[StepRecord]) -> StepTable:
+    """The table of consecutive records."""
+    weights = [np.empty(0) if r.weights is None else r.weights for r in records]
+    rng = [np.frombuffer(r.rng, np.uint8) for r in records]
+    ids = [r.ids for r in records]
+    return StepTable(
+        first=records[0].step,
+        epoch=np.array([r.epoch for r in records], "<i8"),
+        loss=np.array([r.loss for r in records], "<f8"),
+        time=np.array([r.time for r in records], "<f8"),
+        crc32=np.array([r.crc32 for r in records], "<u4"),
+        hyper=np.stack([r.hyper for r in records]),
+        ids=np.concatenate(ids),
+        ids_offsets=_offsets(ids),
+        weights=np.concatenate(weights),
+        weights_offsets=_offsets(weights),
+        rng=np.concatenate(rng),
+        rng_offsets=_offsets(rng),
+    )
+
+
+def _offsets(parts: Sequence[npt.NDArray[np.generic]]) -> IntArray:
+    return np.cumsum([0, *(part.size for part in parts)], dtype="<i8")

@@ -1,0 +1,126 @@
+"""The writer process: turns ring entries into sealed segments, and at the end the folder into one file.
+
+    python -m trajrec.runfile.writer FOLDER
+
+The training process starts it with a pipe as its standard input. A byte wakes it; the end of the pipe, or
+another parent process, means that training was killed: then it seals what is in the ring and ends, and the folder
+stays for `trajrec pack`. What it is to do otherwise stands in the ring's control words, so a writer that
+takes over from one that died needs to be told nothing.
+
+HDF5 is written only here, because after an I/O error (a full disk) it cannot be closed safely: on any
+exception the process says so in the ring and ends at once (`os._exit`) without closing anything. What it had begun
+carries the name of a temporary file; what it had not sealed is still in the ring.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from trajrec.runfile.folder import Folder, is_disk_full, sync
+from trajrec.runfile.ring import Control, Finish, Ring, Status
+from trajrec.runfile.sealing import pack, seal
+
+POLL_SECONDS = 0.25
+_PATIENCE = 20
+
+
+class Writer:
+    """The writer of one folder."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.parent = os.getppid()
+        self.ring = Ring(folder.ring, writable=True)
+        self.manifest = folder.read_manifest()
+        self.orphan = False
+        self._synced: set[Path] = set()
+        folder.sweep()
+        segments = folder.segments()
+        self.next = segments[-1].stop if segments else self.ring.first
+        self.ring.set(Control.TAIL, self.next)
+        self.ring.set(Control.STATUS, Status.RUNNING)
+
+    def run(self) -> None:
+        """Seals until training ends."""
+        while not self.orphan:
+            finish = Finish(self.ring.get(Control.FINISH))
+            if finish is not Finish.NO:
+                self._seal_everything()
+                self._pack(finish)
+                return
+            self._seal_ready()
+            self._wait()
+        self._seal_everything()
+
+    def _seal_ready(self) -> None:
+        """Seals whole segments, and whole chunk rows below an entry that the trainer asked for."""
+        size, rows = self.ring.geometry.segment_rows, self.ring.geometry.chunk_rows
+        while True:
+            head = self.ring.head(self.next)
+            stop = self.next - self.next % size + size
+            if stop > head:
+                if self.ring.get(Control.FLUSH) <= self.next or head == self.next:
+                    return
+                aligned = head - head % rows
+                stop = aligned if aligned > self.next else head
+            if not self._seal(stop):
+                return  # the entry's stores have not all arrived; look again later
+
+    def _seal_everything(self) -> None:
+        size, patience = self.ring.geometry.segment_rows, _PATIENCE
+        while (head := self.ring.head(self.next)) > self.next and patience:
+            if not self._seal(min(head, self.next - self.next % size + size)):
+                patience -= 1
+                time.sleep(0.01)
+
+    def _seal(self, stop: int) -> bool:
+        done = seal(self.folder, self.manifest, self.ring, self.next, stop)
+        advanced = done > self.next
+        if advanced:
+            self._sync_keyframes()
+            self.next = done
+            self.ring.set(Control.TAIL, done)
+        return advanced
+
+    def _sync_keyframes(self) -> None:
+        for path in self.folder.keyframes().values():
+            if path not in self._synced and path.exists():
+                sync(path)
+                self._synced.add(path)
+
+    def _pack(self, finish: Finish) -> None:
+        gap = (self.ring.get(Control.GAP_FIRST), self.ring.get(Control.GAP_LAST))
+        gaps = [*self.manifest.gaps, *([gap] if gap[0] else [])]
+        pack(self.folder, self.manifest, "complete" if finish is Finish.COMPLETE else "recovered", gaps)
+        self.ring.set(Control.STATUS, Status.DONE)
+
+    def _wait(self) -> None:
+        ready, _, _ = select.select([0], [], [], POLL_SECONDS)
+        ended = bool(ready) and not os.read(0, 65536)
+        self.orphan = ended or os.getppid() != self.parent
+
+
+def main(argument: str) -> None:
+    """Runs a writer; never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    folder = Folder(Path(argument))
+    try:
+        Writer(folder).run()
+    except BaseException as error:
+        status = Status.DISK_FULL if is_disk_full(error) else Status.FAILED
+        try:
+            Ring(folder.ring, writable=True).set(Control.STATUS, status)
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), traceback.format_exc(), file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
