@@ -18,7 +18,7 @@ import numpy as np
 
 from trajrec.errors import DamagedRunError
 from trajrec.records import Row, StepRecord
-from trajrec.runfile import layout
+from trajrec.runfile import layout, trailer
 from trajrec.runfile.folder import Folder, Manifest, durable
 from trajrec.runfile.geometry import chunk_shape
 from trajrec.runfile.keyfile import read_keyframe
@@ -43,6 +43,7 @@ def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) 
         layout.create_columns(file, layout.column_sizes(table), table.hyper.shape[1:], manifest.compression)
         layout.write_columns(file, table, ColumnSizes(0, 0, 0, 0))
         file.close()
+        trailer.append(tmp)
     for step in range(first, stop):
         overflow_path(folder.path, step).unlink(missing_ok=True)
     return stop
@@ -79,6 +80,7 @@ def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[in
         _copy_columns(file, pieces, manifest.compression)
         _fold_keyframes(file, folder, pieces.stop, manifest.compression)
         file.close()
+        trailer.append(tmp)
     pieces.close()
     (folder.path / "packed.h5").replace(folder.output)
     folder.remove()

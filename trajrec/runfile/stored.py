@@ -26,6 +26,12 @@ from trajrec.runfile.table import PLAIN, RAGGED, StepTable
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CACHE = 1024**2
+COLUMNS = {
+    "steps/step": ("<i8", 1),
+    **{f"steps/{name}": (dtype, 3 if name == "hyper" else 1) for name, dtype in PLAIN.items()},
+    **{f"batches/{name}_offsets": ("<i8", 1) for name in RAGGED},
+}
+Column = npt.NDArray[Any]
 _FAULTS = (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, MemoryError)
 
 
@@ -155,31 +161,35 @@ class StoredRun:
 
     def table(self, first: int, stop: int) -> StepTable:
         """The records of steps [first, stop)."""
-        a, b = first - self.first, stop - self.first
-        with reading(self.path, f"/steps, steps {first} to {stop - 1}"):
-            steps = self._dataset("steps/step", "i", 1)[a:b]
-            if not np.array_equal(steps, np.arange(first, stop)):
+        columns = {name: self.column(name, first, stop) for name in COLUMNS}
+        with reading(self.path, f"/steps/step, steps {first} to {stop - 1}"):
+            if not np.array_equal(columns.pop("steps/step"), np.arange(first, stop)):
                 raise ValueError("the steps are not consecutive")
-            plain = {name: self._plain(name, a, b) for name in PLAIN}
-        with reading(self.path, f"/batches, steps {first} to {stop - 1}"):
-            ragged: dict[str, Any] = {}
-            for name in RAGGED:
-                ragged[name], ragged[f"{name}_offsets"] = self._ragged(name, a, b)
-        return StepTable(first, **plain, **ragged)
+        fields = {name.partition("/")[2]: values for name, values in columns.items()}
+        return StepTable(first, **{**fields, **self._ragged(fields, first, stop)})
 
-    def _plain(self, name: str, a: int, b: int) -> npt.NDArray[Any]:
-        dataset = self._dataset(f"steps/{name}", np.dtype(PLAIN[name]).kind, 3 if name == "hyper" else 1)
-        if len(dataset) != self.entries:
-            raise ValueError(f"/steps/{name} has {len(dataset)} entries, {self.entries} were expected")
-        values: npt.NDArray[Any] = dataset[a:b].astype(PLAIN[name], copy=False)
-        return values
+    def _ragged(self, fields: dict[str, Column], first: int, stop: int) -> dict[str, Column]:
+        """The values that the offsets point to, and the offsets from 0."""
+        found = {}
+        for name in RAGGED:
+            with reading(self.path, f"/batches/{name}, steps {first} to {stop - 1}"):
+                offsets = fields[f"{name}_offsets"]
+                flat = self._dataset(f"batches/{name}", np.dtype(RAGGED[name]).kind, 1)
+                if offsets[0] < 0 or offsets[-1] > len(flat) or (np.diff(offsets) < 0).any():
+                    raise ValueError(f"/batches/{name}_offsets is not an ascending list within it")
+                found[name] = flat[offsets[0] : offsets[-1]].astype(RAGGED[name], copy=False)
+                found[f"{name}_offsets"] = offsets - offsets[0]
+        return found
 
-    def _ragged(self, name: str, a: int, b: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        offsets = self._dataset(f"batches/{name}_offsets", "i", 1)[a : b + 1]
-        flat = self._dataset(f"batches/{name}", np.dtype(RAGGED[name]).kind, 1)
-        if len(offsets) != b - a + 1 or offsets[0] < 0 or offsets[-1] > len(flat) or (np.diff(offsets) < 0).any():
-            raise ValueError(f"/batches/{name}_offsets is not an ascending list within /batches/{name}")
-        return flat[offsets[0] : offsets[-1]].astype(RAGGED[name], copy=False), offsets - offsets[0]
+    def column(self, name: str, first: int, stop: int) -> Column:
+        """Entries of steps [first, stop) of a column, by its HDF5 path; n + 1 entries of an offset column."""
+        with reading(self.path, f"/{name}, steps {first} to {stop - 1}"):
+            dtype, dimensions = COLUMNS[name]
+            dataset, more = self._dataset(name, np.dtype(dtype).kind, dimensions), name.endswith("_offsets")
+            if len(dataset) != self.entries + more:
+                raise ValueError(f"it has {len(dataset)} entries, {self.entries + more} were expected")
+            values: Column = dataset[first - self.first : stop - self.first + more].astype(dtype, copy=False)
+            return values
 
     # ---- keyframes
 

@@ -1,0 +1,89 @@
+"""Finishing a recording that was cut off: `trajrec pack`.
+
+A writer process is started on the folder, as the recorder would have done, and told to seal what is left in the
+ring and to pack. This process writes no HDF5 either, so a full disk ends in an error here, and no worse.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from trajrec.errors import DamagedRunError, DiskFullError, NotARunError, OutputExistsError
+from trajrec.runfile.folder import SUFFIX, Folder, Manifest
+from trajrec.runfile.geometry import Geometry
+from trajrec.runfile.lock import Lock
+from trajrec.runfile.process import WriterProcess
+from trajrec.runfile.ring import Control, Finish, Ring, Status, create
+
+
+def pack(path: str | Path) -> Path:
+    """Packs a recording's folder into one file and returns its path; a packed run is left as it is.
+
+    Args:
+        path: run.h5 or run.h5.rec.
+
+    Raises:
+        NotARunError: there is no recording.
+        RecorderBusyError: it is being recorded.
+        DamagedRunError: steps are missing.
+        DiskFullError: no room for the packed file; the folder is left as it was.
+        OutputExistsError: another run has that name.
+    """
+    path = Path(path)
+    folder = Folder(path) if path.name.endswith(SUFFIX) else Folder.of(path)
+    if not folder.path.is_dir():
+        if folder.output.is_file():
+            return folder.output
+        raise NotARunError(f"There is no recording at {path}: neither {folder.output} nor {folder.path} exists.")
+    lock = Lock(folder.lock)
+    try:
+        manifest = folder.read_manifest()
+        if folder.output.exists():
+            return _remove_leftover(folder, manifest)
+        return _finish(folder, _ring(folder, manifest), lock)
+    finally:
+        lock.release()
+
+
+def _remove_leftover(folder: Folder, manifest: Manifest) -> Path:
+    """Deletes a folder whose packed file is there already: only its removal was cut off."""
+    from trajrec.runfile.stored import StoredRun
+
+    stored = StoredRun(folder.output)
+    same = stored.spec().run_id == manifest.spec.run_id
+    stored.close()
+    if not same:
+        raise OutputExistsError(f"{folder.output} holds another run. Move it away, then pack {folder.path} again.")
+    folder.remove()
+    return folder.output
+
+
+def _ring(folder: Folder, manifest: Manifest) -> Ring:
+    """The folder's ring; an empty one where it is gone or unreadable, because the sealed segments stand without it."""
+    try:
+        return Ring(folder.ring, writable=True)
+    except (OSError, ValueError, DamagedRunError):
+        segments = folder.segments()
+        first = segments[-1].stop if segments else 0
+        nothing = Geometry(0, np.dtype(manifest.spec.dtype).itemsize, 1, 1, 1, 2, 4096)
+        return create(folder.ring, nothing, first, manifest.spec.dtype)
+
+
+def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
+    if ring.get(Control.FINISH) == Finish.NO:
+        ring.set(Control.FINISH, Finish.RECOVERED)
+    writer = WriterProcess(folder, ring, lock)
+    try:
+        while (status := writer.status()) is Status.RUNNING:
+            writer.wait(0.1)
+    finally:
+        writer.close()
+    if status is Status.DISK_FULL:
+        folder.sweep()
+        raise DiskFullError(
+            f"The disk is full: packing {folder.path} needs about {folder.size() / 1e6:.0f} MB. Nothing is lost; make "
+            "room and pack again."
+        )
+    return folder.output

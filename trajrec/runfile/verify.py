@@ -1,0 +1,184 @@
+"""Looking at every byte of a recording: `trajrec verify`.
+
+Each HDF5 file is checked as a whole (its trailer) and in its parts: attributes, spec, every column, every row
+against the CRC-32 of its step, every keyframe. The whole tells whether anything has changed, the parts tell what. The
+ring and the raw keyframes of a folder have checksums of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trajrec.errors import DamagedRunError, NotARunError, RunFileError
+from trajrec.runfile import trailer
+from trajrec.runfile.folder import SUFFIX, Folder
+from trajrec.runfile.keyfile import read_keyframe
+from trajrec.runfile.pieces import Pieces
+from trajrec.runfile.ring import Ring
+from trajrec.runfile.source import TABLE_STEPS
+from trajrec.runfile.stored import COLUMNS, StoredRun
+from trajrec.runfile.table import StepTable
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something damaged.
+
+    Attributes:
+        file: where it is.
+        dataset: HDF5 path within the file, or "" for the file as a whole.
+        first: first step concerned, or None; `last` is the last one.
+        message: what is wrong.
+    """
+
+    file: Path
+    dataset: str
+    first: int | None
+    last: int | None
+    message: str
+
+    def __str__(self) -> str:
+        steps = "" if self.first is None else f"step {self.first}"
+        if self.last is not None and self.last != self.first:
+            steps = f"steps {self.first} to {self.last}"
+        where = ", ".join(part for part in (self.dataset, steps) if part)
+        return ": ".join(part for part in (str(self.file), where, self.message) if part)
+
+
+def verify(path: str | Path) -> list[Problem]:
+    """Everything that is damaged in a recording, in the order it was found; empty if nothing is.
+
+    Raises:
+        NotARunError: there is no recording. NewerFormatError: it cannot be judged by this version.
+    """
+    path = Path(path)
+    folder = Folder(path) if path.name.endswith(SUFFIX) else Folder.of(path)
+    packed = folder.output if path.name.endswith(SUFFIX) else path
+    if packed.is_file():
+        return list(_file_problems(packed))
+    if folder.path.is_dir():
+        return list(_folder_problems(folder))
+    raise NotARunError(f"There is no recording at {path}.")
+
+
+def _file_problems(path: Path) -> Iterator[Problem]:
+    try:
+        stored = StoredRun(path)
+        stored.spec()
+    except DamagedRunError as error:
+        yield Problem(path, "", None, None, _short(error, path))
+        return
+    try:
+        found = list(_part_problems(stored))
+        yield from found
+    finally:
+        stored.close()
+    whole = trailer.fault(path)
+    if whole and not found:
+        yield Problem(path, "", None, None, f"{whole}; all that is recorded in it is intact")
+
+
+def _part_problems(stored: StoredRun) -> Iterator[Problem]:
+    for first in range(stored.first, stored.stop, TABLE_STEPS):
+        stop = min(first + TABLE_STEPS, stored.stop)
+        try:
+            table = stored.table(first, stop)
+        except DamagedRunError as error:
+            yield from _column_problems(stored, first, stop, error)
+            continue
+        if stored.has_rows:
+            yield from _row_problems(stored, table)
+    yield from _keyframe_problems(stored)
+
+
+def _column_problems(stored: StoredRun, first: int, stop: int, error: DamagedRunError) -> Iterator[Problem]:
+    """The columns that cannot be read; where each can by itself, what keeps them from making a table."""
+    found = False
+    for name in COLUMNS:
+        try:
+            stored.column(name, first, stop)
+        except DamagedRunError as fault:
+            found = True
+            yield Problem(stored.path, f"/{name}", first, stop - 1, _short(fault, stored.path))
+    if not found:
+        named = re.search(r"/(steps|batches)/\w+", str(error))
+        yield Problem(stored.path, named[0] if named else "/steps", first, stop - 1, _short(error, stored.path))
+
+
+def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
+    step, stop = table.first, table.first + len(table)
+    while step < stop:
+        end = min(stored.block(step)[1], stop)
+        try:
+            rows = stored.rows(step, end)
+        except DamagedRunError as error:
+            yield Problem(stored.path, "/weights", step, end - 1, _short(error, stored.path))
+        else:
+            for k, row in enumerate(rows):
+                if zlib.crc32(row.data) != int(table.crc32[step + k - table.first]):
+                    yield Problem(
+                        stored.path, "/weights", step + k, None, "the row does not match the checksum of its step"
+                    )
+        step = end
+
+
+def _keyframe_problems(stored: StoredRun) -> Iterator[Problem]:
+    try:
+        steps = stored.keyframe_steps()
+    except DamagedRunError as error:
+        yield Problem(stored.path, "/keyframes", None, None, _short(error, stored.path))
+        return
+    for step in steps:
+        try:
+            stored.keyframe(step)
+        except DamagedRunError as error:
+            yield Problem(stored.path, "/keyframes", step, None, _short(error, stored.path))
+
+
+def _folder_problems(folder: Folder) -> Iterator[Problem]:
+    try:
+        folder.read_manifest()
+    except DamagedRunError as error:
+        yield Problem(folder.manifest, "", None, None, _short(error, folder.manifest))
+    segments = folder.segments()
+    try:
+        Pieces(segments)
+    except DamagedRunError as error:
+        yield Problem(folder.path, "", None, None, _short(error, folder.path))
+    for segment in segments:
+        try:
+            yield from _file_problems(segment.path)
+        except RunFileError as error:
+            yield Problem(segment.path, "", segment.first, segment.stop - 1, _short(error, segment.path))
+    yield from _raw_problems(folder)
+    yield from _ring_problems(folder, segments[-1].stop if segments else 0)
+
+
+def _raw_problems(folder: Folder) -> Iterator[Problem]:
+    for step, path in folder.keyframes().items():
+        try:
+            read_keyframe(path)
+        except DamagedRunError as error:
+            yield Problem(path, "", step, None, _short(error, path))
+
+
+def _ring_problems(folder: Folder, first: int) -> Iterator[Problem]:
+    try:
+        ring = Ring(folder.ring)
+    except (OSError, ValueError, DamagedRunError) as error:
+        yield Problem(folder.ring, "", None, None, _short(error, folder.ring))
+        return
+    for step in range(first, ring.head(first)):
+        if ring.intact(step) is None:
+            yield Problem(folder.ring, "", step, None, "the step does not match its checksum; the recording ends here")
+            return
+
+
+def _short(error: Exception, path: Path) -> str:
+    """The message without the file's name and the advice to verify."""
+    text = str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")
+    return text.split(" Run `trajrec verify`")[0]
