@@ -15,10 +15,15 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[demo,test]' --constraint constraints.txt
 	touch $@ $(VENV)/demo.stamp
 
+# The report page is tested in a real browser: the one that is there, or Chromium from the system's packages.
+$(VENV)/browser.stamp: $(VENV)/test.stamp
+	$(BIN)/python tests/browser.py --install
+	touch $@
+
 demo: $(VENV)/demo.stamp
 	$(BIN)/trajrec demo
 
-test: $(VENV)/test.stamp
+test: $(VENV)/browser.stamp
 	$(BIN)/python -m pytest -n 2 -q
 
 test-long: $(VENV)/test.stamp

@@ -7,7 +7,7 @@ sections out when everything that is possible was asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,8 @@ def by_class(inputs: Inputs, k: int) -> tuple[Top, ...]:
     labelled = named(scores.collect(scores.top(totals, k, by="class")), inputs.samples)
     if labelled.is_empty():
         raise ReplayError(_needs("--by class", "labels of the test samples (targets.parquet)", "--targets class"))
-    parts = sorted(_parts(labelled, "class"), key=lambda part: natural(part[0]))
+    key = order(inputs.settings)
+    parts = sorted(_parts(labelled, "class"), key=lambda part: key(part[0]))
     return tuple(top(f"class {name}", scores.MEAN, part) for name, part in parts)
 
 
@@ -163,7 +164,9 @@ def matrix(inputs: Inputs) -> Matrix:
     plain = scores.collect(cells)
     if plain.is_empty():
         raise ReplayError(_needs("the inter-class matrix", "labels of training and test samples", "--targets class"))
-    train, test = (tuple(sorted(plain[side].unique().to_list(), key=natural)) for side in ("train", "test"))
+    train, test = (
+        tuple(sorted(plain[side].unique().to_list(), key=order(inputs.settings))) for side in ("train", "test")
+    )
     means = {(a, b): value for a, b, value in plain.iter_rows()}
     ratios = {(a, b): value for a, b, value in table.iter_rows()}
     return Matrix(train, test, _grid(train, test, means), _grid(train, test, ratios))
@@ -205,7 +208,8 @@ def _ranking(inputs: Inputs, title: str, ranked: pl.DataFrame, noisy: pl.DataFra
 
 def _clusters(inputs: Inputs, totals: pl.DataFrame, noisy: pl.DataFrame) -> Clusters:
     clusters, classes = suspects.signs(inputs.contributions, inputs.samples, totals)
-    ordered = tuple(sorted(classes, key=lambda found: natural(found.label)))
+    key = order(inputs.settings)
+    ordered = tuple(sorted(classes, key=lambda found: key(found.label)))
     return Clusters(ordered, int(clusters["suspected"].sum()), suspects.jaccard(clusters, noisy))
 
 
@@ -305,12 +309,19 @@ def top(title: str, target: int, rows: pl.DataFrame) -> Top:
     return Top(title, target, *sides)
 
 
-def natural(label: str) -> tuple[int, float, str]:
-    """Sort key that puts numbers in numeric order, before words."""
-    try:
-        return 0, float(label), label
-    except ValueError:
-        return 1, 0.0, label
+def order(settings: Settings) -> Callable[[str], tuple[int, float, str]]:
+    """Sort key of labels: the classes in their own order, then numbers, then words."""
+    places = {name: place for place, name in enumerate(settings.classes)}
+
+    def key(label: str) -> tuple[int, float, str]:
+        if label in places:
+            return 0, places[label], label
+        try:
+            return 1, float(label), label
+        except ValueError:
+            return 2, 0.0, label
+
+    return key
 
 
 def _people(rows: pl.DataFrame, people: pl.LazyFrame, *more: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests import replay_folder
 from trajrec.cli.report import report as command
-from trajrec.errors import DamagedRunError, NonFiniteError, OutputExistsError, ReplayError
+from trajrec.errors import DamagedRunError, NonFiniteError, OutputExistsError, ReplayError, TrajrecError
 from trajrec.replay import report
 from trajrec.replay.render import tables, terminal
 
@@ -215,7 +215,7 @@ def test_command_maps_a_run_to_its_replay(folder: Path, tmp_path: Path) -> None:
 def test_command_takes_the_newest_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert "There is no recording under ./runs" in str(run()[2])
+    assert "There is no run under ./runs" in str(run()[2])
     (tmp_path / "runs" / "a.h5").touch()
     assert "runs/a.h5 has not been replayed yet" in str(run()[2])
     assert "`trajrec replay runs/a.h5`" in str(run()[2])
@@ -225,8 +225,8 @@ def test_command_takes_the_newest_run(folder: Path, tmp_path: Path, monkeypatch:
 
 def test_command_names_what_does_not_exist(tmp_path: Path) -> None:
     error = run(tmp_path / "nothing.h5")[2]
-    assert isinstance(error, ReplayError)
-    assert "There is no recording or replay folder" in str(error)
+    assert isinstance(error, TrajrecError)
+    assert "There is no run" in str(error)
 
 
 def test_outputs_are_not_overwritten_without_force(folder: Path, tmp_path: Path) -> None:

@@ -31,10 +31,17 @@ def table(columns: list[Column], width: int) -> Padding:
         justify: Literal["left", "right"] = "left" if name in _LEFT else "right"
         drawn.add_column(name, justify=justify, no_wrap=True)
         for cell in cells:
-            cell.truncate(widths[name], overflow="ellipsis")
+            _shorten(cell, widths[name], keep_end=name == "name")
     for row in zip(*(cells for _, cells in columns), strict=True):
         drawn.add_row(*row)
     return Padding(drawn, (0, 0, 0, 2))
+
+
+def _shorten(cell: Text, width: int, keep_end: bool) -> None:
+    """Cut a cell; of a name the end is kept, because names of files differ there."""
+    if keep_end and cell.cell_len > width:
+        cell.plain = "\N{HORIZONTAL ELLIPSIS}" + cell.plain[-(width - 1) :]
+    cell.truncate(width, overflow="ellipsis")
 
 
 def facts(rows: list[tuple[str, Text]]) -> Table:

@@ -16,7 +16,7 @@ NO_CERTIFICATE = "none: nothing proves that this replay repeated the recorded ru
 
 def question(report: Report) -> str:
     """What was asked, as a sentence."""
-    tracked = f"{report.samples:,} training samples"
+    tracked = f"{report.samples:,} training sample{'' if report.samples == 1 else 's'}"
     if report.settings.samples_total not in (None, report.samples):
         tracked = f"{report.samples:,} of {report.settings.samples_total:,} training samples"
     return f"How much did each of {tracked} help or harm {aim(report)}?"
