@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
-from trajrec.cli.demo import demo
 
-from trajrec.cli.maintenance import info, pack, verify
+from trajrec.cli.demo import demo
+from trajrec.cli.maintenance import info
 from trajrec.cli.record import RecordCommand, record
 from trajrec.cli.replay import replay
 from trajrec.cli.report import report
@@ -26,16 +28,42 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="A flight recorder for PyTorch training: record a run, then ask which samples made the model what it is.",
 )
+
+
+def guarded(command: Callable[..., int | None]) -> Callable[..., None]:
+    """The error boundary around every command."""
+
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            code = command(*args, **options) or 0
+        except TrajrecError as error:
+            code = _complain(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            code = _complain("Interrupted.", 130)
+        except BrokenPipeError:
+            # The reader of our output has gone (`trajrec info run.h5 | head`): nothing is wrong.
+            sys.stderr.close()
+            code = 0
+        raise typer.Exit(code)
+
+    return run
+
+
+def _complain(message: str, code: int) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("Error: ", "bold red"), message))
+    return code
+
+
 app.command(
     cls=RecordCommand,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-)(record)
-app.command()(replay)
-app.command()(report)
-app.command()(info)
-app.command()(verify)
-app.command()(pack)
-app.command()(demo)
+)(guarded(record))
+for command in (replay, report, info, demo):
+    app.command()(guarded(command))
 
 
 def _version(value: bool) -> None:
@@ -57,35 +85,7 @@ def _options(
 
 def main() -> None:
     """Entry point of the command."""
-    sys.exit(run(sys.argv[1:]))
-
-
-def run(arguments: list[str]) -> int:
-    """Runs one command and returns its exit code; messages go to standard error."""
-    import click
-
-    try:
-        code = app(args=arguments, standalone_mode=False)
-    except TrajrecError as error:
-        return _complain(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        return _complain("Interrupted.", 130)
-    except BrokenPipeError:
-        # The reader of our output has gone (`trajrec info run.h5 | head`): nothing is wrong.
-        sys.stderr.close()
-        return 0
-    return code if isinstance(code, int) else 0
-
-
-def _complain(message: str, code: int) -> int:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("Error: ", "bold red"), message))
-    return code
+    app()
 
 
 if __name__ == "__main__":

@@ -15,15 +15,13 @@ from typer.core import TyperCommand
 from trajrec.errors import TrajrecError
 
 if TYPE_CHECKING:
-    import click
-
     from trajrec.recorder import Recorder
 
 
 class RecordCommand(TyperCommand):
     """Like Python itself: everything after SCRIPT or `-m MODULE` belongs to the script."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Puts `--` behind `-m MODULE`."""
         takes_value = {name for p in self.params if not getattr(p, "is_flag", False) for name in p.opts}
         place = 0

@@ -17,38 +17,42 @@ if TYPE_CHECKING:
     from trajrec.task import Task
 
 
+RunArgument = Annotated[
+    Path | None, typer.Argument(help="The run [default: the newest under ./runs].", show_default=False)
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE.py:ATTR", help="The Task [default: the one noted in the run].", show_default=False),
+]
+SamplesOption = Annotated[
+    Path | None, typer.Option(metavar="IDX.npy", help="Training sample ids [default: all].", show_default=False)
+]
+TargetsOption = Annotated[str, typer.Option(metavar="mean|each|class|FILE.npy", help="What is measured.")]
+ExactOption = Annotated[bool, typer.Option("--exact", help="With Hessian-vector products, not the approximation.")]
+ModeOption = Annotated[str, typer.Option(metavar="auto|adjoint|tangent", help="Direction; auto takes the cheaper.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Output folder [default: NAME-replay beside the run].", show_default=False),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(metavar="float32|float64", help="Floating type [default: the run's].", show_default=False),
+]
+
+
 def replay(
-    run: Annotated[
-        Path | None, typer.Argument(help="The run [default: the newest under ./runs].", show_default=False)
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="FILE.py:ATTR", help="The Task [default: the one noted in the run].", show_default=False),
-    ] = None,
-    samples: Annotated[
-        Path | None, typer.Option(metavar="IDX.npy", help="Training sample ids [default: all].", show_default=False)
-    ] = None,
-    targets: Annotated[str, typer.Option(metavar="mean|each|class|FILE.npy", help="What is measured.")] = "mean",
-    exact: Annotated[
-        bool, typer.Option("--exact", help="With Hessian-vector products, not the approximation.")
-    ] = False,
-    mode: Annotated[
-        str, typer.Option(metavar="auto|adjoint|tangent", help="Direction; auto takes the cheaper.")
-    ] = "auto",
+    run: RunArgument = None,
+    task: TaskOption = None,
+    samples: SamplesOption = None,
+    targets: TargetsOption = "mean",
+    exact: ExactOption = False,
+    mode: ModeOption = "auto",
     by_epoch: Annotated[bool, typer.Option("--by-epoch", help="Also the part of each epoch.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Output folder [default: NAME-replay beside the run].", show_default=False),
-    ] = None,
+    out: OutOption = None,
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="float32|float64", help="Floating type [default: the run's].", show_default=False),
-    ] = None,
-    allow_drift: Annotated[
-        bool, typer.Option("--allow-drift", help="Go on where the Task does not reproduce the run.")
-    ] = False,
+    dtype: DtypeOption = None,
+    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on where the Task differs.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
 ) -> None:
     """Ask a run which training samples made the model do what it does.

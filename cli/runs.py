@@ -44,7 +44,7 @@ def check_absent(path: Path, force: bool) -> None:
         OutputExistsError: if it exists and force is False.
     """
     if path.exists() and not force:
-        raise OutputExistsError(f"{path} exists already. Choose another place with --out, or replace it with --force.")
+        raise OutputExistsError(f"{path} exists already. Choose another with --out, or replace it with --force.")
 
 
 def size_text(size: float) -> str:

@@ -106,15 +106,31 @@ def contributions(
     """
     check_mode(mode)
     session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift)
-    chosen = np.arange(run.spec.samples) if samples is None else check_ids(samples, run.spec.samples, "training")
+    return solve(session, targets, samples, exact=exact, mode=mode, by_epoch=by_epoch, progress=progress)
+
+
+def solve(
+    session: Session,
+    targets: Any = "mean",
+    samples: Any = None,
+    *,
+    exact: bool = False,
+    mode: str = "auto",
+    by_epoch: bool = False,
+    progress: Progress | None = None,
+) -> Contributions:
+    """`contributions` for a session that stands already; arguments and errors are the same."""
+    check_mode(mode)
+    count = session.run.spec.samples
+    chosen = np.arange(count) if samples is None else check_ids(samples, count, "training")
     wanted = choose_targets(targets, session.test)
     if mode == "auto":
         mode = "adjoint" if by_epoch or len(wanted.names) <= len(chosen) else "tangent"
     if by_epoch and mode == "tangent":
         raise ReplayError('Contributions by epoch need mode="adjoint".')
-    solve = _by_adjoint if mode == "adjoint" else _by_tangent
+    direction = _by_adjoint if mode == "adjoint" else _by_tangent
     return session.guarded(  # type: ignore[no-any-return]
-        lambda: solve(session, wanted, chosen, exact, by_epoch, progress or Silent())
+        lambda: direction(session, wanted, chosen, exact, by_epoch, progress or Silent())
     )
 
 

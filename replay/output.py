@@ -42,9 +42,7 @@ def new_folder(folder: Path, force: bool) -> Iterator[Path]:
         OutputExistsError: if it exists and force is False.
     """
     if folder.exists() and not force:
-        raise OutputExistsError(
-            f"{folder} exists already. Choose another place with --out, or replace it with --force."
-        )
+        raise OutputExistsError(f"{folder} exists already. Choose another with --out, or replace it with --force.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     unfinished.mkdir()

@@ -94,7 +94,7 @@ def test_adjoint_equals_tangent_equals_autograd_for_any_configuration(groups, bu
 
 
 def test_hessian_free_equals_its_closed_form_for_sgd_with_momentum():
-    r"""dv_t = p dv_{t-1} + N/B grad l_i, D_t = D_{t-1} - eta dv_t: D_T = -eta N/B sum_t (1-p^(T-t+1))/(1-p) grad l_i."""
+    r"""dv_t = p dv_{t-1} + N/B grad l_i, D_t = D_{t-1} - eta dv_t: geometric sums of the momentum."""
     s = scenario.train()
     eta, p, steps = 0.1, 0.9, s.run.steps
     expected = {k: torch.zeros_like(v) for k, v in s.start.items()}

@@ -105,7 +105,7 @@ def test_state_of_a_keyframe_is_that_of_the_optimizer():
 
 
 def test_layout_orders_by_group_and_selects_trainable_weights():
-    model, optimizer, snapshot, layout, _ = setup({}, torch.float32)
+    model, optimizer, _, layout, _ = setup({}, torch.float32)
     assert [p.name for p in layout.params] == ["0.weight", "1.weight", "0.bias", "1.bias"]
     row = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
     assert torch.equal(torch.from_numpy(layout.select(row)), flat(layout, model))
