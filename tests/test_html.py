@@ -170,7 +170,8 @@ def test_all_controls_are_reached_by_keyboard(visit: Any, full: Path) -> None:
         reached.add(
             page.evaluate("document.activeElement.tagName + ':' + document.activeElement.innerText.trim().slice(0, 30)")
         )
-    assert {"BUTTON:Dark", "A:Suspects", "BUTTON:contribution", "BUTTON:Show all 63", "INPUT:"} <= reached
+    assert {"BUTTON:Dark", "A:Suspects", "BUTTON:contribution", "INPUT:"} <= reached
+    assert any(name.startswith("BUTTON:Show all") for name in reached)
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
