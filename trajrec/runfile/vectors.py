@@ -38,9 +38,7 @@ class VectorFile:
             raise OutputExistsError(f"{path} exists already; remove it or choose another name.")
         file = h5py.File(path, "x")
         offsets = np.cumsum([0, *(p.size for p in params)]).tolist()
-        table = [
-            {"name": p.name, "shape": p.shape, "offset": o} for p, o in zip(params, offsets[:-1], strict=True)
-        ]
+        table = [{"name": p.name, "shape": p.shape, "offset": o} for p, o in zip(params, offsets[:-1], strict=True)]
         file.attrs["params"] = json.dumps(table)
         file["sample"] = samples
         file.create_dataset("hypergradient", (len(samples), offsets[-1]), dtype=dtype)
