@@ -1,0 +1,306 @@
+"""The command line as a user meets it: the same numbers as in Python, exit codes, messages, nothing half written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import trajrec
+from tests import user_project
+from trajrec.replay import contributions
+from trajrec.task import load_task
+
+TRAJREC = [sys.executable, "-m", "trajrec.cli.main"]
+
+
+def call(*arguments, cwd, **options):
+    """Runs the command in a process of its own, one thread, no colour."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "80"}
+    command = [*TRAJREC, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A user's folder after `trajrec record train.py`."""
+    folder = tmp_path_factory.mktemp("project")
+    user_project.write(folder)
+    done = call("record", "train.py", "--epochs", "3", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "recorded.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture
+def here(project, tmp_path):
+    """A copy of that folder."""
+    shutil.copytree(project, tmp_path / "p", dirs_exist_ok=True)
+    return tmp_path / "p"
+
+
+def the_run(folder):
+    (run,) = (folder / "runs").glob("train-*.h5")
+    return run
+
+
+def test_record_names_the_run_and_says_what_to_do_next(project):
+    said = (project / "recorded.txt").read_text()
+    assert "Recorded 12 steps of train.py into runs/train-" in said
+    assert "Next: trajrec replay --exact" in said
+    with trajrec.open(the_run(project)) as run:
+        assert run.steps == 12
+        assert run.state == "complete"
+        assert run.spec.command == ("train.py", "--epochs", "3")
+        assert run.spec.task == f"{project / 'task.py'}:task"
+        final = torch.load(project / "final.pt")
+        for name, value in run.weights(run.steps).items():
+            assert torch.equal(value, final[name])
+
+
+def test_the_recorded_training_is_the_unrecorded_one(project, tmp_path):
+    user_project.write(tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "train.py", "--epochs", "3"], cwd=tmp_path, env=environment, check=True, timeout=60)
+    plain, recorded = (torch.load(folder / "final.pt") for folder in (tmp_path, project))
+    assert all(torch.equal(plain[k], recorded[k]) for k in plain)
+
+
+def test_replay_gives_the_numbers_of_the_python_api(here):
+    np.save(here / "idx.npy", np.array([7, 3, 29]))
+    done = call("replay", "--samples", "idx.npy", "--exact", cwd=here)
+    assert done.returncode == 0, done.stderr
+    folder = here / "runs" / f"{the_run(here).stem}-replay"
+    names = {path.name for path in folder.iterdir()}
+    assert {"contributions.parquet", "top.csv", "replay.json"} <= names
+    frame = pl.read_parquet(folder / "contributions.parquet")
+    assert frame.schema == {"sample": pl.Int64, "target": pl.Int64, "contribution": pl.Float64}
+    torch.set_num_threads(1)
+    with trajrec.open(the_run(here)) as run:
+        c = contributions(run, load_task(f"{here / 'task.py'}"), samples=[7, 3, 29], exact=True)
+    assert frame["sample"].to_list() == [7, 3, 29]
+    assert frame["target"].to_list() == [-1, -1, -1]
+    assert frame["contribution"].to_list() == c.values[:, 0].tolist()
+    assert c.frame().collect().equals(frame)
+    metadata = pl.read_parquet_metadata(folder / "contributions.parquet")
+    assert metadata["sign"] == "positive = helpful"
+    assert {"method", "exact", "mode", "unit", "run_id", "certificate"} <= set(metadata)
+    assert json.loads(metadata["certificate"])["steps_checked"] == 12
+    described = json.loads((folder / "replay.json").read_text())
+    assert described["exact"] is True
+    assert "12 of 12 steps were made again" in described["certificate"]["sentence"]
+    assert "Most helpful" in done.stdout
+    report = call("report", cwd=here)
+    assert report.returncode == 0, report.stderr
+    assert "Most harmful" in report.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--targets", "each", "--mode", "tangent"], ["--targets", "class"], ["--targets", "t.npy", "--by-epoch"]],
+)
+def test_replay_answers_every_kind_of_question(here, options):
+    np.save(here / "t.npy", np.array([2, 5]))
+    done = call("replay", the_run(here), *options, "--out", "answer", "--dtype", "float64", "--top", "3", cwd=here)
+    assert done.returncode == 0, done.stderr
+    frame = pl.read_parquet(here / "answer" / "contributions.parquet")
+    wanted = "each" if "each" in options else "class" if "class" in options else [2, 5]
+    torch.set_num_threads(1)
+    with trajrec.open(the_run(here)) as run:
+        c = contributions(run, load_task(f"{here / 'task.py'}"), wanted, dtype="float64", by_epoch="t.npy" in options)
+    joined = frame.join(c.frame().collect(), on=[n for n in frame.columns if n != "contribution"], suffix="_api")
+    assert len(joined) == len(frame)
+    np.testing.assert_allclose(joined["contribution"], joined["contribution_api"], rtol=1e-9, atol=1e-15)
+
+
+def test_info_tells_what_the_run_is(here):
+    done = call("info", cwd=here)
+    assert done.returncode == 0, done.stderr
+    for part in ("12 in 3 epoch(s)", "SGD", "momentum 0.9", "51 float32", "complete", "task.py"):
+        assert part in done.stdout
+
+
+def test_help_is_instant_and_every_command_has_an_example():
+    call("--help", cwd=".")
+    began = time.perf_counter()
+    done = call("--help", cwd=".")
+    assert time.perf_counter() - began < 1.0  # 0.3 s on an idle machine; tests share theirs
+    for command in ("record", "replay", "report", "info", "demo"):
+        assert command in done.stdout
+        assert "Example" in call(command, "--help", cwd=".").stdout
+    code = "import sys, trajrec.cli.main; sys.exit(any(m in sys.modules for m in ('torch', 'h5py', 'polars')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+BAD = [
+    (["replay", "RUN", "--task", "nowhere.py:task"], 2, "There is no task file nowhere.py"),
+    (
+        ["replay", "RUN", "--task", "broken.py:task"],
+        2,
+        "ModuleNotFoundError: No module named 'no_such_module_anywhere'",
+    ),
+    (["replay", "RUN", "--task", "task.py:other"], 2, "no attribute 'other'. It has these tasks: task"),
+    (["replay", "RUN", "--task", "not_a_task.py"], 2, "must be a trajrec.Task, but is int"),
+    (["replay", "RUN", "--task", "other_shapes.py"], 2, "other shape: 0.weight: recorded (6, 4), task (7, 4)"),
+    (["replay", "RUN", "--task", "other_names.py"], 2, "missing in the task: 0.weight (6, 4)"),
+    (["replay", "RUN", "--task", "short_data.py"], 2, "the task's training set has only 20 samples"),
+    (["replay", "RUN", "--task", "changed_labels.py"], 2, "The training data changed since the recording"),
+    (["replay", "RUN", "--task", "summed_loss.py"], 3, "Replay drifted at step 1"),
+    (["replay", "RUN", "--task", "summed_loss.py"], 3, "(ratio 8)"),
+    (["replay", "RUN", "--task", "mean_loss.py"], 2, "must return one value for each of the 12 samples"),
+    (["replay", "RUN", "--task", "no_test.py"], 2, "the Task has no test set"),
+    (["replay", "RUN", "--task", "no_data_set.py"], 2, "Task.train must be a map-style data set"),
+    (["replay", "RUN", "--task", "no_model.py"], 2, "Task.model must return an nn.Module"),
+    (["replay", "RUN", "--samples", "none.npy"], 2, "there is no file none.npy"),
+    (["replay", "RUN", "--samples", "task.py"], 2, "task.py is no .npy file of integers"),
+    (["replay", "RUN", "--samples", "far.npy"], 2, "There is no training sample 30: the training set has 30 samples"),
+    (["replay", "RUN", "--samples", "floats.npy"], 2, "one-dimensional array of integers"),
+    (["replay", "RUN", "--targets", "far.npy"], 2, "There is no test sample 30"),
+    (["replay", "RUN", "--targets", "all"], 2, 'targets must be "mean", "each", "class"'),
+    (["replay", "RUN", "--mode", "sideways"], 2, 'mode must be "auto", "adjoint" or "tangent"'),
+    (["replay", "RUN", "--by-epoch", "--mode", "tangent"], 2, 'Contributions by epoch need mode="adjoint"'),
+    (["replay", "RUN", "--dtype", "float16"], 2, "A replay computes in float32 or float64, not float16"),
+    (["replay", "RUN", "--out", "."], 2, "exists already"),
+    (["replay", "nothing.h5"], 2, "There is no run nothing.h5"),
+    (["replay", "task.py"], 4, "task.py"),
+    (["info", "empty.h5"], 4, "empty.h5"),
+    (["record"], 2, "Name the script"),
+    (["record", "nothing.py"], 2, "There is no script nothing.py"),
+    (["record", "--task", "nothing.py", "train.py"], 2, "There is no task file nothing.py"),
+    (["record", "--out", "RUN", "train.py"], 2, "exists already"),
+    (["record", "net.py"], 2, "No optimizer step was seen"),
+    (["replay", "--no-such-option"], 2, "No such option"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_mistakes_have_their_message_and_exit_code(project, tmp_path, arguments, code, message, monkeypatch, capsys):
+    """In this process, which is faster; the entry point is the same."""
+    from trajrec.cli.main import app
+
+    folder = tmp_path / "p"
+    shutil.copytree(project, folder)
+    np.save(folder / "far.npy", np.array([0, 30]))
+    np.save(folder / "floats.npy", np.array([0.5]))
+    (folder / "empty.h5").touch()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        app([str(the_run(folder)) if a == "RUN" else a for a in arguments])
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert stopped.value.code == code
+    assert [p for p in sorted(folder.rglob("*")) if "__pycache__" not in p.parts] == [
+        p for p in before if "__pycache__" not in p.parts
+    ]
+
+
+def test_drift_can_be_allowed_and_is_then_on_the_record(here):
+    done = call("replay", "--task", "summed_loss.py", "--allow-drift", cwd=here)
+    assert done.returncode == 0, done.stderr
+    folder = next((here / "runs").glob("*-replay"))
+    certificate = json.loads((folder / "replay.json").read_text())["certificate"]
+    assert certificate["verdict"] == "drifted"
+    assert certificate["first_bad_step"] == 1
+    assert "NOT the recorded run" in " ".join(done.stdout.split())
+
+
+def test_a_changed_task_file_is_not_imported_unasked(here):
+    text = (here / "task.py").read_text()
+    with trajrec.open(the_run(here)) as run:
+        noted = Path(run.spec.task.rpartition(":")[0])
+    original = noted.read_text()
+    noted.write_text(text + "\nraise SystemExit('imported')\n")
+    try:
+        done = call("replay", cwd=here)
+    finally:
+        noted.write_text(original)
+    assert done.returncode == 2
+    assert "has changed since the recording" in " ".join(done.stderr.split())
+
+
+def test_outputs_are_replaced_only_by_force(here):
+    assert call("replay", cwd=here).returncode == 0
+    again = call("replay", cwd=here)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    assert call("replay", "--force", cwd=here).returncode == 0
+
+
+def test_the_scripts_own_failure_is_shown_and_what_was_recorded_is_kept(tmp_path):
+    user_project.write(tmp_path)
+    script = tmp_path / "train.py"
+    script.write_text(script.read_text() + "\nraise ValueError('after training')\n")
+    done = call("record", "--out", "cut.h5", "train.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ValueError: after training" in done.stderr
+    assert "runpy" not in done.stderr
+    with trajrec.open(tmp_path / "cut.h5") as run:
+        assert run.steps == 8
+        assert run.state != "complete"
+
+
+def test_a_module_is_run_like_python_does(tmp_path):
+    user_project.write(tmp_path)
+    done = call("record", "--out", "m.h5", "--task", "task.py", "-m", "train", "--epochs", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "__main__" in done.stdout
+    with trajrec.open(tmp_path / "m.h5") as run:
+        assert run.steps == 4
+
+
+def test_ctrl_c_leaves_nothing_half_written(here):
+    slow = here / "slow.py"
+    slow.write_text(
+        user_project.TASK
+        + """
+import time
+inner = task.loss
+
+def loss(model, batch):
+    time.sleep(0.5)
+    return inner(model, batch)
+
+task.loss = loss
+"""
+    )
+    process = subprocess.Popen(
+        [*TRAJREC, "replay", "--task", "slow.py"], cwd=here, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(6)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted" in error
+    assert not list((here / "runs").glob("*replay*"))
+    assert not list((here / "runs").glob(".*"))
+
+
+def test_the_example_trains_records_and_replays(tmp_path):
+    shutil.copytree(Path(trajrec.__file__).parent / "cli" / "mnist", tmp_path / "mnist")
+    done = call("record", "--out", "run.h5", "mnist/train.py", "--epochs", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    np.save(tmp_path / "idx.npy", np.arange(50))
+    done = call("replay", "run.h5", "--samples", "idx.npy", "--exact", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    samples = pl.read_parquet(tmp_path / "run-replay" / "samples.parquet")
+    assert samples.columns == ["sample", "label", "noisy"]
+
+
+def test_the_demo_shows_the_whole_path(tmp_path):
+    done = call("demo", "--epochs", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("Hessian-free", "exact", "Spearman", "sign error", "of the 200 wrong labels", "The run:"):
+        assert part in done.stdout
