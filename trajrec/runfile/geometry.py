@@ -82,11 +82,11 @@ def chunk_shape(row_length: int, itemsize: int) -> tuple[int, int]:
     return rows, -(-row_length // pieces)
 
 
-def geometry_for(row_length: int, itemsize: int, keep_rows: bool, arena_bytes: int = ARENA_BYTES) -> Geometry:
+def geometry_for(row_length: int, itemsize: int, keep_rows: bool) -> Geometry:
     """The geometry of a recording of rows of P values; `keep_rows=False` records step data only."""
     rows, columns = chunk_shape(row_length, itemsize)
     if not keep_rows:
-        return Geometry(0, itemsize, rows, columns, SEGMENT_ROWS, 2 * SEGMENT_ROWS, arena_bytes)
+        return Geometry(0, itemsize, rows, columns, SEGMENT_ROWS, 2 * SEGMENT_ROWS, ARENA_BYTES)
     chunk_row = rows * row_length * itemsize
     segment = rows * max(1, min(SEGMENT_BYTES // chunk_row, SEGMENT_ROWS // rows))
-    return Geometry(row_length, itemsize, rows, columns, segment, max(2 * segment, 4), arena_bytes)
+    return Geometry(row_length, itemsize, rows, columns, segment, max(2 * segment, 4), ARENA_BYTES)

@@ -6,12 +6,14 @@ is step 0, the weights before training, so that `weights[t]` and `steps/loss[t]`
     attributes    format, version, created, state, first, keep, gaps, resumed
     /spec         one JSON attribute for every field of RunSpec
     /weights      (n, P) in chunks (R, C); (0, P) where rows of single steps are not kept
-    /steps        step, epoch, loss, time, crc32 (n); hyper (n, G, H)
+    /steps        step, epoch, loss, time, crc32, record_crc32 (n); hyper (n, G, H)
     /batches      ids, weights, rng: flat; ids_offsets, weights_offsets, rng_offsets (n + 1)
     /keyframes    the step as ten digits: the keyframe's arrays by their paths, each with its CRC-32 (packed runs)
 
 What finds a damaged byte: the file format's own checksums for structure and attributes (hence libver v110 and
-strings of fixed length), Fletcher-32 for the columns, the CRC-32 of the step for a row, the attribute for a keyframe.
+strings of fixed length), the CRC-32 of its step for a row, that of the record for the columns, an attribute for an
+array of a keyframe, and behind the end of the file a CRC-32 of all of it (trailer.py). The columns have Fletcher-32
+too, so that any HDF5 program finds damage; by itself it passes a sector of zeros.
 Files are only ever written whole under another name, synced and renamed; none is opened again for writing.
 """
 
@@ -73,6 +75,7 @@ def begin(path: Path, head: Head, spec: RunSpec, cache: int | None = None) -> h5
     for name, value in _attributes(head, spec).items():
         file.attrs[name] = np.bytes_(value)
     file.attrs["first"] = np.int64(head.first)
+    file.create_group("keyframes")  # always there, so that one that cannot be found is a fault
     group = file.create_group("spec")
     for name, value in spec.to_json().items():
         group.attrs[name] = np.bytes_(json.dumps(value))

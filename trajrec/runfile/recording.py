@@ -76,6 +76,7 @@ class RunFileSink:
         self._force = force
         self._next = 0
         self._stopped = False
+        self._retried_at = -1
         _check_options(keep, compression, on_full, self._interval)
         self._check_output()
 
@@ -177,6 +178,9 @@ class RunFileSink:
                 self._writer.restart()
 
     def _act_on_full_disk(self, needed: int) -> None:
+        if self._retried_at != self._next and self._free() >= 2 * needed:
+            self._retried_at = self._next
+            return  # there is room again, it seems; a quota may see it otherwise, so only once a step
         where = f"The disk is full: step {self._next} of {self.output} cannot be recorded."
         if self._on_full == "raise":
             raise DiskFullError(f"{where} Make room; `trajrec pack {self.folder.path}` keeps the steps before it.")
@@ -192,9 +196,12 @@ class RunFileSink:
         logger.warning("%s Training WAITS until there is room (about %d MB).", where, needed // 10**6 + 1)
         self.folder.sweep()
         time.sleep(_RETRY)
-        while shutil.disk_usage(self.folder.path).free < max(needed, 2**20):
+        while self._free() < max(needed, 2**20):
             time.sleep(_RETRY)
         logger.warning("There is room again: recording of %s goes on.", self.output)
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self.folder.path).free
 
     # ---- the end
 

@@ -166,7 +166,13 @@ class StoredRun:
             if not np.array_equal(columns.pop("steps/step"), np.arange(first, stop)):
                 raise ValueError("the steps are not consecutive")
         fields = {name.partition("/")[2]: values for name, values in columns.items()}
-        return StepTable(first, **{**fields, **self._ragged(fields, first, stop)})
+        table = StepTable(first, **{**fields, **self._ragged(fields, first, stop)})
+        if (step := table.damaged()) is not None:
+            raise DamagedRunError(
+                f"{self.path}: /steps and /batches, step {step}: the record does not match its checksum; the file is "
+                "damaged. Run `trajrec verify` to see what is intact."
+            )
+        return table
 
     def _ragged(self, fields: dict[str, Column], first: int, stop: int) -> dict[str, Column]:
         """The values that the offsets point to, and the offsets from 0."""
@@ -196,7 +202,7 @@ class StoredRun:
     def keyframe_steps(self) -> tuple[int, ...]:
         """Steps that have a keyframe."""
         with reading(self.path, "/keyframes"):
-            return tuple(sorted(int(name) for name in self._file.get("keyframes", ())))
+            return tuple(sorted(int(name) for name in self._file["keyframes"]))
 
     def keyframe(self, step: int, only: str | None = None) -> Keyframe:
         """A keyframe, checked; with `only`, just the array of that path."""

@@ -9,16 +9,18 @@ weights before training.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trajrec.records import FloatArray, IntArray, StepRecord
+from trajrec.runfile.codec import encode
 
-PLAIN = {"epoch": "<i8", "loss": "<f8", "time": "<f8", "crc32": "<u4", "hyper": "<f8"}
+PLAIN = {"epoch": "<i8", "loss": "<f8", "time": "<f8", "crc32": "<u4", "record_crc32": "<u4", "hyper": "<f8"}
 RAGGED = {"ids": "<i8", "weights": "<f8", "rng": "|u1"}
 
 
@@ -32,6 +34,7 @@ class StepTable:
         loss: [n].
         time: [n] seconds, Unix time.
         crc32: [n] uint32 of the rows.
+        record_crc32: [n] uint32 of the encoded records (`codec.encode`), which covers all the other columns.
         hyper: [n, G, H].
         ids: flat sample ids; `ids_offsets` [n + 1].
         weights: flat weights c[t,i]; `weights_offsets` [n + 1].
@@ -43,6 +46,7 @@ class StepTable:
     loss: FloatArray
     time: FloatArray
     crc32: npt.NDArray[np.uint32]
+    record_crc32: npt.NDArray[np.uint32]
     hyper: FloatArray
     ids: IntArray
     ids_offsets: IntArray
@@ -70,6 +74,11 @@ class StepTable:
             self.span("rng", k).tobytes(),
         )
 
+    def damaged(self) -> int | None:
+        """The first step whose record does not match its checksum, or None."""
+        found = np.flatnonzero(_checksums(self) != self.record_crc32)
+        return self.first + int(found[0]) if found.size else None
+
     def span(self, name: str, k: int) -> npt.NDArray[Any]:
         """Entry k of a ragged column."""
         offsets = getattr(self, f"{name}_offsets")
@@ -82,12 +91,13 @@ def table_of(records: Sequence[StepRecord]) -> StepTable:
     weights = [np.empty(0) if r.weights is None else r.weights for r in records]
     rng = [np.frombuffer(r.rng, np.uint8) for r in records]
     ids = [r.ids for r in records]
-    return StepTable(
+    table = StepTable(
         first=records[0].step,
         epoch=np.array([r.epoch for r in records], "<i8"),
         loss=np.array([r.loss for r in records], "<f8"),
         time=np.array([r.time for r in records], "<f8"),
         crc32=np.array([r.crc32 for r in records], "<u4"),
+        record_crc32=np.zeros(len(records), "<u4"),
         hyper=np.stack([r.hyper for r in records]),
         ids=np.concatenate(ids),
         ids_offsets=_offsets(ids),
@@ -96,6 +106,12 @@ def table_of(records: Sequence[StepRecord]) -> StepTable:
         rng=np.concatenate(rng),
         rng_offsets=_offsets(rng),
     )
+    return replace(table, record_crc32=_checksums(table))
+
+
+def _checksums(table: StepTable) -> npt.NDArray[np.uint32]:
+    steps = range(table.first, table.first + len(table))
+    return np.array([zlib.crc32(encode(table.record(step))) for step in steps], "<u4")
 
 
 def _offsets(parts: Sequence[npt.NDArray[np.generic]]) -> IntArray:

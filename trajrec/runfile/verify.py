@@ -106,7 +106,9 @@ def _column_problems(stored: StoredRun, first: int, stop: int, error: DamagedRun
             yield Problem(stored.path, f"/{name}", first, stop - 1, _short(fault, stored.path))
     if not found:
         named = re.search(r"/(steps|batches)/\w+", str(error))
-        yield Problem(stored.path, named[0] if named else "/steps", first, stop - 1, _short(error, stored.path))
+        step = re.search(r"step (\d+):", str(error))
+        a, b = (int(step[1]), int(step[1])) if step else (first, stop - 1)
+        yield Problem(stored.path, named[0] if named else "/steps", a, b, _short(error, stored.path))
 
 
 def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
