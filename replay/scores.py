@@ -26,13 +26,17 @@ import polars as pl
 HELPFUL, HARMFUL = "helpful", "harmful"
 MEAN = -1
 ROWS_AT_ONCE = 8_000_000
+OPTIMIZATIONS = pl.QueryOptFlags(comm_subplan_elim=False)
 
 _VALUE = pl.col("contribution")
 
 
 def collect(frame: pl.LazyFrame) -> pl.DataFrame:
-    """The rows of a query, by the streaming engine."""
-    return frame.collect(engine="streaming")
+    """The rows of a query, by the streaming engine.
+
+    A scan that occurs twice is read twice: sharing it (common subplan elimination) would hold all its rows in memory.
+    """
+    return frame.collect(engine="streaming", optimizations=OPTIMIZATIONS)
 
 
 def pairs(frame: pl.LazyFrame) -> pl.LazyFrame:
