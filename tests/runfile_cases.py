@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -35,6 +36,12 @@ def spec(values: int = 1000, dtype: str = "float32", rng: int = 0, samples: int 
     )
 
 
+@lru_cache(4)
+def _line(seed: int, values: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    start = np.random.default_rng(seed).normal(size=values)
+    return start.astype(dtype), np.sin(np.arange(values) + seed).astype(dtype)
+
+
 @dataclass(frozen=True)
 class MadeUpRun:
     """Rows, records and keyframes of a run."""
@@ -45,8 +52,8 @@ class MadeUpRun:
     with_weights: bool = True
 
     def row(self, t: int) -> np.ndarray:
-        start = np.random.default_rng(self.seed).normal(size=self.spec.row_length)
-        return (start + 1e-3 * t * np.sin(np.arange(self.spec.row_length) + self.seed)).astype(self.spec.dtype)
+        start, direction = _line(self.seed, self.spec.row_length, self.spec.dtype)
+        return start + np.dtype(self.spec.dtype).type(1e-3 * t) * direction
 
     def record(self, t: int) -> StepRecord:
         crc = zlib.crc32(self.row(t).data)

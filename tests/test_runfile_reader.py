@@ -13,6 +13,7 @@ import torch
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError, OutputExistsError, RecorderBusyError
+from trajrec.runfile import geometry
 from trajrec.runfile.recording import RunFileSink
 
 LAST = 100
@@ -197,8 +198,9 @@ def test_options_are_checked(tmp_path, options, message):
 # ---- while it is being recorded
 
 
-def test_a_run_can_be_read_while_it_is_recorded_and_after(tmp_path):
-    made = MadeUpRun(spec(61706))
+def test_a_run_can_be_read_while_it_is_recorded_and_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**20)
+    made = MadeUpRun(spec(3000))
     sink = RunFileSink(tmp_path / "run.h5")
     sink.open(made.spec)
     made.feed(sink, 200)

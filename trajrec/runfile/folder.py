@@ -45,7 +45,6 @@ class Manifest:
         keep: "steps" or "keyframes".
         compression: "zstd" or "none".
         resumed: steps the recording was taken up again at.
-        gaps: stretches that went unrecorded, of earlier parts of a resumed recording.
     """
 
     spec: RunSpec
@@ -53,7 +52,6 @@ class Manifest:
     keep: str
     compression: str
     resumed: tuple[int, ...] = ()
-    gaps: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> str:
         """The manifest as text, with a checksum."""
@@ -115,10 +113,15 @@ class Folder:
         return self.path / f"keyframe-{step:010d}.bin"
 
     def segments(self) -> list[Segment]:
-        """The sealed segments in order."""
+        """The sealed segments in order.
+
+        Of two that begin with the same step the shorter counts: a recording was taken up again inside the longer one,
+        and the recorder was killed before it deleted that.
+        """
         found = [(p, _SEGMENT.fullmatch(p.name)) for p in self._entries()]
         segments = [Segment(p, int(m[1]), int(m[2]) + 1) for p, m in found if m]
-        return sorted(segments, key=lambda s: s.first)
+        by_first = {s.first: s for s in sorted(segments, key=lambda s: -s.stop)}
+        return [by_first[first] for first in sorted(by_first)]
 
     def keyframes(self) -> dict[int, Path]:
         """The raw keyframes by step, in order."""
@@ -208,7 +211,6 @@ def _parse(head: str, body: str, path: Path) -> Manifest:
         keep=str(values["keep"]),
         compression=str(values["compression"]),
         resumed=tuple(int(t) for t in values["resumed"]),
-        gaps=tuple((int(a), int(b)) for a, b in values["gaps"]),
     )
 
 

@@ -1,8 +1,8 @@
-"""The training process's side of the writer process: starting, waking and watching it.
+"""The training process's side of the processes that call HDF5: starting, waking and watching them.
 
 The writer gets a session of its own, so that Ctrl-C and a closed terminal reach only training; training ends the
 recording in order, and the writer follows. It inherits the lock (lock.py), so that nobody else takes the folder
-while it drains the ring of a recorder that was killed.
+while it drains the ring of a recorder that was killed. `rework` runs what is done between two writers (rework.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trajrec.errors import RecordingError
+from trajrec.errors import DiskFullError, RecordingError
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import Lock
 from trajrec.runfile.ring import Control, Ring, Status
 
+EXIT_DISK_FULL = 28
 _RESTARTS = 5
 
 
@@ -38,7 +39,7 @@ class WriterProcess:
         self.ring.set(Control.STATUS, Status.STARTING)
         with self.folder.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "trajrec.runfile.writer", str(self.folder.path.resolve())],
+                _command("writer", self.folder),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -110,6 +111,27 @@ class WriterProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def rework(folder: Folder, *arguments: str) -> int | None:
+    """Runs a command of rework.py on a folder, and returns the step it prints.
+
+    Raises:
+        DiskFullError: no room for it; the recording can still be read.
+        RecordingError: it failed otherwise.
+    """
+    command = [*_command("rework", folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    if done.returncode == EXIT_DISK_FULL:
+        raise DiskFullError(f"The disk is full: {folder.output} cannot be changed. Make room.")
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+        raise RecordingError(f"{folder.output} cannot be continued. {reason} Record to another file.")
+    return None if done.stdout.strip() == "none" else int(done.stdout)
+
+
+def _command(module: str, folder: Folder) -> list[str]:
+    return [sys.executable, "-P", "-m", f"trajrec.runfile.{module}", str(folder.path.resolve())]
 
 
 def _environment() -> dict[str, str]:

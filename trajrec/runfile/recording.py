@@ -15,6 +15,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +24,12 @@ import numpy as np
 
 from trajrec.errors import DiskFullError, OutputExistsError, RecorderBusyError, RecordingError
 from trajrec.records import Keyframe, Row, RunSpec, StepRecord
+from trajrec.runfile.budget import Budget, parse_size
 from trajrec.runfile.folder import Folder, Manifest, is_disk_full
-from trajrec.runfile.geometry import geometry_for
+from trajrec.runfile.geometry import Geometry, geometry_for
 from trajrec.runfile.keyfile import write_keyframe
 from trajrec.runfile.lock import Lock, holder
-from trajrec.runfile.process import WriterProcess
+from trajrec.runfile.process import WriterProcess, rework
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
 from trajrec.sink import Summary
 
@@ -49,11 +52,15 @@ class RunFileSink:
         compression: "zstd" or "none".
         on_full: what to do when the disk is full: "wait", "stop-recording" or "raise".
         force: replace an existing recording.
+        resume: go on with an existing recording at the step whose weights training starts with; if there is none,
+            record a second part beside it.
+        budget: limit on disk space ("20GB", or bytes); rows and keyframes are dropped to stay below it.
         keyframe_every: keyframe interval with keep="steps" (optimizer state is rebuilt between).
 
     Raises:
-        OutputExistsError: there is a recording already and `force` is False.
+        OutputExistsError: there is a recording already, and neither `force` nor `resume` was given.
         RecorderBusyError: another recorder writes it.
+        ValueError: an option has none of these values.
     """
 
     def __init__(
@@ -64,6 +71,8 @@ class RunFileSink:
         compression: Literal["zstd", "none"] = "zstd",
         on_full: OnFull = "wait",
         force: bool = False,
+        resume: bool = False,
+        budget: str | int | None = None,
         keyframe_every: int = KEYFRAME_INTERVAL,
     ) -> None:
         self.output = Path(path)
@@ -74,7 +83,10 @@ class RunFileSink:
         self._compression = compression
         self._on_full = on_full
         self._force = force
+        self._resume = resume
+        self._budget = None if budget is None else Budget(parse_size(budget), self.folder)
         self._next = 0
+        self._resuming = False
         self._stopped = False
         self._retried_at = -1
         _check_options(keep, compression, on_full, self._interval)
@@ -85,49 +97,108 @@ class RunFileSink:
         if pid is not None:
             raise RecorderBusyError(f"{self.output} is being recorded by process {pid}. Record to another file.")
         found = [p for p in (self.output, self.folder.path) if p.exists()]
-        if found and not self._force:
+        if found and not self._force and not self._resume:
             raise OutputExistsError(
-                f"{found[0]} exists already and would be overwritten. Record to another file, or pass --force "
-                "(force=True)."
+                f"{found[0]} exists already and would be overwritten. Record to another file, pass --resume "
+                "(resume=True) to go on with it, or --force (force=True) to replace it."
             )
 
     def open(self, spec: RunSpec) -> None:
         """Starts the run: makes the ring and starts the writer.
 
         Raises:
+            RecorderBusyError: another recorder writes it.
             DiskFullError: there is no room for the ring.
+            RecordingError: the budget is too small.
         """
         self._spec = spec
-        itemsize = np.dtype(spec.dtype).itemsize
-        self._geometry = geometry_for(spec.row_length, itemsize, self._keep_rows)
+        self._geometry = self._measure()
+        if self._budget is not None:
+            self._budget.check_minimum(self._geometry)
+        self._lock_folder()
+        self._resuming = self._resume and not self._force and self._is_there()
+        if not self._resuming:
+            self._begin()
+
+    def _lock_folder(self) -> None:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(self.folder.lock)
-        try:
-            self._begin(0, Manifest(spec, self.output.name, self._keep_name, self._compression))
-        except BaseException:
-            self._lock.release()
-            raise
 
-    @property
-    def _keep_name(self) -> str:
-        return "steps" if self._keep_rows else "keyframes"
+    def _is_there(self) -> bool:
+        return self.output.exists() or self.folder.manifest.exists()
 
-    def _begin(self, first: int, manifest: Manifest) -> None:
-        if first == 0:
-            self.folder.clear()
-            self.output.unlink(missing_ok=True)
+    def _measure(self) -> Geometry:
+        spec = self._spec
+        return geometry_for(spec.row_length, np.dtype(spec.dtype).itemsize, self._keep_rows)
+
+    def _begin(self) -> None:
+        """Begins a new recording in the locked folder."""
+        self.folder.clear()
+        self.output.unlink(missing_ok=True)
+        keep = "steps" if self._keep_rows else "keyframes"
+        self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
+
+    def _start_writer(self, first: int, manifest: Manifest | None = None) -> None:
+        """Makes a ring for the steps from `first` on and starts a writer."""
         self._next = first
         try:
             self._ring = create(self.folder.ring, self._geometry, first, self._spec.dtype)
-            self.folder.write_manifest(manifest)
+            if manifest is not None:
+                self.folder.write_manifest(manifest)
         except OSError as error:
+            self._lock.release()
             raise _no_room(error, self.folder.path, ring_bytes(self._geometry)) from error
         self._writer = WriterProcess(self.folder, self._ring, self._lock)
+
+    # ---- going on with an earlier recording
+
+    def _take_up(self, record: StepRecord) -> None:
+        """Finds where training starts again, by the weights; elsewhere begins a second part."""
+        self._resuming = False
+        keep = "any" if self._budget is not None else "steps" if self._keep_rows else "keyframes"
+        try:
+            step = rework(self.folder, "resume", str(record.crc32), keep)
+        except BaseException:
+            self._lock.release()
+            raise
+        if step is None:
+            self._begin_second_part(record)
+            return
+        self._keep_rows = self.folder.read_manifest().keep == "steps"
+        self._geometry = self._measure()
+        self.resumed_at = step
+        self._start_writer(step + 1)
+        logger.warning("Recording of %s goes on after step %d.", self.output, step)
+
+    def _begin_second_part(self, record: StepRecord) -> None:
+        first, row = self.output, self._scratch
+        self._lock.release()
+        if not self.folder.manifest.exists():
+            self.folder.remove()
+        self.output = next(path for path in _parts(first) if not path.exists() and not Folder.of(path).path.exists())
+        self.folder = Folder.of(self.output)
+        if self._budget is not None:
+            self._budget = Budget(self._budget.limit, self.folder)
+        logger.warning(
+            "No step of %s has the weights that training starts with: this is recorded as a second part, %s.",
+            first,
+            self.output,
+        )
+        self._lock_folder()
+        self._begin()
+        if (target := self.reserve()) is not None:
+            target[:] = row
+        self.commit(record)
 
     # ---- steps
 
     def reserve(self) -> Row | None:
         """The row [P] to fill before the next commit, or None if rows of single steps are not kept."""
+        if self._resuming:
+            self._scratch = np.empty(self._spec.row_length, self._spec.dtype)
+            return self._scratch if self._keep_rows else None
+        if self._next % self._geometry.chunk_rows == 0:
+            self._stay_in_budget()
         while not self._stopped and not self._ring.has_slot(self._next):
             self._wait_for_writer()
         if self._stopped:
@@ -136,18 +207,27 @@ class RunFileSink:
 
     def commit(self, record: StepRecord) -> None:
         """Publishes the reserved row together with its record."""
+        if self._resuming:
+            self._take_up(record)
+            return
         if record.step != self._next and not self._stopped:
             raise RecordingError(f"Step {self._next} was to be recorded, and step {record.step} was given.")
         while not self._stopped and not self._ring.publish(record):
             self._ring.set(Control.FLUSH, record.step)
             self._wait_for_writer()
         if self._stopped:
-            self._ring.set(Control.GAP_LAST, record.step)
+            self._note_gap(record.step)
             return
         self._next = record.step + 1
         if self._next % self._geometry.chunk_rows == 0:
             self._writer.wake()
-            self._writer.status()
+            if self._writer.status() is Status.DISK_FULL and self._free() > 2 * self._geometry.segment_bytes:
+                self._writer.restart()
+
+    def _note_gap(self, step: int) -> None:
+        if not self._ring.gaps():
+            self._ring.set(Control.GAP_FIRST, step)
+        self._ring.set(Control.GAP_LAST, step)
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""
@@ -163,6 +243,29 @@ class RunFileSink:
                 if not is_disk_full(error):
                     raise
                 self._act_on_full_disk(sum(array.nbytes for array in keyframe.arrays.values()))
+
+    # ---- the budget
+
+    def _stay_in_budget(self) -> None:
+        budget = self._budget
+        while budget is not None and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next)):
+            if self._keep_rows:
+                self._drop_rows(budget)
+            elif (interval := budget.thin(self._interval)) is not None:
+                self._interval = interval
+            elif not self._stopped:
+                self._stop(f"The budget of {self.output} is used up at step {self._next - 1}.")
+            else:
+                return
+
+    def _drop_rows(self, budget: Budget) -> None:
+        """From now on keeps keyframes only; the writer ends with the closed pipe, and another begins."""
+        self._writer.close()
+        rework(self.folder, "drop-rows")
+        budget.forget()
+        self._keep_rows = False
+        self._geometry = self._measure()
+        self._start_writer(self._next)
 
     # ---- waiting, and full disks
 
@@ -185,12 +288,13 @@ class RunFileSink:
         if self._on_full == "raise":
             raise DiskFullError(f"{where} Make room; `trajrec pack {self.folder.path}` keeps the steps before it.")
         if self._on_full == "stop-recording":
-            logger.warning("%s Training goes on WITHOUT RECORDING; the steps before it are kept.", where)
-            self._stopped = True
-            self._ring.set(Control.GAP_FIRST, self._next)
-            self._ring.set(Control.GAP_LAST, self._next)
+            self._stop(where)
         else:
             self._wait_for_room(where, needed)
+
+    def _stop(self, why: str) -> None:
+        logger.warning("%s Training goes on WITHOUT RECORDING; the steps before it are kept.", why)
+        self._stopped = True
 
     def _wait_for_room(self, where: str, needed: int) -> None:
         logger.warning("%s Training WAITS until there is room (about %d MB).", where, needed // 10**6 + 1)
@@ -227,8 +331,7 @@ class RunFileSink:
         return self._summary(packed=status is Status.DONE)
 
     def _summary(self, packed: bool) -> Summary:
-        gap = (self._ring.get(Control.GAP_FIRST), self._ring.get(Control.GAP_LAST))
-        gaps = (gap,) if gap[0] else ()
+        gaps = self._ring.gaps()
         if packed:
             return Summary(self.output, self._next - 1, self.output.stat().st_size, gaps)
         self.folder.sweep()
@@ -239,6 +342,11 @@ class RunFileSink:
             self.folder.path,
         )
         return Summary(self.folder.path, self._next - 1, self.folder.size(), gaps)
+
+
+def _parts(output: Path) -> Iterator[Path]:
+    """run-part2.h5, run-part3.h5, ..."""
+    return (output.with_name(f"{output.stem}-part{k}{output.suffix}") for k in count(2))
 
 
 def _check_options(keep: object, compression: str, on_full: str, interval: int) -> None:

@@ -138,6 +138,11 @@ class Ring:
         """Sets a control word."""
         self._control[word] = value
 
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """First and last step that went unrecorded, if any did."""
+        gap = (self.get(Control.GAP_FIRST), self.get(Control.GAP_LAST))
+        return (gap,) if gap[0] else ()
+
     # ---- the training process
 
     def has_slot(self, entry: int) -> bool:
@@ -164,6 +169,14 @@ class Ring:
         self._enter(entry, place, len(data), data)
         self._arena_head = place + len(data)
         return True
+
+    def pending_bytes(self, entry: int) -> int:
+        """Bytes of rows and records of the entries before `entry` that are not sealed."""
+        tail = self.get(Control.TAIL)
+        if tail >= entry:
+            return 0
+        records = self._arena_head - int(self._slots[tail % self.geometry.slots, 1])
+        return records + (entry - tail) * self.geometry.row_bytes
 
     def _place(self, entry: int, size: int) -> int | None:
         """Absolute arena offset for a record, or None if unsealed records are in the way."""

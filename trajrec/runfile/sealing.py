@@ -76,8 +76,7 @@ def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[in
         raise DamagedRunError(f"{folder.path}: nothing to pack: its first steps were not recorded, or are missing.")
     with durable(folder.path / "packed.h5") as tmp:
         file = layout.begin(tmp, _head(manifest, state, 0, gaps), manifest.spec)
-        _copy_rows(file, pieces)
-        _copy_columns(file, pieces, manifest.compression)
+        _copy(file, pieces, 0, pieces.stop, manifest)
         _fold_keyframes(file, folder, pieces.stop, manifest.compression)
         file.close()
         trailer.append(tmp)
@@ -87,19 +86,31 @@ def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[in
     return folder.output
 
 
-def _copy_rows(file: h5py.File, pieces: Pieces) -> None:
-    if not pieces.at(0).has_rows:
-        return
-    weights, total = file["weights"], pieces.stop
-    weights.resize(total, axis=0)
+def copy_segment(folder: Folder, manifest: Manifest, pieces: Pieces, first: int, stop: int) -> None:
+    """Makes a segment of steps [first, stop) out of others; rows only where the manifest keeps them."""
+    with durable(folder.segment(first, stop)) as tmp:
+        file = layout.begin(tmp, _head(manifest, "recording", first), manifest.spec)
+        _copy(file, pieces, first, stop, manifest)
+        file.close()
+        trailer.append(tmp)
+
+
+def _copy(file: h5py.File, pieces: Pieces, first: int, stop: int, manifest: Manifest) -> None:
+    if manifest.keep == "steps":
+        _copy_rows(file["weights"], pieces, first, stop)
+    _copy_columns(file, pieces, first, stop, manifest.compression)
+
+
+def _copy_rows(weights: h5py.Dataset, pieces: Pieces, first: int, stop: int) -> None:
+    weights.resize(stop - first, axis=0)
     rows = weights.chunks[0]
-    for first in range(0, total, rows):
-        stop, source = min(first + rows, total), pieces.at(first)
-        if source.head.chunks == weights.chunks and source.block(first) == (first, stop):
-            for column, mask, data in source.raw_chunks(first):
-                weights.id.write_direct_chunk((first, column), data, mask)
+    for start in range(first, stop, rows):
+        end, source = min(start + rows, stop), pieces.at(start)
+        if source.head.chunks == weights.chunks and source.block(start) == (start, end):
+            for column, mask, data in source.raw_chunks(start):
+                weights.id.write_direct_chunk((start - first, column), data, mask)
         else:
-            weights[first:stop] = _gather(pieces, first, stop)
+            weights[start - first : end - first] = _gather(pieces, start, end)
 
 
 def _gather(pieces: Pieces, first: int, stop: int) -> Row:
@@ -111,14 +122,16 @@ def _gather(pieces: Pieces, first: int, stop: int) -> Row:
     return np.concatenate(parts)
 
 
-def _copy_columns(file: h5py.File, pieces: Pieces, compression: str) -> None:
-    total = ColumnSizes.total(piece.column_sizes() for piece in pieces)
-    hyper = pieces.at(0).table(0, 1).hyper
+def _copy_columns(file: h5py.File, pieces: Pieces, first: int, stop: int, compression: str) -> None:
+    clips = [(k, max(s.first, first), min(s.stop, stop)) for k, s in enumerate(pieces.segments)]
+    clips = [(k, a, b) for k, a, b in clips if a < b]
+    total = ColumnSizes.total(pieces.open(k).column_sizes(a, b) for k, a, b in clips)
+    hyper = pieces.at(first).table(first, first + 1).hyper
     layout.create_columns(file, total, hyper.shape[1:], compression)
     at = ColumnSizes(0, 0, 0, 0)
-    for piece in pieces:
-        for first in range(piece.first, piece.stop, _ENTRIES):
-            table = piece.table(first, min(first + _ENTRIES, piece.stop))
+    for k, a, b in clips:
+        for start in range(a, b, _ENTRIES):
+            table = pieces.open(k).table(start, min(start + _ENTRIES, b))
             layout.write_columns(file, table, at)
             at = ColumnSizes.total([at, layout.column_sizes(table)])
 

@@ -17,7 +17,7 @@ from trajrec.runfile.folder import SUFFIX, Folder, Segment
 from trajrec.runfile.keyfile import read_keyframe
 from trajrec.runfile.lock import holder
 from trajrec.runfile.pieces import Pieces
-from trajrec.runfile.ring import Control, Ring
+from trajrec.runfile.ring import Ring
 from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.table import StepTable, table_of
 
@@ -96,8 +96,7 @@ class FolderSource:
         self.stop = self._pieces.stop + (len(self._tail) if self._tail is not None else 0)
         if self.stop == 0:
             raise NotARunError(f"{folder.path}: nothing is recorded yet.")
-        gap = (self._ring.get(Control.GAP_FIRST), self._ring.get(Control.GAP_LAST)) if self._ring else (0, 0)
-        self.gaps = (*manifest.gaps, gap) if gap[0] else manifest.gaps
+        self.gaps = self._ring.gaps() if self._ring else ()
         self.keyframes = tuple(step for step in folder.keyframes() if step < self.stop)
 
     def size(self) -> int:

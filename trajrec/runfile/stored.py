@@ -154,10 +154,14 @@ class StoredRun:
 
     # ---- columns
 
-    def column_sizes(self) -> ColumnSizes:
-        """The sizes of the columns."""
-        lengths = (len(self._dataset(f"batches/{name}", np.dtype(kind).kind, 1)) for name, kind in RAGGED.items())
-        return ColumnSizes(self.entries, *lengths)
+    def column_sizes(self, first: int, stop: int) -> ColumnSizes:
+        """How much the columns of steps [first, stop) hold."""
+        spans = (self._flat_length(name, first, stop) for name in RAGGED)
+        return ColumnSizes(stop - first, *spans)
+
+    def _flat_length(self, name: str, first: int, stop: int) -> int:
+        offsets = f"batches/{name}_offsets"
+        return int(self.column(offsets, stop - 1, stop)[-1] - self.column(offsets, first, first + 1)[0])
 
     def table(self, first: int, stop: int) -> StepTable:
         """The records of steps [first, stop)."""

@@ -51,12 +51,12 @@ class Writer:
         while not self.orphan:
             finish = Finish(self.ring.get(Control.FINISH))
             if finish is not Finish.NO:
-                self._seal_everything()
+                self.seal_everything()
                 self._pack(finish)
                 return
             self._seal_ready()
             self._wait()
-        self._seal_everything()
+        self.seal_everything()
 
     def _seal_ready(self) -> None:
         """Seals whole segments, and whole chunk rows below an entry that the trainer asked for."""
@@ -72,7 +72,8 @@ class Writer:
             if not self._seal(stop):
                 return  # the entry's stores have not all arrived; look again later
 
-    def _seal_everything(self) -> None:
+    def seal_everything(self) -> None:
+        """Seals whatever is intact in the ring."""
         size, patience = self.ring.geometry.segment_rows, _PATIENCE
         while (head := self.ring.head(self.next)) > self.next and patience:
             if not self._seal(min(head, self.next - self.next % size + size)):
@@ -95,9 +96,8 @@ class Writer:
                 self._synced.add(path)
 
     def _pack(self, finish: Finish) -> None:
-        gap = (self.ring.get(Control.GAP_FIRST), self.ring.get(Control.GAP_LAST))
-        gaps = [*self.manifest.gaps, *([gap] if gap[0] else [])]
-        pack(self.folder, self.manifest, "complete" if finish is Finish.COMPLETE else "recovered", gaps)
+        state = "complete" if finish is Finish.COMPLETE else "recovered"
+        pack(self.folder, self.manifest, state, self.ring.gaps())
         self.ring.set(Control.STATUS, Status.DONE)
 
     def _wait(self) -> None:

@@ -1,0 +1,130 @@
+"""Taking a recording up again: at the step whose weights training restarts with, or as a second part."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import trajrec
+from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_run, spec
+from trajrec.errors import RecordingError
+from trajrec.runfile import geometry
+from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.verify import verify
+
+MADE = MadeUpRun(spec(2000, rng=32))
+
+
+@pytest.fixture(autouse=True)
+def small_segments(monkeypatch):
+    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**19)
+    monkeypatch.setattr(geometry, "ARENA_BYTES", 2**20)
+
+
+def restart(path, at: int, last: int, complete: bool = True, **options) -> None:
+    """What a recorder does when training begins with the weights of step `at`."""
+    sink = RunFileSink(path, resume=True, **options)
+    sink.open(MADE.spec)
+    row = sink.reserve()
+    if row is not None:
+        row[:] = MADE.row(at)
+    sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(at).crc32))
+    assert sink.resumed_at == at
+    MADE.feed(sink, last, first=at + 1)
+    sink.close(complete)
+
+
+def cut_off(path, last: int, **options) -> None:
+    """A recording whose trainer and writer were killed."""
+    sink = RunFileSink(path, **options)
+    sink.open(MADE.spec)
+    MADE.feed(sink, last)
+    sink._writer._process.kill()
+    sink._writer.close()
+    sink._lock.release()
+
+
+@pytest.mark.parametrize("at", [0, 63, 64, 100, 300])
+@pytest.mark.parametrize("begin", [MADE.write, cut_off])
+def test_a_recording_goes_on_from_any_step(tmp_path, begin, at):
+    path = tmp_path / "run.h5"
+    cut_off(path, 300) if begin is cut_off else MADE.write(RunFileSink(path), 300)
+    restart(path, at, 333)
+    assert verify(path) == []
+    with trajrec.open(path) as run:
+        assert_same_run(run, MADE, 333)
+        assert (run.state, run.resumed) == ("complete", (at,))
+        assert run.keyframe_steps == (0, 64, 128, 192, 256, 320)
+        assert_same_keyframe(run.keyframe(192), MADE.keyframe(192))
+
+
+def test_twice_and_shorter(tmp_path):
+    path = tmp_path / "run.h5"
+    cut_off(path, 300)
+    restart(path, 200, 210, complete=False)
+    restart(path, 150, 170)
+    with trajrec.open(path) as run:
+        assert_same_run(run, MADE, 170)
+        assert run.resumed == (150,)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.h5"]
+
+
+def test_keyframes_only(tmp_path):
+    path = tmp_path / "run.h5"
+    MADE.write(RunFileSink(path, keep=10), 100)
+    restart(path, 57, 120, keep=10)
+    with trajrec.open(path) as run:
+        assert run.steps == 120
+        assert run.keyframe_steps == tuple(range(0, 121, 10))
+        assert [run.crc32(t) for t in range(121)] == [MADE.record(t).crc32 for t in range(121)]
+
+
+def test_a_resumed_recording_may_be_killed_and_resumed(tmp_path):
+    path = tmp_path / "run.h5"
+    cut_off(path, 100)
+    sink = RunFileSink(path, resume=True)
+    sink.open(MADE.spec)
+    sink.reserve()[:] = MADE.row(90)
+    sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(90).crc32))
+    MADE.feed(sink, 95, first=91)
+    sink._writer._process.kill()
+    sink._writer.close()
+    sink._lock.release()
+    with trajrec.open(path) as run:
+        assert_same_run(run, MADE, 95)
+    restart(path, 93, 140)
+    with trajrec.open(path) as run:
+        assert_same_run(run, MADE, 140)
+        assert run.resumed == (90, 93)
+
+
+@pytest.mark.parametrize("begin", ["packed", "folder"])
+def test_unknown_weights_make_a_second_part(tmp_path, caplog, begin):
+    path, other = tmp_path / "run.h5", MadeUpRun(spec(2000), seed=5)
+    cut_off(path, 50) if begin == "folder" else MADE.write(RunFileSink(path), 50)
+    summary = other.write(RunFileSink(path, resume=True), 20)
+    assert summary.path == tmp_path / "run-part2.h5"
+    assert "No step of" in caplog.text
+    assert "recorded as a second part" in caplog.text
+    with trajrec.open(path) as first, trajrec.open(summary.path) as second:
+        assert_same_run(first, MADE, 50)
+        assert_same_run(second, other, 20)
+
+
+def test_resume_without_a_recording_begins_one(tmp_path):
+    MADE.write(RunFileSink(tmp_path / "run.h5", resume=True), 10)
+    with trajrec.open(tmp_path / "run.h5") as run:
+        assert_same_run(run, MADE, 10)
+
+
+def test_another_mode_is_refused_and_nothing_changes(tmp_path):
+    path = tmp_path / "run.h5"
+    MADE.write(RunFileSink(path), 50)
+    sink = RunFileSink(path, resume=True, keep=10)
+    sink.open(MADE.spec)
+    sink.reserve()
+    with pytest.raises(RecordingError, match=r"cannot be continued. It keeps steps, and would now keep keyframes"):
+        sink.commit(MADE.record(0))
+    with trajrec.open(path) as run:
+        assert_same_run(run, MADE, 50)

@@ -1,0 +1,146 @@
+"""Changes to a whole recording, between one writer and the next; a process of its own, because it calls HDF5.
+
+    python -m trajrec.runfile.rework FOLDER resume CRC32 KEEP     prints the step, or "none"
+    python -m trajrec.runfile.rework FOLDER drop-rows             prints the last step
+
+resume: a restarted training comes with weights from the user's own checkpoint. The step they belong to is the last
+one whose checksum equals theirs; what was recorded after it is dropped, because it will be computed anew. A packed
+run is turned back into a folder of one segment; in a folder that was cut off the ring is sealed first.
+
+drop-rows: a recording that outgrows its budget keeps the weights at keyframes only from now on. They move from the
+segments into the keyframes, then the manifest says so, then the segments are written again without rows.
+
+Killed at any moment, either leaves a recording that can be read: the packed file goes only after the folder is
+whole, later segments go before earlier ones, of two segments that begin alike the shorter counts (`Folder.segments`),
+and rows that the manifest does not mention are not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from trajrec.errors import RecordingError, TrajrecError
+from trajrec.records import Keyframe
+from trajrec.runfile.folder import Folder, Manifest, Segment, is_disk_full, sync
+from trajrec.runfile.keyfile import read_keyframe, write_keyframe
+from trajrec.runfile.pieces import Pieces
+from trajrec.runfile.process import EXIT_DISK_FULL
+from trajrec.runfile.sealing import copy_segment
+from trajrec.runfile.stored import StoredRun
+from trajrec.runfile.writer import Writer
+
+_ENTRIES = 65536
+
+
+def resume(folder: Folder, crc32: int, keep: str) -> int | None:
+    """Makes the recording end at the step whose row has this checksum and returns it; None: there is none."""
+    packed = folder.output.is_file()
+    manifest, segments = _of_packed(folder) if packed else _of_folder(folder)
+    if keep != manifest.keep and keep != "any":
+        raise RecordingError(f"It keeps {manifest.keep}, and would now keep {keep}.")
+    pieces = Pieces(segments)
+    step = _find(pieces, crc32)
+    if step is None:
+        return None
+    manifest = replace(manifest, resumed=(*(t for t in manifest.resumed if t <= step), step))
+    change = _unpack if packed else _truncate
+    change(folder, manifest, pieces, step)
+    return step
+
+
+def _of_packed(folder: Folder) -> tuple[Manifest, list[Segment]]:
+    """What a packed file's manifest would be, and the file as one segment."""
+    stored = StoredRun(folder.output)
+    head, segment = stored.head, Segment(folder.output, 0, stored.stop)
+    manifest = Manifest(stored.spec(), folder.output.name, head.keep, head.compression, head.resumed)
+    stored.close()
+    return manifest, [segment]
+
+
+def _of_folder(folder: Folder) -> tuple[Manifest, list[Segment]]:
+    """The folder's manifest and segments, after whatever is left in the ring has been sealed."""
+    if folder.ring.exists():
+        Writer(folder).seal_everything()
+    return folder.read_manifest(), folder.segments()
+
+
+def _find(pieces: Pieces, crc32: int) -> int | None:
+    for index in reversed(range(len(pieces.segments))):
+        stored = pieces.open(index)
+        for first in reversed(range(stored.first, stored.stop, _ENTRIES)):
+            found = stored.column("steps/crc32", first, min(first + _ENTRIES, stored.stop)) == crc32
+            if found.any():
+                return first + int(np.flatnonzero(found)[-1])
+    return None
+
+
+def _unpack(folder: Folder, manifest: Manifest, pieces: Pieces, step: int) -> None:
+    folder.clear()
+    copy_segment(folder, manifest, pieces, 0, step + 1)
+    stored = pieces.at(0)
+    for t in stored.keyframe_steps():
+        if t <= step:
+            write_keyframe(folder.keyframe(t), stored.keyframe(t))
+            sync(folder.keyframe(t))
+    folder.write_manifest(manifest)
+    pieces.close()
+    folder.output.unlink()
+
+
+def _truncate(folder: Folder, manifest: Manifest, pieces: Pieces, step: int) -> None:
+    folder.write_manifest(manifest)
+    for t, path in folder.keyframes().items():
+        if t > step:
+            path.unlink()
+    for segment in reversed(pieces.segments):
+        if segment.first > step:
+            segment.path.unlink()
+        elif segment.stop > step + 1:
+            copy_segment(folder, manifest, Pieces([segment]), segment.first, step + 1)
+            segment.path.unlink()
+    folder.ring.unlink(missing_ok=True)
+
+
+def drop_rows(folder: Folder) -> int:
+    """Makes a recording of every step one of keyframes, and returns its last step."""
+    manifest, segments = _of_folder(folder)
+    pieces = Pieces(segments)
+    for step, path in folder.keyframes().items():
+        if step < pieces.stop:
+            _move_weights(pieces, step, path)
+    manifest = replace(manifest, keep="keyframes")
+    folder.write_manifest(manifest)
+    pieces.close()
+    for segment in segments:
+        copy_segment(folder, manifest, Pieces([segment]), segment.first, segment.stop)
+    folder.ring.unlink(missing_ok=True)
+    return pieces.stop - 1
+
+
+def _move_weights(pieces: Pieces, step: int, path: Path) -> None:
+    keyframe = read_keyframe(path)
+    row = pieces.at(step).rows(step, step + 1)[0]
+    write_keyframe(path, Keyframe(step, {"weights": row, **keyframe.arrays}))
+    sync(path)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs a command; never returns."""
+    folder, command = Folder(Path(arguments[0])), arguments[1]
+    try:
+        step = drop_rows(folder) if command == "drop-rows" else resume(folder, int(arguments[2]), arguments[3])
+        print("none" if step is None else step, flush=True)
+    except BaseException as error:
+        print(error if isinstance(error, TrajrecError) else traceback.format_exc(), file=sys.stderr, flush=True)
+        os._exit(EXIT_DISK_FULL if is_disk_full(error) else 1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
