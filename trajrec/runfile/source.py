@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trajrec.errors import DamagedRunError, NotARunError
+from trajrec.errors import DamagedRunError, NotARunError, RunFileError
 from trajrec.records import Keyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.folder import SUFFIX, Folder, Segment
 from trajrec.runfile.keyfile import read_keyframe
@@ -22,7 +22,6 @@ from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.table import StepTable, table_of
 
 TABLE_STEPS = 1024
-_ATTEMPTS = 4
 
 
 class MovedError(Exception):
@@ -159,20 +158,23 @@ def find(path: Path) -> Source:
     Raises:
         NotARunError, DamagedRunError, NewerFormatError: as they say.
     """
-    for attempt in range(_ATTEMPTS):
-        folder = Folder(path) if path.name.endswith(SUFFIX) else Folder.of(path)
-        packed = folder.output if path.name.endswith(SUFFIX) else path
+    folder = Folder(path) if path.name.endswith(SUFFIX) else Folder.of(path)
+    while True:
+        before = _what_is_there(folder)
         try:
-            if folder.path.is_dir() and not packed.is_file():
+            if before[0]:
+                return PackedSource(folder.output)
+            if before[1]:
                 return FolderSource(folder)
-            if path.is_dir():
-                return FolderSource(Folder(path))
-            return PackedSource(packed)
-        except (MovedError, NotARunError):
-            # Packed and removed between two looks; a wrong path fails alike at every look.
-            if attempt == _ATTEMPTS - 1 or not folder.path.is_dir() == packed.is_file():
+            return FolderSource(Folder(path)) if path.is_dir() else PackedSource(path)
+        except (MovedError, RunFileError):
+            if _what_is_there(folder) == before:
                 raise
-    raise AssertionError
+            # It was packed, and its folder removed, while we looked.
+
+
+def _what_is_there(folder: Folder) -> tuple[bool, bool]:
+    return folder.output.is_file(), folder.path.is_dir()
 
 
 def _present(segments: list[Segment]) -> list[Segment]:
