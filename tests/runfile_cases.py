@@ -38,8 +38,9 @@ def spec(values: int = 1000, dtype: str = "float32", rng: int = 0, samples: int 
 
 @lru_cache(4)
 def _line(seed: int, values: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    start = np.random.default_rng(seed).normal(size=values)
-    return start.astype(dtype), np.sin(np.arange(values) + seed).astype(dtype)
+    start = np.random.default_rng(seed).random(values) - 0.5
+    direction = (np.arange(values) * 7919 + seed) % 1009 / 1009  # exact arithmetic: alike on every machine
+    return start.astype(dtype), direction.astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ class MadeUpRun:
     def keyframe(self, t: int, with_weights: bool = False) -> Keyframe:
         random = np.random.default_rng([self.seed, t, 1])
         arrays = {
-            "optimizer/momentum_buffer": random.normal(size=self.spec.row_length).astype(self.spec.dtype),
+            "optimizer/momentum_buffer": random.random(self.spec.row_length).astype(self.spec.dtype),
             "optimizer/momentum_buffer.present": np.ones(len(self.spec.params), np.uint8),
             "optimizer/step.scalar": np.array([float(t), np.nan]),
-            "optimizer/extra/0": random.normal(size=(2, 3, 4)),
-            "buffers/norm.mean": np.float32(random.normal(size=3)),
+            "optimizer/extra/0": random.random((2, 3, 4)),
+            "buffers/norm.mean": random.random(3).astype(np.float32),
             "buffers/norm.count": np.array(t, np.int64),
             "rng/cpu": random.integers(0, 256, 5056).astype(np.uint8),
             "rng/empty": np.empty(0, np.float32),

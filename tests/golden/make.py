@@ -1,0 +1,22 @@
+"""How the golden files were made: `python -m tests.golden.make` in a checkout of the version that they are named after.
+
+Never make one of a released version again: they show that files written then can be read now.
+"""
+
+from pathlib import Path
+
+from tests.runfile_cases import MadeUpRun, spec
+from trajrec.runfile.recording import RunFileSink
+
+HERE = Path(__file__).parent
+RUNS = {
+    "run-1.0-zstd.h5": {"compression": "zstd", "keyframe_every": 16},
+    "run-1.0-none.h5": {"compression": "none", "keyframe_every": 16},
+    "run-1.0-keyframes.h5": {"keep": 10},
+}
+MADE = MadeUpRun(spec(100, rng=24))
+LAST = 45
+
+if __name__ == "__main__":
+    for name, options in RUNS.items():
+        MADE.write(RunFileSink(HERE / name, **options), LAST)
