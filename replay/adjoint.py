@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from trajrec.replay.certificate import Certifier
+from trajrec.replay.certificate import StepChecks
 from trajrec.replay.linearize import Linearization
 from trajrec.replay.model import LossFunction, check_finite
 from trajrec.replay.samples import Samples
@@ -35,7 +35,7 @@ def adjoint(
     targets: Tensor,
     *,
     exact: bool,
-    certifier: Certifier | None,
+    certifier: StepChecks | None,
     collect: Callable[[Step, Tensor], None],
     advance: Callable[[int], None],
 ) -> None:

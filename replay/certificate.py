@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class Certifier:
         coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
         self.rtol = 1e-4 if coarser > 1e-10 else 1e-9
         self._rounding = _ROUNDING * coarser
-        self._checked = 0
+        self._checked: set[int] = set()
         self._worst, self._worst_step = 0.0, 0
         self._first_bad: int | None = None
         self._exact = True
@@ -129,7 +129,7 @@ class Certifier:
         error = float((made - step.after).abs().max())
         moved = float((step.after - step.before).abs().max())
         rounding = self._rounding * growth * float(step.after.abs().max())
-        self._checked += 1
+        self._checked.add(step.t)
         self._exact &= error == 0.0
         within = error <= self.rtol * moved + rounding
         drift = error / moved if moved else (0.0 if within else math.inf)
@@ -138,29 +138,53 @@ class Certifier:
         if not within:
             self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
             if not self.allow_drift:
-                raise Drifted(step, drift)
+                raise Drifted(step.t, drift, step, step.t)
 
     def certificate(self) -> Certificate:
         """What has been proved so far."""
         verdict = "within rounding"
-        if self._checked == 0:
+        if not self._checked:
             verdict = "unchecked"
         elif self._first_bad is not None:
             verdict = "drifted"
         elif self._exact:
             verdict = "bit-exact"
-        return Certificate(
-            verdict, self.run.steps, self._checked, self._worst, self._worst_step, self.rtol, self._first_bad
-        )
+        checked = len(self._checked)
+        return Certificate(verdict, self.run.steps, checked, self._worst, self._worst_step, self.rtol, self._first_bad)
 
 
 class Drifted(Exception):  # noqa: N818
-    """Drift at a step, before its cause has been looked for."""
+    """Drift, before its cause has been looked for.
 
-    def __init__(self, step: Step, drift: float) -> None:
-        super().__init__(step.t)
-        self.step = step
+    Attributes:
+        t: the first step known to differ.
+        drift: drift_t.
+        probe: a step at recorded weights whose loss can be held against the recorded loss.
+        seen_at: the step at which it was seen; later than t where only keyframes are stored.
+    """
+
+    def __init__(self, t: int, drift: float, probe: Step, seen_at: int) -> None:
+        super().__init__(t)
+        self.t = t
         self.drift = drift
+        self.probe = probe
+        self.seen_at = seen_at
+
+
+class StepChecks(Protocol):
+    """Checks the steps that a replay makes again."""
+
+    def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
+        """Takes a step going forwards, with the optimizer's state before it. Returns the state after it."""
+
+    def backwards(self, step: Step, gradient: Tensor) -> None:
+        """Takes a step going backwards."""
+
+    def finish_backwards(self, initial: State) -> None:
+        """The backward pass has ended; `initial` is the state before step 1."""
+
+    def certificate(self) -> Certificate:
+        """What has been proved so far."""
 
 
 def _growth(before: FloatArray, after: FloatArray, rule: Rule) -> float:
@@ -172,9 +196,10 @@ def _growth(before: FloatArray, after: FloatArray, rule: Rule) -> float:
 
 def drift_error(first: Drifted, recorded_loss: float, computed_loss: float, tolerance: float, data: str) -> DriftError:
     """The refusal, with the first bad step and what the losses tell about the cause."""
+    where = "" if first.seen_at == first.t else f" (measured at the keyframe of step {first.seen_at})"
     return DriftError(
-        f"Replay drifted at step {first.step.t}: the recomputed step differs from the recorded one by "
-        f"{first.drift:.1e} of its length, tolerance {tolerance:.0e}. "
+        f"Replay drifted at step {first.t}: the recomputed weights differ from the recorded ones by "
+        f"{first.drift:.1e} of what they moved{where}, tolerance {tolerance:.0e}. "
         f"{_cause(recorded_loss, computed_loss)}{data} Mend the Task, or go on with --allow-drift."
     )
 

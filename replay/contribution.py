@@ -82,6 +82,7 @@ def contributions(
     device: Any = None,
     by_epoch: bool = False,
     allow_drift: bool = False,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Contributions:
     """Contributions of training samples to target losses.
@@ -97,6 +98,7 @@ def contributions(
         device: torch device; default CPU.
         by_epoch: also give the part of each epoch (adjoint only).
         allow_drift: go on where the task does not reproduce the recording; the certificate says so.
+        memory: bytes that states recomputed between keyframes may take; default 1 GiB.
         progress: is told how far the replay is.
 
     Raises:
@@ -105,7 +107,7 @@ def contributions(
         ReplayError: if the question cannot be answered from this recording.
     """
     check_mode(mode)
-    session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift)
+    session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift, memory=memory)
     return solve(session, targets, samples, exact=exact, mode=mode, by_epoch=by_epoch, progress=progress)
 
 
@@ -155,7 +157,6 @@ def _by_adjoint(
 ) -> Contributions:
     pieces = blocks(len(wanted.names), session.layout.size * 8)
     table = _Table(session, len(wanted.names), by_epoch)
-    certifier = session.certifier()
     progress.start("adjoint", session.run.steps * len(pieces))
     for number, piece in enumerate(pieces):
         part = Targets(wanted.kind, wanted.names[piece], wanted.groups[piece])
@@ -166,7 +167,7 @@ def _by_adjoint(
             session.rule,
             session.target_gradients(part),
             exact=exact,
-            certifier=certifier if number == 0 else None,
+            certifier=session.checks if number == 0 else None,
             collect=lambda step, values, piece=piece: table.add(piece, step, values),  # type: ignore[misc]
             advance=progress.advance,
         )
@@ -175,7 +176,7 @@ def _by_adjoint(
         parts.sum(axis=0),
         chosen,
         wanted.names,
-        certifier.certificate(),
+        session.checks.certificate(),
         exact,
         "adjoint",
         wanted.kind,
@@ -190,7 +191,6 @@ def _by_tangent(
     pieces = blocks(len(chosen), session.layout.size * 8)
     gradients = session.target_gradients(wanted).double()
     values = np.empty((len(chosen), len(wanted.names)))
-    certifier = session.certifier()
     progress.start("tangent", session.run.steps * len(pieces))
     for piece in pieces:
         d = tangent(
@@ -200,10 +200,9 @@ def _by_tangent(
             session.rule,
             chosen[piece],
             exact=exact,
-            certifier=certifier,
+            certifier=session.checks,
             advance=progress.advance,
         )
         values[piece] = -(d.double() @ gradients.T).cpu().numpy() / session.run.spec.samples
-        certificate = certifier.certificate()
-        certifier = session.certifier()
+    certificate = session.checks.certificate()
     return Contributions(values, chosen, wanted.names, certificate, exact, "tangent", wanted.kind)

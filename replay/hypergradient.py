@@ -81,6 +81,7 @@ def hypergradients(
     dtype: Any = None,
     device: Any = None,
     allow_drift: bool = False,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Hypergradients:
     """Hypergradients d w_T / d eps_i of chosen training samples (paper, Algorithm 1 and equations (33), (34)).
@@ -94,13 +95,14 @@ def hypergradients(
         dtype: "float32" or "float64"; default the recording's.
         device: torch device; default CPU.
         allow_drift: go on where the task does not reproduce the recording.
+        memory: bytes that states recomputed between keyframes may take; default 1 GiB.
         progress: is told how far the replay is.
 
     Raises:
         OutputExistsError: if `out` exists.
         TaskError, DriftError, ReplayError: as `contributions`.
     """
-    session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift)
+    session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift, memory=memory)
     chosen = check_ids(samples, run.spec.samples, "training")
     folder = None if out is not None else tempfile.TemporaryDirectory(prefix="trajrec-")
     path = Path(out) if folder is None and out is not None else Path(str(folder and folder.name)) / "hypergradients.h5"
@@ -118,7 +120,6 @@ def _fill(session: Session, result: Hypergradients, exact: bool, progress: Progr
     pieces = blocks(len(result), session.layout.size * 8)
     progress.start("tangent", session.run.steps * len(pieces))
     for piece in pieces:
-        certifier = session.certifier()
         vectors = tangent(
             session.trajectory,
             session.function,
@@ -126,8 +127,8 @@ def _fill(session: Session, result: Hypergradients, exact: bool, progress: Progr
             session.rule,
             result.samples[piece],
             exact=exact,
-            certifier=certifier,
+            certifier=session.checks,
             advance=progress.advance,
         )
         result.write(piece, vectors)
-        result.certificate = certifier.certificate()
+    result.certificate = session.checks.certificate()

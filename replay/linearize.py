@@ -23,6 +23,15 @@ from trajrec.replay.trajectory import Step
 from trajrec.rules.step import pull_batched
 
 
+def gradient_of(function: LossFunction, samples: Samples, step: Step) -> Tensor:
+    """The gradient g_t [P'] alone, the same to the bit as `Linearization.gradient`."""
+    weights = step.before.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = function.losses(weights, samples.batch(step.ids), len(step.ids), step.rng)
+        check_finite(losses.detach(), "The training loss", step.t)
+        return torch.autograd.grad(torch.dot(step.shares, losses), weights)[0]
+
+
 class Linearization:
     """A step at w_{t-1}: losses [B] and gradient [P'], ready to be differentiated again."""
 

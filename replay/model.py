@@ -87,6 +87,19 @@ class LossFunction:
         self.model.eval()
         self._set_buffers(self._final_buffers)
 
+    @property
+    def has_buffers(self) -> bool:
+        """Whether the model has buffers at all."""
+        return bool(self._final_buffers)
+
+    @contextmanager
+    def keeping_final_buffers(self) -> Iterator[None]:
+        """Training losses computed inside go on from the last keyframe; what the buffers become is the run's end."""
+        self._set_buffers(self._final_buffers)
+        yield
+        self._final_buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.train_mode()
+
     def _set_buffers(self, values: dict[str, Tensor]) -> None:
         for name, buffer in self.model.named_buffers():
             if name in values:

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from trajrec.errors import DataMismatchError, DriftError, ReplayError
 from trajrec.replay.adjoint import initial_state
-from trajrec.replay.certificate import Certifier, Drifted, drift_error
-from trajrec.replay.linearize import Linearization
+from trajrec.replay.certificate import Certifier, Drifted, StepChecks, drift_error
+from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
+from trajrec.replay.recompute import KeyframeChecks, RecomputedTrajectory
 from trajrec.replay.samples import Samples
 from trajrec.replay.targets import Targets, target_gradients
-from trajrec.replay.trajectory import RecordedRun, Trajectory
+from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, Trajectory, make_step, vector_of
 from trajrec.rules import FlatLayout, rule_for
 from trajrec.task import Task, digest
 
+MEMORY = 1 << 30
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -57,13 +59,21 @@ class Session:
         dtype: "float32" or "float64"; default: the recording's.
         device: torch device; default: CPU.
         allow_drift: go on where the task does not describe the training.
+        memory: bytes that states recomputed between keyframes may take; default 1 GiB.
 
     Raises:
         ModelMismatchError, DataMismatchError, UnsupportedOptimizerError, ReplayError: if they do not fit.
     """
 
     def __init__(
-        self, run: RecordedRun, task: Task, *, dtype: Any = None, device: Any = None, allow_drift: bool = False
+        self,
+        run: RecordedRun,
+        task: Task,
+        *,
+        dtype: Any = None,
+        device: Any = None,
+        allow_drift: bool = False,
+        memory: int | None = None,
     ) -> None:
         if run.steps == 0:
             raise ReplayError("The recording holds no step yet: there is nothing to replay.")
@@ -74,11 +84,14 @@ class Session:
         self.allow_drift = allow_drift
         self.layout = FlatLayout(run.spec)
         self.rule = rule_for(run.spec, self.layout)
-        self.trajectory = Trajectory(run, self.layout, self.dtype, self.device)
+        self.memory = memory or MEMORY
         self.function = LossFunction(task, run, self.layout, self.dtype, self.device)
         self.train = Samples(task.train, task.collate, self.dtype, self.device)
+        self.checks = self._checks(allow_drift)
+        self.trajectory = self._trajectory(self.checks)
         self._test: Samples | None = None
         self._check_data()
+        self._finish_buffers()
 
     @property
     def test(self) -> Samples:
@@ -92,40 +105,76 @@ class Session:
         self.train.check_ids(largest, "training")
         recorded = self.run.spec.data.get("first_batch_crc32")
         self.data_changed = recorded is not None and digest(self.train.raw(self.run.sample_ids(1))) != recorded
-        # Other data that make the same first step (inputs prepared elsewhere, say) are the same to the mathematics.
-        if self.data_changed and not self.allow_drift and self.find_drift(1) is not None:
+        # Other data that give the same first loss (inputs prepared elsewhere, say) are the same to the mathematics.
+        if self.data_changed and not self.allow_drift and not self._same_first_loss():
             raise DataMismatchError(
                 "The training data changed since the recording: the first batch has other contents (CRC-32 "
-                f"{recorded:08x} recorded), and the first step cannot be made again from it. Give the Task the data "
-                "set that the run was trained on, or go on with --allow-drift."
+                f"{recorded:08x} recorded), and the first loss is another. Give the Task the data set that the run "
+                "was trained on, or go on with --allow-drift."
             )
 
-    def certifier(self) -> Certifier:
-        """A new certifier."""
-        return Certifier(self.run, self.rule, self.dtype, self.allow_drift)
+    def _finish_buffers(self) -> None:
+        """Makes the running statistics at the end of a run that was cut off after its last keyframe."""
+        last = self.run.keyframe_steps[-1]
+        if last == self.run.steps or not self.function.has_buffers:
+            return
+        with self.function.keeping_final_buffers():
+            for step in self.trajectory.forwards(last + 1):
+                self._loss(step)
+
+    def _same_first_loss(self) -> bool:
+        before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
+        recorded, computed = self.run.loss(1), self._loss(make_step(self.run, 1, before, before))
+        return abs(recorded - computed) <= 1e-4 * abs(recorded)
+
+    def _loss(self, step: Step) -> float:
+        """The loss of a step by the Task."""
+        with torch.no_grad():
+            losses = self.function.losses(step.before, self.train.batch(step.ids), len(step.ids), step.rng)
+        return float(torch.dot(step.shares, losses))
+
+    @property
+    def _keyframed(self) -> bool:
+        return self.run.keep != "steps"
+
+    def _checks(self, allow_drift: bool) -> StepChecks:
+        if self._keyframed:
+            return KeyframeChecks(self.run, self.layout, self.rule, allow_drift)
+        return Certifier(self.run, self.rule, self.dtype, allow_drift)
+
+    def _trajectory(self, checks: StepChecks) -> Trajectory:
+        if not isinstance(checks, KeyframeChecks):
+            return StoredTrajectory(self.run, self.layout, self.dtype, self.device)
+        function, samples = self.function, self.train
+        native = DTYPES[self.run.spec.dtype]
+        if native != self.dtype:
+            function = LossFunction(self.task, self.run, self.layout, native, self.device)
+            samples = Samples(self.task.train, self.task.collate, native, self.device)
+        return RecomputedTrajectory(
+            self.run, self.layout, function, samples, self.rule, self.dtype, checks, self.memory
+        )
 
     def find_drift(self, last: int) -> Drifted | None:
         """The first of the steps 1..last that differs from the recording, going forwards; None if none does."""
-        certifier = Certifier(self.run, self.rule, self.dtype, allow_drift=False)
-        state = initial_state(self.trajectory, self.rule)
-        for step in self.trajectory.forwards():
-            if step.t > last:
-                break
-            try:
-                gradient = Linearization(self.function, self.train, step).gradient
-                state = certifier.forwards(step, state, gradient)
-            except Drifted as drifted:
-                return drifted
+        checks = self._checks(allow_drift=False)
+        trajectory = self._trajectory(checks)
+        state = initial_state(trajectory, self.rule)
+        try:
+            for step in trajectory.forwards():
+                if step.t > last:
+                    break
+                if not self._keyframed:
+                    state = checks.forwards(step, state, gradient_of(self.function, self.train, step))
+        except Drifted as drifted:
+            return drifted
         return None
 
     def explain(self, drifted: Drifted) -> DriftError:
         """The refusal to raise for a drift: names the first bad step and the likely cause."""
-        first = self.find_drift(drifted.step.t) or drifted
-        here = Linearization(self.function, self.train, first.step)
-        computed = float(torch.dot(first.step.shares, here.losses))
+        first = self.find_drift(drifted.seen_at) or drifted
         data = " The first batch also differs from the recorded one." if self.data_changed else ""
-        recorded = self.run.loss(first.step.t)
-        return drift_error(first, recorded, computed, self.certifier().rtol, data)
+        tolerance = self._checks(allow_drift=True).certificate().tolerance
+        return drift_error(first, self.run.loss(first.probe.t), self._loss(first.probe), tolerance, data)
 
     def guarded(self, work: Callable[[], Any]) -> Any:
         """Does the work; a drift in it becomes an explained refusal."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trajrec.records import IntArray
 from trajrec.replay.adjoint import initial_state
-from trajrec.replay.certificate import Certifier
+from trajrec.replay.certificate import StepChecks
 from trajrec.replay.linearize import Linearization
 from trajrec.replay.model import LossFunction, check_finite
 from trajrec.replay.samples import Samples
@@ -36,7 +36,7 @@ def tangent(
     tracked: IntArray,
     *,
     exact: bool,
-    certifier: Certifier,
+    certifier: StepChecks,
     advance: Callable[[int], None],
 ) -> Tensor:
     """The hypergradients D_T [K, P'] of the tracked samples [K].

@@ -30,8 +30,12 @@ class RecordedRun(Protocol):
     @property
     def epochs(self) -> IntArray: ...  # noqa: D102
     @property
+    def keep(self) -> str | int: ...  # noqa: D102
+    @property
     def keyframe_steps(self) -> tuple[int, ...]: ...  # noqa: D102
     def keyframe(self, t: int) -> Keyframe: ...  # noqa: D102
+    def stored(self, t: int) -> bool: ...  # noqa: D102
+    def crc32(self, t: int) -> int: ...  # noqa: D102
     def row(self, t: int) -> Row: ...  # noqa: D102
     def walk(self, first: int, last: int) -> Iterator[tuple[int, Row]]: ...  # noqa: D102
     def sample_ids(self, t: int) -> IntArray: ...  # noqa: D102
@@ -54,8 +58,30 @@ class Step:
     rng: bytes
 
 
-class Trajectory:
-    """The steps 1..T of a run.
+class Trajectory(Protocol):
+    """The steps 1..T of a run, wherever their weights come from."""
+
+    @property
+    def run(self) -> RecordedRun: ...  # noqa: D102
+    @property
+    def layout(self) -> FlatLayout: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+    def weights(self, t: int) -> Tensor:
+        """w_t [P']."""
+
+    def forwards(self, first: int = 1) -> Iterator[Step]:
+        """Steps first, first + 1, ..., T; `first` follows a keyframe."""
+
+    def backwards(self) -> Iterator[Step]:
+        """Steps T, T-1, ..., 1."""
+
+
+class StoredTrajectory:
+    """The steps of a run whose recording holds the weights of every step.
 
     Args:
         run: an open recording.
@@ -70,17 +96,14 @@ class Trajectory:
         self.dtype = dtype
         self.device = device
 
-    def __len__(self) -> int:
-        return self.run.steps
-
     def weights(self, t: int) -> Tensor:
         """w_t [P']."""
         return self._vector(self.run.row(t), t)
 
-    def forwards(self) -> Iterator[Step]:
-        """Steps 1, 2, ..., T."""
+    def forwards(self, first: int = 1) -> Iterator[Step]:
+        """Steps first, first + 1, ..., T."""
         before: Tensor | None = None
-        for t, row in self.run.walk(0, self.run.steps):
+        for t, row in self.run.walk(first - 1, self.run.steps):
             after = self._vector(row, t)
             if before is not None:
                 yield self._step(t, before, after)
@@ -96,14 +119,28 @@ class Trajectory:
             after = before
 
     def _vector(self, row: Row, t: int) -> Tensor:
-        values = self.layout.select(row)
-        if not np.isfinite(values).all():
-            raise NonFiniteError(
-                f"The recorded weights after step {t} are not finite: the training diverged there. Contributions to "
-                "a loss of such weights do not exist; record a run that converges."
-            )
-        return torch.tensor(values, dtype=self.dtype, device=self.device)
+        return vector_of(row, t, self.layout).to(self.device, self.dtype)
 
     def _step(self, t: int, before: Tensor, after: Tensor) -> Step:
-        shares = torch.as_tensor(self.run.sample_weights(t)).to(self.device, self.dtype)
-        return Step(t, before, after, self.run.sample_ids(t), shares, self.run.hyper(t), self.run.rng(t))
+        return make_step(self.run, t, before, after)
+
+
+def vector_of(row: Row, t: int, layout: FlatLayout) -> Tensor:
+    """The trainable weights [P'] of row t, in the recording's dtype.
+
+    Raises:
+        NonFiniteError: if the training diverged there.
+    """
+    values = layout.select(row)
+    if not np.isfinite(values).all():
+        raise NonFiniteError(
+            f"The recorded weights after step {t} are not finite: the training diverged there. Contributions to "
+            "a loss of such weights do not exist; record a run that converges."
+        )
+    return torch.tensor(values)
+
+
+def make_step(run: RecordedRun, t: int, before: Tensor, after: Tensor) -> Step:
+    """Step t between two weight vectors [P']."""
+    shares = torch.as_tensor(run.sample_weights(t)).to(before.device, before.dtype)
+    return Step(t, before, after, run.sample_ids(t), shares, run.hyper(t), run.rng(t))

@@ -8,6 +8,8 @@ from trajrec.sink import MemorySink
 class MemoryRun:
     """Reads a MemorySink like `trajrec.open` reads a file."""
 
+    keep = "steps"
+
     def __init__(self, sink: MemorySink) -> None:
         self.sink = sink
         self.spec = sink.spec
@@ -21,6 +23,12 @@ class MemoryRun:
 
     def row(self, t):
         return self.sink.rows[t]
+
+    def stored(self, t):
+        return True
+
+    def crc32(self, t):
+        return self.sink.records[t].crc32
 
     def walk(self, first, last):
         for t in range(first, last + 1) if first <= last else range(first, last - 1, -1):

@@ -43,6 +43,6 @@ def import_torchvision() -> ModuleType:
 def _define_schemas() -> None:
     global _library
     # The definitions live as long as the library object does.
-    _library = torch.library.Library("torchvision", "FRAGMENT")
+    _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for schema in _SCHEMAS:
-        _library.define(schema)
+        _library.define(schema)  # type: ignore[no-untyped-call]

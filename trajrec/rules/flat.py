@@ -51,6 +51,14 @@ class FlatLayout:
             return row[self._whole]
         return np.concatenate([row[p.span] for p in self.params]) if self.params else row[:0]
 
+    def fill(self, row: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+        """Puts trainable weights [P'] into their places of a row [P]."""
+        if self._whole is not None:
+            row[self._whole] = values
+            return
+        for param, part in zip(self.params, np.split(values, np.cumsum(self.sizes)[:-1]), strict=True):
+            row[param.span] = part
+
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """The parameters of a vector [P'], as views by name."""
         parts = torch.split(vector, self.sizes)

@@ -1,0 +1,225 @@
+"""The steps of a run that keeps keyframes only: the weights between are made again from the keyframe before.
+
+A keyframe holds the weights and the optimizer state; the step records hold everything else that a step used. Going
+forwards is one gradient a step. Going backwards follows `replay.plan`, which holds as many states as memory allows.
+Weights are always recomputed in the recording's own dtype, and cast afterwards if the replay computes in another.
+
+The certificate comes with it. Every recomputed row is compared with the CRC-32 that was recorded at its step: equal
+means bit for bit. Where they differ (another thread count, processor or torch version), the rows drift apart by
+rounding until the next keyframe sets them right; there the distance is measured, and must stay under a thousandth of
+what the weights moved between the keyframes. More means that the Task does not describe the training.
+"""
+
+from __future__ import annotations
+
+import zlib
+from bisect import bisect_right
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from trajrec.records import Row
+from trajrec.replay.certificate import Certificate, Drifted
+from trajrec.replay.linearize import gradient_of
+from trajrec.replay.model import LossFunction
+from trajrec.replay.plan import Advance, Drop, Hold, Load, Recall, Visit, backward_plan
+from trajrec.replay.samples import Samples
+from trajrec.replay.trajectory import RecordedRun, Step, make_step, vector_of
+from trajrec.rules import FlatLayout, Rule
+from trajrec.rules.step import State
+
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The training after step t: weights [P'] in the recording's dtype, and the optimizer state."""
+
+    t: int
+    weights: Tensor
+    state: State
+
+
+class KeyframeChecks:
+    """Which recomputed rows were bit for bit as recorded, and how far off the others were at the keyframes."""
+
+    def __init__(self, run: RecordedRun, layout: FlatLayout, rule: Rule, allow_drift: bool) -> None:
+        self.run = run
+        self.layout = layout
+        self.rule = rule
+        self.rtol = TOLERANCE
+        self.allow_drift = allow_drift
+        self._row: Row = run.row(0).copy()
+        self._equal: dict[int, bool] = {}
+        self._worst, self._worst_step = 0.0, 0
+        self._first_bad: int | None = None
+
+    def row(self, point: Point) -> None:
+        """Compares the checksum of a recomputed row."""
+        self.layout.fill(self._row, point.weights.cpu().numpy())
+        self._equal[point.t] = zlib.crc32(self._row.data) == self.run.crc32(point.t)
+
+    def keyframe(self, made: Point, start: Point, recorded: Tensor) -> None:
+        """Compares recomputed weights with a keyframe's, `start` being the keyframe before.
+
+        Raises:
+            Drifted: if they differ by more than the tolerance.
+        """
+        moved = float((recorded - start.weights).abs().max())
+        error = float((made.weights - recorded).abs().max())
+        drift = error / moved if moved else float(error > 0)
+        if drift > self._worst:
+            self._worst, self._worst_step = drift, made.t
+        if drift > TOLERANCE:
+            first = min((t for t, equal in self._equal.items() if not equal), default=made.t)
+            self._first_bad = min(first, self._first_bad or first)
+            if not self.allow_drift:
+                probe = make_step(self.run, start.t + 1, start.weights, start.weights)
+                raise Drifted(first, drift, probe, made.t)
+
+    def certificate(self) -> Certificate:
+        """What has been proved so far."""
+        verdict = "within rounding"
+        if not self._equal:
+            verdict = "unchecked"
+        elif self._first_bad is not None:
+            verdict = "drifted"
+        elif all(self._equal.values()):
+            verdict = "bit-exact"
+        checked = len(self._equal)
+        return Certificate(verdict, self.run.steps, checked, self._worst, self._worst_step, TOLERANCE, self._first_bad)
+
+    # A replay's own steps start from the recomputed weights, which have been compared already.
+
+    def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
+        """The state after a step."""
+        return self.rule.step(step.before, state, gradient, step.hyper)[1]
+
+    def backwards(self, step: Step, gradient: Tensor) -> None:
+        """Does nothing."""
+
+    def finish_backwards(self, initial: State) -> None:
+        """Does nothing."""
+
+
+class RecomputedTrajectory:
+    """The steps of a run, recomputed from its keyframes.
+
+    Args:
+        run: the recording.
+        layout: the order of the trainable weights.
+        function: per-sample losses in the recording's dtype.
+        samples: the training set in the recording's dtype.
+        rule: the optimizer.
+        dtype: floating type of the replay.
+        checks: takes every recomputed row.
+        memory: bytes that held states may take.
+    """
+
+    def __init__(
+        self,
+        run: RecordedRun,
+        layout: FlatLayout,
+        function: LossFunction,
+        samples: Samples,
+        rule: Rule,
+        dtype: torch.dtype,
+        checks: KeyframeChecks,
+        memory: int,
+    ) -> None:
+        self.run = run
+        self.layout = layout
+        self.dtype = dtype
+        self.device = samples.device
+        self.checks = checks
+        self._function = function
+        self._samples = samples
+        self._rule = rule
+        self._memory = memory
+        self._last: tuple[int, Tensor] | None = None
+
+    def weights(self, t: int) -> Tensor:
+        """w_t [P']."""
+        if self._last is None or self._last[0] != t:
+            point = self._load(self._keyframe_before(t))
+            while point.t < t:
+                point = self._next(point)
+            self._last = t, point.weights
+        return self._last[1].to(self.dtype)
+
+    def forwards(self, first: int = 1) -> Iterator[Step]:
+        """Steps first, first + 1, ..., T; `first` follows a keyframe."""
+        start = point = self._load(first - 1)
+        while point.t < self.run.steps:
+            after = made = self._next(point)
+            if self.run.stored(made.t):
+                after = self._load(made.t)
+                self.checks.keyframe(made, start, after.weights)
+                start = after
+            yield self._step(made.t, point.weights, after.weights)
+            point = after
+
+    def backwards(self) -> Iterator[Step]:
+        """Steps T, T-1, ..., 1."""
+        keyframes = [t for t in range(self.run.steps + 1) if self.run.stored(t)]
+        after = self.weights(self.run.steps).to(self._native)
+        for start, end in reversed(list(pairwise([*keyframes, self.run.steps]))):
+            if start < end:
+                after = yield from self._interval(start, end, after)
+
+    @property
+    def _native(self) -> torch.dtype:
+        return torch.float64 if self.run.spec.dtype == "float64" else torch.float32
+
+    def _interval(self, start: int, end: int, after: Tensor) -> Generator[Step, None, Tensor]:
+        """Steps end..start+1, by the plan. Returns w_start."""
+        first = current = self._load(start)
+        held: dict[int, Point] = {}
+        for action in backward_plan(end - start, self._slots(first)):
+            match action:
+                case Load():
+                    current = first
+                case Recall(t):
+                    current = held[t]
+                case Hold(t):
+                    held[t] = current
+                case Drop(t):
+                    del held[t]
+                case Advance(t):
+                    while current.t < start + t:
+                        current = self._next(current)
+                case Visit(t):
+                    if start + t == end and self.run.stored(end):
+                        self.checks.keyframe(self._next(current), first, after)
+                    yield self._step(start + t, current.weights, after)
+                    after = current.weights
+        return after
+
+    def _slots(self, point: Point) -> int:
+        size = sum(v.nbytes for v in (point.weights, *point.state.values())) or 1
+        # A state holds the weights and about as much again for each buffer that the first keyframe may not have yet.
+        return max(1, int(self._memory // max(size, 2 * point.weights.nbytes)))
+
+    def _keyframe_before(self, t: int) -> int:
+        steps = self.run.keyframe_steps
+        return steps[bisect_right(steps, t) - 1]
+
+    def _load(self, t: int) -> Point:
+        weights = vector_of(self.run.row(t), t, self.layout).to(self.device)
+        return Point(t, weights, self._rule.initial_state(self.run.keyframe(t), weights.dtype, self.device))
+
+    def _next(self, point: Point) -> Point:
+        """The next step, made again."""
+        step = make_step(self.run, point.t + 1, point.weights, point.weights)
+        gradient = gradient_of(self._function, self._samples, step)
+        with torch.no_grad():
+            weights, state = self._rule.step(point.weights, point.state, gradient, step.hyper)
+        made = Point(step.t, weights.detach(), {name: value.detach() for name, value in state.items()})
+        self.checks.row(made)
+        return made
+
+    def _step(self, t: int, before: Tensor, after: Tensor) -> Step:
+        return make_step(self.run, t, before.to(self.dtype), after.to(self.dtype))
