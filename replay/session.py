@@ -145,11 +145,11 @@ class Session:
     def _trajectory(self, checks: StepChecks) -> Trajectory:
         if not isinstance(checks, KeyframeChecks):
             return StoredTrajectory(self.run, self.layout, self.dtype, self.device)
-        function, samples = self.function, self.train
         native = DTYPES[self.run.spec.dtype]
-        if native != self.dtype:
-            function = LossFunction(self.task, self.run, self.layout, native, self.device)
-            samples = Samples(self.task.train, self.task.collate, native, self.device)
+        # A model of its own: a forward pass changes running statistics.
+        function = LossFunction(self.task, self.run, self.layout, native, self.device)
+        same = native == self.dtype
+        samples = self.train if same else Samples(self.task.train, self.task.collate, native, self.device)
         return RecomputedTrajectory(
             self.run, self.layout, function, samples, self.rule, self.dtype, checks, self.memory
         )
