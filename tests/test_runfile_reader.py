@@ -13,7 +13,7 @@ import torch
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError, OutputExistsError, RecorderBusyError
-from trajrec.runfile import geometry
+from trajrec.runfile import geometry, source
 from trajrec.runfile.recording import RunFileSink
 
 LAST = 100
@@ -55,6 +55,17 @@ def test_a_walk_may_be_left_halfway(run):
     for t, _ in run.walk(0, LAST):
         if t == 40:
             break
+
+
+def test_steps_may_be_asked_for_during_a_walk(path, monkeypatch):
+    """The walk's thread and the caller read other tables at the same time."""
+    monkeypatch.setattr(source, "TABLE_STEPS", 4)
+    with trajrec.open(path) as run:
+        for t, row in run.walk(LAST, 1):
+            assert np.array_equal(row, MADE.row(t))
+            for other in (t, LAST + 1 - t):
+                assert np.array_equal(run.sample_ids(other), MADE.record(other).ids)
+        assert np.array_equal(run.losses, [1 / t for t in range(1, LAST + 1)])
 
 
 def test_columns_leave_out_step_zero(run):

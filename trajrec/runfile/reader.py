@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,6 +62,7 @@ class Run:
         self.keep: str = "steps" if source.has_rows else "keyframes"
         self.compression: str = source.compression
         self._keyframes = frozenset(source.keyframes)
+        self._lock = RLock()  # `walk` reads on a thread
         self._tables: OrderedDict[int, StepTable] = OrderedDict()
         self._block: tuple[int, Row] | None = None
         self._reader = RowReader(
@@ -84,14 +86,15 @@ class Run:
         return self._now(lambda source: source.size())
 
     def _now(self, ask: Callable[[Source], _T]) -> _T:
-        """Asks the source; if things have moved since it was looked at, looks again."""
-        for _ in range(3):
-            try:
-                return ask(self._source)
-            except (MovedError, FileNotFoundError):
-                old, self._source = self._source, find(self._asked)
-                old.close()
-        return ask(self._source)
+        """Asks the source; if things have moved since it was looked at, looks again. One thread at a time."""
+        with self._lock:
+            for _ in range(3):
+                try:
+                    return ask(self._source)
+                except (MovedError, FileNotFoundError):
+                    old, self._source = self._source, find(self._asked)
+                    old.close()
+            return ask(self._source)
 
     def _read_rows(self, first: int, stop: int) -> Row:
         return self._now(lambda source: _in_blocks(source, first, stop))
@@ -224,14 +227,15 @@ class Run:
             raise IndexError(f"Step {t} is out of range: {self.path} has steps {lowest} to {self.steps}.")
 
     def _table(self, t: int) -> StepTable:
-        for table in reversed(self._tables.values()):
-            if table.first <= t < table.first + len(table):
-                return table
-        table = self._now(lambda source: source.table(t))
-        self._tables[table.first] = table
-        if len(self._tables) > _TABLES:
-            self._tables.popitem(last=False)
-        return table
+        with self._lock:
+            for table in reversed(self._tables.values()):
+                if table.first <= t < table.first + len(table):
+                    return table
+            table = self._now(lambda source: source.table(t))
+            self._tables[table.first] = table
+            if len(self._tables) > _TABLES:
+                self._tables.popitem(last=False)
+            return table
 
     def _value(self, name: str, t: int, lowest: int) -> Any:
         self._check(t, lowest)

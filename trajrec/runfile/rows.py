@@ -56,17 +56,19 @@ class RowReader:
 
     def walk(self, first: int, last: int) -> Iterator[tuple[int, Row]]:
         """Steps and rows from `first` to `last` inclusive, forwards or backwards."""
-        blocks = list(self.plan(first, last))
-        backwards = first > last
+        plan, backwards = self.plan(first, last), first > last
         with ThreadPoolExecutor(1, "trajrec-prefetch") as pool:
-            ahead = pool.submit(self.load, *blocks[0])
-            for k, (start, stop) in enumerate(blocks):
-                rows = ahead.result()
-                if k + 1 < len(blocks):
-                    ahead = pool.submit(self.load, *blocks[k + 1])
-                steps = range(start, stop)
+            ahead = pool.submit(self._load_next, plan)
+            while (block := ahead.result()) is not None:
+                start, rows = block
+                ahead = pool.submit(self._load_next, plan)
+                steps = range(start, start + len(rows))
                 for step in reversed(steps) if backwards else steps:
                     yield step, rows[step - start]
+
+    def _load_next(self, plan: Iterator[Block]) -> tuple[int, Row] | None:
+        block = next(plan, None)
+        return None if block is None else (block[0], self.load(*block))
 
     def plan(self, first: int, last: int) -> Iterator[Block]:
         """The blocks that a walk reads, in order, clipped to its steps."""
