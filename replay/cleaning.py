@@ -4,7 +4,7 @@
                     the least useful r %); the last of them may still help a little
     harmful:200     the same, a number of samples
     negative        every sample that harms
-    suspected       the clusters of wrong labels by signs (`suspects.signs`), for a replay of several targets
+    suspected       the clusters of wrong labels by signs (`suspects.signs`), for a replay of 100 targets or more
 
 Samples that the replay did not track are kept: nothing is known against them. keep.npy and drop.npy hold int64 ids
 in ascending order, together every training sample once.
@@ -119,10 +119,10 @@ def _count(rule: str, samples: int) -> int:
 
 
 def _suspected(inputs: Inputs, totals: pl.DataFrame) -> list[int]:
-    several = len(scores.target_ids(inputs.contributions)) > 1
-    if not several or scores.collect(inputs.samples.select("label").drop_nulls().head(1)).is_empty():
+    enough = len(scores.target_ids(inputs.contributions)) >= suspects.FEWEST
+    if not enough or scores.collect(inputs.samples.select("label").drop_nulls().head(1)).is_empty():
         raise ReplayError(
-            "--drop suspected needs contributions to several targets and the labels of the training samples. "
+            f"--drop suspected needs contributions to {suspects.FEWEST} targets or more, and the training labels. "
             "Replay the run again with --targets each, or pass --drop harmful:10%."
         )
     clusters, _ = suspects.signs(inputs.contributions, inputs.samples, totals)

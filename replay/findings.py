@@ -195,7 +195,7 @@ class Clusters:
 
 @dataclass(frozen=True, slots=True)
 class Suspicions:
-    """Everything that suggests wrong labels; clusters are None where there is one target only."""
+    """Everything that suggests wrong labels; clusters are None where there are few targets or no labels."""
 
     rankings: tuple[Ranking, ...]
     clusters: Clusters | None

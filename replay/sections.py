@@ -185,7 +185,7 @@ def suspicions(inputs: Inputs, totals: pl.DataFrame, targets: int, k: int, clust
     noisy = scores.collect(inputs.samples.select("sample", "noisy").drop_nulls())
     found = [_ranking(inputs, title, scores.collect(frame), noisy, k) for title, frame in _score_frames(inputs, totals)]
     labelled = not scores.collect(inputs.samples.select("label").drop_nulls().head(1)).is_empty()
-    clusters = _clusters(inputs, totals, noisy) if cluster and targets > 1 and labelled else None
+    clusters = _clusters(inputs, totals, noisy) if cluster and targets >= suspects.FEWEST and labelled else None
     return Suspicions(tuple(found), clusters)
 
 

@@ -73,7 +73,7 @@ def test_untracked_samples_are_kept(tmp_path: Path) -> None:
 def test_suspected_drops_the_harming_clusters(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     wrong = rng.random(80) < 0.3
-    values = np.where(wrong[:, None], -1, 1) * rng.random((80, 20))
+    values = np.where(wrong[:, None], -1, 1) * rng.random((80, 120))
     path = replay_folder.write(tmp_path / "r", values, labels=rng.integers(0, 2, 80).tolist())
     assert cleaning.clean(load(path), "suspected").drop == tuple(np.flatnonzero(wrong))
 
@@ -86,7 +86,7 @@ def test_suspected_drops_the_harming_clusters(tmp_path: Path) -> None:
         ("harmful:101%", "more than all samples"),
         ("harmful:11", "more than the 10 samples"),
         ("harmful:100%", "drops all 10 samples"),
-        ("suspected", "needs contributions to several targets.*--targets each"),
+        ("suspected", "needs contributions to 100 targets or more.*--targets each"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(folder: Path, rule: str, words: str) -> None:

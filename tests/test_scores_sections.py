@@ -178,7 +178,7 @@ def test_harm_ranks_the_most_harmful_first(tmp_path: Path) -> None:
     assert [(s.rank, s.sample, s.score) for s in ranking.suspects[:2]] == [(1, 1, 3.0), (2, 2, 2.0)]
     assert ranking.detection is not None
     assert ranking.detection.auc == 1
-    assert found.clusters is None  # one target has no sign vectors
+    assert found.clusters is None  # one target has no sign vectors, and few say little
 
 
 def test_self_influence_needs_training_samples_as_targets(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def planted(folder: Path, flip: float = 0.02) -> tuple[Path, np.ndarray, np.ndar
     """Wrongly labelled samples harm most targets, right ones help most."""
     rng = np.random.default_rng(3)
     labels, wrong = rng.integers(0, 4, 200), rng.random(200) < 0.3
-    values = np.where(wrong[:, None], -1.0, 1.0) * rng.random((200, 40))
+    values = np.where(wrong[:, None], -1.0, 1.0) * rng.random((200, 110))
     values *= np.where(rng.random(values.shape) < flip, -1, 1)
     replay_folder.write(folder, values, labels=labels.tolist(), noisy=wrong.tolist())
     return folder, labels, wrong
@@ -225,6 +225,13 @@ def test_clusters_by_sign_find_planted_wrong_labels(tmp_path: Path) -> None:
     ]
 
 
+def test_few_targets_are_not_clustered(tmp_path: Path) -> None:
+    path = replay_folder.write(tmp_path / "f", RNG.standard_normal((40, 99)), labels=["a"] * 40)
+    found = asked(path, suspects=True).suspicions
+    assert found is not None
+    assert found.clusters is None
+
+
 def test_jaccard_equals_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     labels, apart, noisy = rng.integers(0, 3, 90), rng.random(90) < 0.4, rng.random(90) < 0.4
@@ -237,7 +244,7 @@ def test_jaccard_equals_scikit_learn() -> None:
 
 
 def test_a_class_of_equal_signs_has_no_suspects(tmp_path: Path) -> None:
-    path = replay_folder.write(tmp_path / "q", -np.ones((6, 4)), labels=list("aaabbb"))
+    path = replay_folder.write(tmp_path / "q", -np.ones((6, 100)), labels=list("aaabbb"))
     found = asked(path, suspects=True).suspicions
     assert found is not None
     assert found.clusters is not None

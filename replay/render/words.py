@@ -35,7 +35,10 @@ def aim(report: Report) -> str:
 
 def unit(settings: Settings) -> str:
     """The unit of a contribution, as a phrase."""
-    return f"predicted change of the loss if the sample were removed ({settings.unit or 'unit of the loss'})"
+    unit = settings.unit or "unit of the target loss"
+    return (
+        f"predicted change of the loss if the sample were removed, in {'the ' if unit.startswith('unit') else ''}{unit}"
+    )
 
 
 def method(settings: Settings) -> str:
@@ -111,7 +114,10 @@ def detection(found: Detection) -> str:
 
 def clusters(found: Clusters) -> str:
     """What the clusters suspect, and how far that is right."""
-    text = f"{found.suspected:,} samples are in clusters that harm on the whole: suspected"
+    text = (
+        "Two clusters are always found, also where every label is right. "
+        f"{found.suspected:,} samples are in clusters that harm on the whole: suspected"
+    )
     if found.jaccard is None:
         return text
     right, wrong = percent(found.jaccard.correct), percent(found.jaccard.wrong)
