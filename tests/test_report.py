@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +94,24 @@ def test_markup_and_control_characters_are_drawn_as_text(tmp_path: Path) -> None
     assert "[red]x[/red]" in text
     assert "\x1b" not in text
     assert "\\x1b[31mred" in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_any_encoding_of_a_pipe_is_respected(tmp_path: Path, encoding: str) -> None:
+    path = replay_folder.write(tmp_path / "r", VALUES, labels=["Zürich"] * 5, names=["ü" * 90] * 5)
+    imports = "from trajrec.replay.report import build; from trajrec.replay.render.terminal import show"
+    code = f"{imports}; show(build({str(path)!r}))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    assert ("Zürich" if encoding == "utf-8" else "Z\\xfcrich") in done.stdout.decode(encoding)
+    assert b"\x1b" not in done.stdout  # no colour in a pipe
+
+
+def test_no_color_is_respected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    terminal.show(report.build(folder), console)
+    assert "[3" not in console.file.getvalue()  # no colour; bold and dim may stay
 
 
 def test_no_certificate_is_said(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A report as one self-contained HTML page: no network, no second file, light and dark, for keyboard and print.
 
-The template lies in `page/` with its style sheet and script, which are put into the page. Jinja escapes everything
-that comes from data; a content security policy in the page forbids every request, so even a label that got through
-could load nothing. Long tables show their first rows and hold the rest for filtering.
+The template `page.html.j2`, its style sheet and its script lie beside this file and are put into the page. Jinja
+escapes everything that comes from data; a content security policy in the page forbids every request, so even a label
+that got through could load nothing. Long tables show their first rows and hold the rest for filtering.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trajrec.replay.render import charts, words
 from trajrec.replay.render.tables import save
 from trajrec.replay.report import Report
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent
 GROUP_ROWS = 10
 GROUPS = 60
 TEXT_SHOWN = 280

@@ -6,6 +6,9 @@ top tables.
 
 from __future__ import annotations
 
+import io
+import sys
+
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
@@ -27,13 +30,20 @@ def show(report: Report, console: Console | None = None, top: int | None = None)
         console: where; standard output if None.
         top: at most so many rows of each table, if the report holds more.
     """
-    console = console or Console()
+    console = console or standard_output()
     header(report, console)
     for group in (report.overall, *report.groups[:GROUPS_SHOWN]):
         show_top(group, console, top)
     if len(report.groups) > GROUPS_SHOWN:
         note(f"... and {len(report.groups) - GROUPS_SHOWN:,} more tables: write them with --csv or --json", console)
     panels.show(report, console, top, show_top)
+
+
+def standard_output() -> Console:
+    """A console on standard output; what its encoding cannot write is shown as escapes instead of ending the report."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console()
 
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
