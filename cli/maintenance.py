@@ -34,6 +34,57 @@ def info(run: RunArgument = None) -> None:
     Console().print(table)
 
 
+def verify(
+    run: RunArgument = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:ATTR", help="Also make every step again with this Task.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+) -> int:
+    """Check every checksum of a run and its structure; with --task also that the Task reproduces every step.
+
+    Example: [bold]trajrec verify runs/mnist.h5 --task task.py[/bold]
+    """
+    from trajrec.cli.runs import find_run
+    from trajrec.runfile.verify import verify as problems_of
+
+    path = find_run(run)
+    problems = problems_of(path)
+    for problem in problems:
+        typer.echo(str(problem), err=True)
+    if problems:
+        typer.echo(f"{path}: {len(problems)} problem(s) found.", err=True)
+        return 4
+    typer.echo(f"{path}: every checksum matches, the structure is whole.")
+    if task is not None:
+        typer.echo(_certify(path, task, device))
+    return 0
+
+
+def _certify(path: Path, task: str, device: str) -> str:
+    """The certificate of all steps, in words."""
+    from trajrec.cli.progress import ReplayProgress
+    from trajrec.replay.session import Session
+    from trajrec.runfile.reader import open as open_run
+    from trajrec.task import load_task
+
+    with open_run(path) as recorded, ReplayProgress() as progress:
+        return Session(recorded, load_task(task), device=device).certify(progress).sentence
+
+
+def pack(run: RunArgument = None) -> None:
+    """Finish a run that was cut off: pack its folder into one file.
+
+    Example: [bold]trajrec pack runs/mnist.h5[/bold]
+    """
+    from trajrec.cli.runs import find_run, size_text
+    from trajrec.runfile.packing import pack as pack_folder
+
+    packed = pack_folder(find_run(run))
+    typer.echo(f"{packed} ({size_text(packed.stat().st_size)})")
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     from trajrec.cli.runs import size_text
 
@@ -48,6 +99,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("size", f"{size_text(run.size)}, {size_text(run.size / max(run.steps, 1))} a step"),
         ("duration", _duration(run)),
         ("gaps", ", ".join(f"steps {a} to {b}" for a, b in run.gaps) or "none"),
+        ("keeps", "every step" if run.keep == "steps" else "keyframes; the steps between are recomputed"),
         ("keyframes", f"{len(run.keyframe_steps)}"),
         ("weights", f"{spec.row_length:,} {spec.dtype} in {len(spec.params)} parameters, {trainable:,} trainable"),
         ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),

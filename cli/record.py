@@ -47,21 +47,36 @@ def record(
             show_default=False,
         ),
     ] = None,
+    keep: Annotated[
+        str,
+        typer.Option(metavar="steps|K", help="Weights of every step, or keyframes every K steps."),
+    ] = "steps",
+    compression: Annotated[str, typer.Option(metavar="zstd|none", help="How rows are compressed.")] = "zstd",
+    budget: Annotated[
+        str | None, typer.Option(metavar="20GB", help="Stay below this size, thinning as the run grows.")
+    ] = None,
+    on_full: Annotated[
+        str, typer.Option(metavar="wait|stop-recording|raise", help="What to do when the disk is full.")
+    ] = "wait",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out names.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing run.")] = False,
 ) -> int:
     """Run a training script and record every optimizer step. The script needs no change.
 
     Example: [bold]trajrec record --out runs/mnist.h5 train.py --epochs 5[/bold]
     """
-    from trajrec.cli.runs import check_absent, new_run
+    from trajrec.cli.runs import new_run
     from trajrec.recorder import record as make_recorder
 
     script, rest = _script(arguments or [], module)
     path = out or new_run(script.stem if module is None else module.rpartition(".")[2])
-    check_absent(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
     reference = _task_reference(task, script if module is None else None)
-    recorder: Recorder = make_recorder(path, task=reference, force=force)
+    options: dict[str, Any] = {"keep": _keep(keep), "compression": compression, "budget": budget, "on_full": on_full}
+    try:
+        recorder: Recorder = make_recorder(path, task=reference, force=force, resume=resume, **options)
+    except ValueError as error:
+        raise TrajrecError(str(error)) from None
     code = _run(recorder, script, module, rest)
     if recorder.summary is None:
         if code == 0:
@@ -69,6 +84,10 @@ def record(
         return code
     _say(recorder, module or script.name, reference)
     return code
+
+
+def _keep(value: str) -> str | int:
+    return int(value) if value.isdecimal() else value
 
 
 def _script(arguments: list[str], module: str | None) -> tuple[Path, list[str]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trajrec.errors import DataMismatchError, DriftError, ReplayError
 from trajrec.replay.adjoint import initial_state
-from trajrec.replay.certificate import Certifier, Drifted, StepChecks, drift_error
+from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChecks, drift_error
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.recompute import KeyframeChecks, RecomputedTrajectory
@@ -154,24 +154,35 @@ class Session:
             self.run, self.layout, function, samples, self.rule, self.dtype, checks, self.memory
         )
 
-    def find_drift(self, last: int) -> Drifted | None:
-        """The first of the steps 1..last that differs from the recording, going forwards; None if none does."""
+    def find_drift(self) -> Drifted | None:
+        """The first step that differs from the recording, going forwards; None if none does."""
         checks = self._checks(allow_drift=False)
-        trajectory = self._trajectory(checks)
-        state = initial_state(trajectory, self.rule)
         try:
-            for step in trajectory.forwards():
-                if step.t > last:
-                    break
-                if not self._keyframed:
-                    state = checks.forwards(step, state, gradient_of(self.function, self.train, step))
+            self._certify(checks, self._trajectory(checks), lambda _: None)
         except Drifted as drifted:
             return drifted
         return None
 
+    def certify(self, progress: Progress) -> Certificate:
+        """Makes every step again, going forwards, and says what that proves.
+
+        Raises:
+            DriftError: if a step differs from the recorded one.
+        """
+        progress.start("certify", self.run.steps)
+        self.guarded(lambda: self._certify(self.checks, self.trajectory, progress.advance))
+        return self.checks.certificate()
+
+    def _certify(self, checks: StepChecks, trajectory: Trajectory, advance: Callable[[int], None]) -> None:
+        state = initial_state(trajectory, self.rule)
+        for step in trajectory.forwards():
+            if not self._keyframed:
+                state = checks.forwards(step, state, gradient_of(self.function, self.train, step))
+            advance(1)
+
     def explain(self, drifted: Drifted) -> DriftError:
         """The refusal to raise for a drift: names the first bad step and the likely cause."""
-        first = self.find_drift(drifted.seen_at) or drifted
+        first = self.find_drift() or drifted
         data = " The first batch also differs from the recorded one." if self.data_changed else ""
         tolerance = self._checks(allow_drift=True).certificate().tolerance
         return drift_error(first, self.run.loss(first.probe.t), self._loss(first.probe), tolerance, data)

@@ -30,7 +30,7 @@ class RecordedRun(Protocol):
     @property
     def epochs(self) -> IntArray: ...  # noqa: D102
     @property
-    def keep(self) -> str | int: ...  # noqa: D102
+    def keep(self) -> str: ...  # noqa: D102
     @property
     def keyframe_steps(self) -> tuple[int, ...]: ...  # noqa: D102
     def keyframe(self, t: int) -> Keyframe: ...  # noqa: D102

@@ -146,6 +146,9 @@ class Recorder:
         now = time.perf_counter()
         self.seconds += now - start
         self.training_seconds = now - self._began
+        if self._step == self.sink.resumed_at + 1:
+            # Starting (a process, a file) is not what recording costs a step: the clocks begin with the second one.
+            self.seconds, self._began = 0.0, now
 
     # -- the first step ------------------------------------------------------------------------------------------
 
