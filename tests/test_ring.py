@@ -111,7 +111,7 @@ def test_an_entry_of_an_earlier_lap_is_not_taken_for_a_later_one(ring):
         publish(ring, t)
     ring.set(Control.TAIL, 8)
     assert ring.intact(8) is None
-    ring._slots[0, 0] = 9  # as if the sequence number had reached the disk and the record had not
+    ring._slots[0] = 9  # as if the sequence number had reached the disk and the record had not
     assert ring.published(8)
     assert ring.intact(8) is None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -89,6 +91,23 @@ def test_a_reader_follows_the_change(tmp_path):
         assert run.row(64).tobytes() == MADE.row(64).tobytes()
         assert not run.stored(65)
     sink.close(complete=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_workers_forked_by_the_loader_do_not_hold_it_up(tmp_path):
+    """They inherit the pipe to the writer, so its end tells the writer nothing."""
+    sink = RunFileSink(tmp_path / "run.h5", budget="9MB")
+    sink.open(MADE.spec)
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        MADE.feed(sink, 600)
+        assert sink.close(complete=True).path == tmp_path / "run.h5"
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 def test_used_up_by_step_data_alone(tmp_path, caplog):

@@ -72,7 +72,7 @@ def _ring(folder: Folder, manifest: Manifest) -> Ring:
 
 
 def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
-    if ring.get(Control.FINISH) == Finish.NO:
+    if ring.get(Control.FINISH) != Finish.COMPLETE:
         ring.set(Control.FINISH, Finish.RECOVERED)
     writer = WriterProcess(folder, ring, lock)
     try:

@@ -248,18 +248,21 @@ class RunFileSink:
 
     def _stay_in_budget(self) -> None:
         budget = self._budget
-        while budget is not None and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next)):
+        if budget is None:
+            return
+        while not self._stopped and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next)):
             if self._keep_rows:
                 self._drop_rows(budget)
             elif (interval := budget.thin(self._interval)) is not None:
                 self._interval = interval
-            elif not self._stopped:
-                self._stop(f"The budget of {self.output} is used up at step {self._next - 1}.")
             else:
-                return
+                self._stop(f"The budget of {self.output} is used up at step {self._next - 1}.")
 
     def _drop_rows(self, budget: Budget) -> None:
-        """From now on keeps keyframes only; the writer ends with the closed pipe, and another begins."""
+        """From now on keeps keyframes only: one writer ends, the folder is reworked, another begins."""
+        if self._end_writer(Finish.HAND_OVER) is not Status.DONE:
+            self._act_on_full_disk(self._geometry.segment_bytes)
+            return
         self._writer.close()
         rework(self.folder, "drop-rows")
         budget.forget()
@@ -315,20 +318,26 @@ class RunFileSink:
         Raises:
             RecordingError: the writer cannot finish.
         """
-        self._ring.set(Control.FINISH, Finish.COMPLETE if complete else Finish.RECOVERED)
-        self._writer.wake()
         try:
-            while (status := self._writer.status()) is Status.RUNNING:
-                self._writer.wait(_GLANCE)
-            while status is Status.DISK_FULL and self._on_full == "wait":
-                self._wait_for_room(f"The disk is full: {self.output} cannot be finished.", self.folder.size())
-                self._writer.restart()
-                while (status := self._writer.status()) is Status.RUNNING:
-                    self._writer.wait(_GLANCE)
+            status = self._end_writer(Finish.COMPLETE if complete else Finish.RECOVERED)
         finally:
             self._writer.close()
             self._lock.release()
         return self._summary(packed=status is Status.DONE)
+
+    def _end_writer(self, finish: Finish) -> Status:
+        """Has the writer finish and waits for it: DONE, or DISK_FULL where `on_full` is not to wait for room."""
+        self._ring.set(Control.FINISH, finish)
+        self._writer.wake()
+        while (status := self._writer.status()) is not Status.DONE:
+            if status is Status.RUNNING:
+                self._writer.wait(_GLANCE)
+            elif self._on_full == "wait":
+                self._wait_for_room(f"The disk is full: {self.output} cannot be finished.", self.folder.size())
+                self._writer.restart()
+            else:
+                break
+        return status
 
     def _summary(self, packed: bool) -> Summary:
         gaps = self._ring.gaps()

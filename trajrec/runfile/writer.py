@@ -52,7 +52,7 @@ class Writer:
             finish = Finish(self.ring.get(Control.FINISH))
             if finish is not Finish.NO:
                 self.seal_everything()
-                self._pack(finish)
+                self._finish(finish)
                 return
             self._seal_ready()
             self._wait()
@@ -95,9 +95,10 @@ class Writer:
                 sync(path)
                 self._synced.add(path)
 
-    def _pack(self, finish: Finish) -> None:
-        state = "complete" if finish is Finish.COMPLETE else "recovered"
-        pack(self.folder, self.manifest, state, self.ring.gaps())
+    def _finish(self, finish: Finish) -> None:
+        if finish is not Finish.HAND_OVER:
+            state = "complete" if finish is Finish.COMPLETE else "recovered"
+            pack(self.folder, self.manifest, state, self.ring.gaps())
         self.ring.set(Control.STATUS, Status.DONE)
 
     def _wait(self) -> None:
