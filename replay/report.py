@@ -151,7 +151,7 @@ class _Builder:
             overall=overall,
             groups=self._groups(),
             why=tuple(sections.why(inputs, target, k) for target in ask.why),
-            statistics=self._try(ask.statistics, lambda: sections.statistics(inputs, totals, M, k)),
+            statistics=self._try(ask.statistics, lambda: sections.statistics(inputs, totals, self.target_ids, k)),
             matrix=self._try(ask.matrix, lambda: sections.matrix(inputs)),
             suspicions=self._suspicions(),
             timeline=self._try(ask.timeline or bool(ask.samples), lambda: self._timeline(overall)),

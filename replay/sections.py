@@ -79,11 +79,15 @@ def _mean_of(settings: Settings) -> str:
 def by_target(inputs: Inputs, targets: list[int], samples: int, k: int) -> tuple[Top, ...]:
     """The top samples for every target."""
     titles = {row["target"]: _target_title(inputs, row) for row in _target_rows(inputs, targets)}
-    rows = [
-        scores.collect(scores.top(b, k, by="target")) for b in scores.blocks(inputs.contributions, targets, samples)
-    ]
+    rows = [scores.collect(scores.top(block, k, by="target")) for block in _blocks(inputs, targets, samples)]
     labelled = named(pl.concat(rows), inputs.samples)
     return tuple(top(titles[target], target, part) for target, part in _parts(labelled, "target"))
+
+
+def _blocks(inputs: Inputs, targets: list[int], samples: int) -> Iterator[pl.LazyFrame]:
+    """The pairs of some targets at a time; every epoch is a row of its own until it is summed."""
+    epochs = scores.collect(inputs.contributions.select(pl.col("epoch").n_unique())).item() if inputs.by_epoch else 1
+    return scores.blocks(inputs.contributions, targets, samples * epochs)
 
 
 def by_class(inputs: Inputs, k: int) -> tuple[Top, ...]:
@@ -122,14 +126,14 @@ def why(inputs: Inputs, target: int, k: int) -> Why:
     return Why(target, facts["label"], facts["prediction"], facts["name"], found, tuple(sums))
 
 
-def statistics(inputs: Inputs, totals: pl.DataFrame, targets: int, k: int) -> Statistics:
+def statistics(inputs: Inputs, totals: pl.DataFrame, targets: list[int], k: int) -> Statistics:
     """Mean, deviation, concentration, histogram and outliers."""
     spread = _spread(totals.lazy())
     far = scores.collect(scores.outliers(totals.lazy()))
     shares = scores.collect(scores.concentration(totals.lazy())).rows()
     return Statistics(
         samples=spread,
-        pairs=_spread(scores.pairs(inputs.contributions)) if targets > 1 else None,
+        pairs=_pair_spread(inputs, targets, totals.height) if len(targets) > 1 else None,
         concentration=tuple(shares),
         histogram=_histogram(totals),
         far=far.height,
@@ -140,6 +144,31 @@ def statistics(inputs: Inputs, totals: pl.DataFrame, targets: int, k: int) -> St
 def _spread(frame: pl.LazyFrame) -> Spread:
     row: dict[str, Any] = scores.collect(scores.statistics(frame)).row(0, named=True)
     return Spread(**row | {"std": math.nan if row["std"] is None else row["std"]})
+
+
+def _pair_spread(inputs: Inputs, targets: list[int], samples: int) -> Spread:
+    """Over all pairs: in one pass, or block by block where epochs have to be summed first."""
+    if not inputs.by_epoch:
+        return _spread(inputs.contributions)
+    return merged([_spread(block) for block in _blocks(inputs, targets, samples)])
+
+
+def merged(parts: Sequence[Spread]) -> Spread:
+    """The spread of everything from the spreads of its parts."""
+    count = sum(part.count for part in parts)
+    mean = sum(part.count * part.mean for part in parts) / count
+    within = sum((part.count - 1) * part.std**2 for part in parts if part.count > 1)
+    squares = within + sum(part.count * (part.mean - mean) ** 2 for part in parts)
+    return Spread(
+        count=count,
+        mean=mean,
+        std=math.sqrt(squares / (count - 1)) if count > 1 else math.nan,
+        min=min(part.min for part in parts),
+        max=max(part.max for part in parts),
+        positive=sum(part.positive for part in parts),
+        negative=sum(part.negative for part in parts),
+        zero=sum(part.zero for part in parts),
+    )
 
 
 def _histogram(totals: pl.DataFrame) -> Histogram:
@@ -257,21 +286,23 @@ def comparison(inputs: Inputs, totals: pl.DataFrame, other: Inputs) -> Compariso
             raise ReplayError(f"{inputs.folder} and {other.folder} have no sample in common: nothing to compare.")
         agreement = agree(both["a"].to_numpy(), both["b"].to_numpy())
         points = both if both.height <= POINTS else both.sample(POINTS, seed=0).sort("sample")
-        targets = _agreement_by_target(inputs, other)
+        targets = _agreement_by_target(inputs, other, totals.height)
     return Comparison(_what(inputs), _what(other), agreement, targets, tuple(points.iter_rows()))
 
 
-def _agreement_by_target(inputs: Inputs, other: Inputs) -> tuple[int, float, float] | None:
+def _agreement_by_target(inputs: Inputs, other: Inputs, samples: int) -> tuple[int, float, float] | None:
     shared = sorted(set(scores.target_ids(inputs.contributions)) & set(scores.target_ids(other.contributions)))
     if len(shared) < 2:
         return None
     chosen = [shared[i] for i in sorted(set(np.linspace(0, len(shared) - 1, COMPARED_TARGETS).astype(int)))]
-    sides = [scores.pairs(x.contributions.filter(pl.col("target").is_in(chosen))) for x in (inputs, other)]
-    both = scores.collect(sides[0].join(sides[1], on=["sample", "target"], suffix="_b"))
-    found = [
-        agree(part["contribution"].to_numpy(), part["contribution_b"].to_numpy(), 1)
-        for part in both.partition_by("target")
-    ]
+    found = []
+    for block in _blocks(inputs, chosen, samples):
+        wanted = scores.collect(block)
+        ids = wanted["target"].unique().to_list()
+        theirs = scores.pairs(other.contributions.filter(pl.col("target").is_in(ids)))
+        both = wanted.join(scores.collect(theirs), on=["sample", "target"], suffix="_b")
+        parts = both.select("target", "contribution", "contribution_b").partition_by("target")
+        found += [agree(part["contribution"].to_numpy(), part["contribution_b"].to_numpy(), 1) for part in parts]
     return len(found), _average(x.spearman for x in found), _average(x.sign_error for x in found)
 
 

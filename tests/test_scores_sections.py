@@ -86,6 +86,21 @@ def test_statistics_equal_numpy(folder: Path) -> None:
     assert sum(found.histogram.counts) == 60
 
 
+def test_statistics_by_epoch_are_those_of_the_sums(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = np.stack([VALUES * 0.5, VALUES * 0.3, VALUES * 0.2])
+    path = replay_folder.write(tmp_path / "e", parts)
+    monkeypatch.setattr(scores, "ROWS_AT_ONCE", 60 * 3 * 2)  # two targets at a time, one left over
+    one, other = asked(folder, statistics=True).statistics, asked(path, statistics=True).statistics
+    assert one is not None
+    assert other is not None
+    assert one.pairs is not None
+    assert other.pairs is not None
+    for name in ("count", "mean", "std", "min", "max", "positive", "negative", "zero"):
+        assert getattr(other.pairs, name) == pytest.approx(getattr(one.pairs, name), rel=1e-9)
+
+
 def test_outliers_by_hand(tmp_path: Path) -> None:
     values = np.array([[1.0], [-1.0]] * 20 + [[50.0], [-40.0]])
     found = asked(replay_folder.write(tmp_path / "o", values), statistics=True).statistics
