@@ -164,6 +164,8 @@ def _raw_problems(folder: Folder) -> Iterator[Problem]:
     for step, path in folder.keyframes().items():
         try:
             read_keyframe(path)
+        except FileNotFoundError:
+            continue  # a recorder that stays in its budget has dropped it meanwhile
         except DamagedRunError as error:
             yield Problem(path, "", step, None, _short(error, path))
 
