@@ -41,7 +41,7 @@ class DrawnBatch:
     ids: IntArray | None
     content: Any
     used_in_training_mode: bool | None = None
-    rng: bytes | None = None
+    rng: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class StepBatch:
     ids: IntArray
     weights: FloatArray | None
     loss: float
-    rng: bytes | None = None
+    rng: tuple[Tensor, ...] | None = None
     contents: tuple[Any, ...] = ()
 
     def digest(self) -> int | None:
@@ -123,7 +123,7 @@ class BatchLedger:
         self._given: tuple[IntArray, FloatArray | None] | None = None
         self._losses: list[Tensor] = []
         self._passes: dict[int, int] = {}
-        self._loose_rng: bytes | None = None
+        self._loose_rng: tuple[Tensor, ...] | None = None
         self._first = True
 
     def watches(self, loader: Any) -> bool:
@@ -147,7 +147,7 @@ class BatchLedger:
         """The user has named the samples of the next step."""
         self._given = (ids, weights)
 
-    def forward(self, gradients: bool, training: bool, states: Callable[[], bytes]) -> None:
+    def forward(self, gradients: bool, training: bool, states: Callable[[], tuple[Tensor, ...]]) -> None:
         """The model is being called, with or without gradients, in training mode or not.
 
         `states` reads the generators: their states belong to the batch's first use, so that other random numbers drawn

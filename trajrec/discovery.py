@@ -6,6 +6,7 @@ the optimizer's parameters. After that step nothing but this model is watched an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from torch.optim import Optimizer
 
 from trajrec.capture import BatchLedger
 from trajrec.errors import RecordingError
-from trajrec.snapshot import generator_states
+from trajrec.snapshot import Generators, States
+
+
+def _states_for(module: nn.Module) -> Callable[[], States]:
+    """Reads the generators that this module's forward pass may use."""
+    parameter = next(module.parameters(), None)
+    return Generators(torch.device("cpu") if parameter is None else parameter.device).states
 
 
 class Discovery:
@@ -45,7 +52,7 @@ class Discovery:
         if self._depth > 1 or isinstance(module, nn.modules.loss._Loss):
             return
         gradients = torch.is_grad_enabled()
-        self.ledger.forward(gradients, module.training, lambda: generator_states(module))
+        self.ledger.forward(gradients, module.training, _states_for(module))
         if gradients:
             self._called[id(module)] = module
 

@@ -27,7 +27,7 @@ from trajrec.errors import RecordingError
 from trajrec.records import FloatArray, Keyframe, StepRecord
 from trajrec.rules import check_recordable
 from trajrec.sink import Sink, Summary
-from trajrec.snapshot import Snapshot, generator_states
+from trajrec.snapshot import Generators, Snapshot, consumed
 from trajrec.task import file_sha256, task_file
 
 
@@ -68,7 +68,7 @@ class Recorder:
         self._step = 0
         self._began = 0.0
         self._last_keyframe = -1
-        self._last_hyper: FloatArray | None = None
+        self._rates: list[float] = []
         self._first_batch: StepBatch | None = None
         self._keeps_rows = True
 
@@ -81,7 +81,7 @@ class Recorder:
         if self._discovery is not None:
             self._discovery.install()
         if self.model is not None:
-            self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
+            self._watch_model(self.model)
         if self.optimizer is not None:
             self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
@@ -113,37 +113,41 @@ class Recorder:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
+    def _watch_model(self, model: nn.Module) -> None:
+        self._generators = Generators(next(model.parameters()).device)
+        self._handles.append(model.register_forward_pre_hook(self._on_forward))
+
     def _on_forward(self, module: nn.Module, _: Any) -> None:
-        self.ledger.forward(torch.is_grad_enabled(), module.training, lambda: generator_states(module))
+        self.ledger.forward(torch.is_grad_enabled(), module.training, self._generators.states)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.optimizer is not None and optimizer is not self.optimizer:
             self._refuse_second(optimizer)
             return
-        start = time.perf_counter()
+        start = time.thread_time()
         if self._snapshot is None:
             self._begin(optimizer)
         assert self._snapshot is not None
         batch = self._first_batch or self.ledger.take()
         self._first_batch = None
-        consumed = batch.rng is not None and batch.rng != generator_states(self._snapshot.model)
+        rng = b"" if batch.rng is None else consumed(batch.rng, self._snapshot.generators.states())
         hyper = self._snapshot.hyper()
         if self._hides_state(hyper):
             self._keyframe()
-        self._pending = (batch, hyper, batch.rng if consumed and batch.rng is not None else b"")
-        self.seconds += time.perf_counter() - start
+        self._pending = (batch, hyper, rng)
+        self.seconds += time.thread_time() - start
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._pending is None or optimizer is not self.optimizer or self._snapshot is None:
             return
-        start = time.perf_counter()
+        start = time.thread_time()
         batch, hyper, rng = self._pending
         self._pending = None
         self._step += 1
         self._commit(batch, hyper, rng)
         if self.sink.wants_keyframe(self._step):
             self._keyframe()
-        now = time.perf_counter()
+        now = time.thread_time()
         self.seconds += now - start
         self.training_seconds = now - self._began
         if self._step == self.sink.resumed_at + 1:
@@ -153,14 +157,14 @@ class Recorder:
     # -- the first step ------------------------------------------------------------------------------------------
 
     def _begin(self, optimizer: Optimizer) -> None:
-        self._began = time.perf_counter()
+        self._began = time.thread_time()
         check_recordable(optimizer)
         self.optimizer = optimizer
         if self.model is None:
             assert self._discovery is not None
             self.model = self._discovery.model_of(optimizer)
             self._discovery.remove()
-            self._handles.append(self.model.register_forward_pre_hook(self._on_forward))
+            self._watch_model(self.model)
         batch = self._first_batch = self.ledger.take()
         self._snapshot = Snapshot(self.model, optimizer)
         self.sink.open(self._snapshot.spec(self._describe(batch)))
@@ -212,18 +216,16 @@ class Recorder:
                 rng=rng,
             )
         )
-        self._last_hyper = hyper
 
     def _hides_state(self, hyper: FloatArray) -> bool:
         """Whether a learning rate has just risen from zero.
 
         A step with a rate of zero does not show the momentum buffer in the weights, and from now on it counts.
         """
-        names = self._snapshot.names if self._snapshot is not None else ()
-        if self._last_hyper is None or self._last_keyframe == self._step or "lr" not in names:
-            return False
-        column = names.index("lr")
-        return bool(((self._last_hyper[:, column] == 0) & (hyper[:, column] != 0)).any())
+        assert self._snapshot is not None
+        rates = self._snapshot.rates(hyper)
+        last, self._rates = self._rates, rates
+        return self._last_keyframe != self._step and any(a == 0 != b for a, b in zip(last, rates, strict=False))
 
     def _keyframe(self) -> None:
         assert self._snapshot is not None

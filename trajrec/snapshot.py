@@ -39,6 +39,7 @@ class Snapshot:
         self.parameters = dict(model.named_parameters())
         self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.names = _hyperparameter_names(optimizer)
+        self.generators = Generators(next(iter(self.parameters.values())).device)
         self._views: dict[int, list[Tensor]] = {}
         self._check_dtypes()
 
@@ -77,7 +78,7 @@ class Snapshot:
             defaults={k: v for k, v in self.optimizer.defaults.items() if _is_plain(v)},
             hyperparameters=self.names,
             groups=len(self.optimizer.param_groups),
-            rng=generators(self.model),
+            rng=self.generators.table(),
             eval_modules=tuple(name for name, m in self.model.named_modules() if name and not m.training)
             if self.model.training
             else ("",),
@@ -122,6 +123,10 @@ class Snapshot:
         """Hyperparameters in force, [G, H]."""
         groups = self.optimizer.param_groups
         return np.array([[_number(group, name) for name in self.names] for group in groups], dtype=np.float64)
+
+    def rates(self, hyper: FloatArray) -> list[float]:
+        """The learning rate of each group, of hyperparameters [G, H]."""
+        return hyper[:, self.names.index("lr")].tolist() if "lr" in self.names else []
 
     def keyframe(self, with_weights: bool) -> dict[str, npt.NDArray[Any]]:
         """Optimizer state, buffers and generator states, by the paths of `Keyframe.arrays`."""
@@ -193,20 +198,30 @@ def _number(group: dict[str, Any], name: str) -> float:
     return float("nan") if value is None else float(value)
 
 
-def generators(model: nn.Module) -> tuple[tuple[str, int], ...]:
-    """Generators that a forward pass of this model may use, with the length of their state in bytes."""
-    device = next(model.parameters()).device
-    cpu = (("cpu", int(torch.get_rng_state().numel())),)
-    if device.type != "cuda":
-        return cpu
-    return (*cpu, (str(device), int(torch.cuda.get_rng_state(device).numel())))
+States = tuple[Tensor, ...]
 
 
-def generator_states(model: nn.Module) -> bytes:
-    """The states of `generators(model)`, one after the other."""
-    device = next(model.parameters()).device
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return b"".join(state.numpy().tobytes() for state in states)
+class Generators:
+    """The random generators that a forward pass on a device may use: the CPU's and the device's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def states(self) -> States:
+        """Their states, each a vector of bytes."""
+        cpu = torch.get_rng_state()
+        return (cpu, torch.cuda.get_rng_state(self.device)) if self.device.type == "cuda" else (cpu,)
+
+    def table(self) -> tuple[tuple[str, int], ...]:
+        """Their names with the lengths of their states in bytes."""
+        return tuple(zip(("cpu", str(self.device)), (len(state) for state in self.states()), strict=False))
+
+
+def consumed(before: States, after: States) -> bytes:
+    """The states before, one after the other, if random numbers were drawn since; else b""."""
+    if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        return b""
+    return b"".join(state.numpy().tobytes() for state in before)
 
 
 def _all_generator_states() -> dict[str, npt.NDArray[Any]]:
