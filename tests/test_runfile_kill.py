@@ -86,7 +86,7 @@ def assert_nothing_is_lost(path: Path, done: int, keep: str = "steps") -> int:
 
 def kill_trainer(folder: Path, keep: str = "steps") -> None:
     trial = Trial(folder, keep)
-    time.sleep(random.uniform(0, 1.5))
+    time.sleep(random.uniform(0, 1.5 if keep == "steps" else 0.3))
     trial.kill(trial.trainer.pid)
     trial.trainer.wait()
     if random.random() < 0.5:
@@ -102,7 +102,7 @@ def kill_trainer(folder: Path, keep: str = "steps") -> None:
 
 def kill_both(folder: Path, keep: str = "steps") -> None:
     trial = Trial(folder, keep)
-    time.sleep(random.uniform(0, 1.5))
+    time.sleep(random.uniform(0, 1.5 if keep == "steps" else 0.3))
     pids = [trial.trainer.pid, trial.writer]
     random.shuffle(pids)
     trial.kill(*pids)
