@@ -44,7 +44,7 @@ class DrawnBatch:
     rng: tuple[Tensor, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepBatch:
     """The samples of one step: ids [B], weights c [B] or None for 1/B, loss, generator states, what a digest is of."""
 
@@ -189,8 +189,9 @@ class BatchLedger:
             UnknownBatchError: if they cannot be told.
         """
         batches = self._made_step or self._training_batches()
-        loss = sum(float(value) for value in self._losses) if self._losses else float("nan")
-        rng = next((batch.rng for batch in batches if batch.rng), self._loose_rng)
+        losses = [value.item() for value in self._losses]
+        loss = sum(losses) if losses else float("nan")
+        rng = batches[0].rng if batches and batches[0].rng else self._loose_rng
         given, self._given = self._given, None
         self._made_step, self._losses, self._drawn, self._loose_rng = [], [], [], None
         if given is not None:
@@ -198,8 +199,9 @@ class BatchLedger:
         ids = self._ids(batches)
         self.dataset = batches[-1].loader.dataset if self.dataset is None else self.dataset
         self.epochs = self._passes.get(id(self.dataset), 1)
+        contents = tuple([batch.content for batch in batches]) if self._first else ()
         self._first = False
-        return StepBatch(ids, None, loss, rng, tuple(batch.content for batch in batches))
+        return StepBatch(ids, None, loss, rng, contents)
 
     def _ids(self, batches: list[DrawnBatch]) -> IntArray:
         if not batches:
@@ -207,7 +209,8 @@ class BatchLedger:
         for batch in batches:
             if batch.ids is None:
                 raise UnknownBatchError(_why_unknown(batch.loader))
-        return np.concatenate([batch.ids for batch in batches if batch.ids is not None])
+        ids = [batch.ids for batch in batches if batch.ids is not None]
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
 
 def _why_unknown(loader: Any) -> str:
@@ -222,12 +225,12 @@ def _why_unknown(loader: Any) -> str:
 def _as_ids(drawn: Any) -> IntArray | None:
     """What a sampler drew as [B] int64, or None if it is not integers."""
     try:
-        ids = np.asarray(drawn if not isinstance(drawn, Sequence) else list(drawn))
+        ids = np.asarray(drawn)
     except (TypeError, ValueError):
         return None
     if ids.dtype.kind not in "iu":
         return None
-    return np.atleast_1d(ids).astype(np.int64).reshape(-1)
+    return ids.astype(np.int64, copy=False).reshape(-1)
 
 
 class Capture:

@@ -69,6 +69,7 @@ class Recorder:
         self._began = 0.0
         self._last_keyframe = -1
         self._rates: list[float] = []
+        self._hyper: FloatArray | None = None
         self._first_batch: StepBatch | None = None
         self._keeps_rows = True
 
@@ -222,7 +223,9 @@ class Recorder:
 
         A step with a rate of zero does not show the momentum buffer in the weights, and from now on it counts.
         """
-        assert self._snapshot is not None
+        if hyper is self._hyper or self._snapshot is None:
+            return False
+        self._hyper = hyper
         rates = self._snapshot.rates(hyper)
         last, self._rates = self._rates, rates
         return self._last_keyframe != self._step and any(a == 0 != b for a, b in zip(last, rates, strict=False))

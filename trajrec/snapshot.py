@@ -12,7 +12,6 @@ import random
 import sys
 import uuid
 import zlib
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,8 +38,14 @@ class Snapshot:
         self.parameters = dict(model.named_parameters())
         self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self.names = _hyperparameter_names(optimizer)
+        self._keys = [(name.partition(".")[0], name.partition(".")[2]) for name in self.names]
         self.generators = Generators(next(iter(self.parameters.values())).device)
-        self._views: dict[int, list[Tensor]] = {}
+        self._hyper: FloatArray | None = None
+        self._options: list[list[Any]] = []
+        self._has_tensors = False
+        self._values = list(self.parameters.values())
+        self._places: list[int] = []
+        self._views: list[npt.NDArray[Any]] = []
         self._check_dtypes()
 
     def _check_dtypes(self) -> None:
@@ -106,23 +111,40 @@ class Snapshot:
 
     def copy(self, row: npt.NDArray[Any] | None) -> int:
         """Copies the weights into a row, if there is one. Returns their CRC-32."""
-        values = [p.detach().reshape(-1) for p in self.parameters.values()]
+        views = self._memory()
         if row is None:
-            return _crc32(values, self.dtype)
-        torch._foreach_copy_(self._targets(row, values), values)
+            crc = 0
+            for view in views:
+                crc = zlib.crc32(view.data, crc)
+            return crc
+        np.concatenate(views, out=row)
         return zlib.crc32(row.data)
 
-    def _targets(self, row: npt.NDArray[Any], values: Sequence[Tensor]) -> list[Tensor]:
-        """The row as one view a parameter; a ring has few rows, so the views are made once."""
-        address = int(row.__array_interface__["data"][0])
-        if address not in self._views:
-            self._views[address] = list(torch.split(torch.from_numpy(row), [v.numel() for v in values]))
-        return self._views[address]
+    def _memory(self) -> list[npt.NDArray[Any]]:
+        """The weights as they lie in memory, one flat array a parameter.
+
+        Made anew only when a parameter has moved; where it cannot be seen (another device or dtype, not contiguous),
+        it is copied at every call.
+        """
+        places = [p.data_ptr() for p in self._values]
+        if places != self._places:
+            self._places = places if all(self._is_seen(p) for p in self._values) else []
+            self._views = [p.detach().to("cpu", self.dtype).reshape(-1).numpy() for p in self._values]
+        return self._views
+
+    def _is_seen(self, p: Tensor) -> bool:
+        return p.device.type == "cpu" and p.dtype == self.dtype and p.is_contiguous()
 
     def hyper(self) -> FloatArray:
         """Hyperparameters in force, [G, H]."""
-        groups = self.optimizer.param_groups
-        return np.array([[_number(group, name) for name in self.names] for group in groups], dtype=np.float64)
+        # Mostly nothing has changed since the last step; a tensor may have, in place.
+        options = [[group.get(key) for key, _ in self._keys] for group in self.optimizer.param_groups]
+        if self._hyper is None or options != self._options or self._has_tensors:
+            self._options = options
+            self._has_tensors = any(isinstance(value, Tensor) for row in options for value in row)
+            rows = [[_number(group, key, place) for key, place in self._keys] for group in self.optimizer.param_groups]
+            self._hyper = np.array(rows, dtype=np.float64)
+        return self._hyper
 
     def rates(self, hyper: FloatArray) -> list[float]:
         """The learning rate of each group, of hyperparameters [G, H]."""
@@ -158,13 +180,6 @@ class Snapshot:
         return arrays
 
 
-def _crc32(values: Sequence[Tensor], dtype: torch.dtype) -> int:
-    crc = 0
-    for value in values:
-        crc = zlib.crc32(value.to("cpu", dtype).contiguous().numpy().data, crc)
-    return crc
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -191,10 +206,10 @@ def _hyperparameter_names(optimizer: Optimizer) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _number(group: dict[str, Any], name: str) -> float:
-    key, _, position = name.partition(".")
+def _number(group: dict[str, Any], key: str, place: str) -> float:
     value = group.get(key)
-    value = value[int(position)] if position and value is not None else value
+    if value is not None and place:
+        value = value[int(place)]
     return float("nan") if value is None else float(value)
 
 
@@ -209,7 +224,7 @@ class Generators:
 
     def states(self) -> States:
         """Their states, each a vector of bytes."""
-        cpu = torch.get_rng_state()
+        cpu = torch.default_generator.get_state()
         return (cpu, torch.cuda.get_rng_state(self.device)) if self.device.type == "cuda" else (cpu,)
 
     def table(self) -> tuple[tuple[str, int], ...]:
@@ -219,9 +234,10 @@ class Generators:
 
 def consumed(before: States, after: States) -> bytes:
     """The states before, one after the other, if random numbers were drawn since; else b""."""
-    if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-        return b""
-    return b"".join(state.numpy().tobytes() for state in before)
+    # Comparing bytes is several times cheaper here than torch.equal.
+    old = b"".join([state.numpy().tobytes() for state in before])
+    new = b"".join([state.numpy().tobytes() for state in after])
+    return b"" if old == new else old
 
 
 def _all_generator_states() -> dict[str, npt.NDArray[Any]]:
