@@ -77,9 +77,11 @@ def replay(
         result = _solve(session, wanted, chosen, exact=exact, mode=mode, by_epoch=by_epoch)
         facts = {"run": str(path), "seconds": round(time.monotonic() - began, 3), "command": " ".join(sys.argv[1:])}
         with new_folder(folder, force) as unfinished:
-            write_replay(unfinished, result, session, facts)
+            left_out = write_replay(unfinished, result, session, facts)
             tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
     terminal.show(report.build(folder, top))
+    for reason in left_out:
+        typer.echo(f"Not written: {reason}", err=True)
     typer.echo(f"Written to {folder}/. Next: trajrec report {folder}", err=True)
 
 

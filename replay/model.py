@@ -114,11 +114,24 @@ class LossFunction:
         """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""
         return self._call(self.task.measure, "measure", weights, batch, count)
 
-    def _call(self, loss: Loss, what: str, weights: Tensor, batch: Batch, count: int) -> Tensor:
+    def scores(self, weights: Tensor, batch: Batch) -> Tensor:
+        """What `Task.predict` gives for a batch at weights [P']. Call `eval_mode` before.
+
+        Raises:
+            TaskError: if the task has no `predict`.
+        """
+        if self.task.predict is None:
+            raise TaskError("The Task does not say what its model predicts: pass Task(predict=...).")
+        return self._evaluate(self.task.predict, weights, batch)
+
+    def _evaluate(self, function: Loss, weights: Tensor, batch: Batch) -> Tensor:
         named = {f"model.{name}": value for name, value in self.layout.split(weights).items()}
         # The fused attention kernels have no second derivative; the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
-            values = functional_call(self._module, named, (loss, batch))
+            return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
+
+    def _call(self, loss: Loss, what: str, weights: Tensor, batch: Batch, count: int) -> Tensor:
+        values = self._evaluate(loss, weights, batch)
         if not isinstance(values, Tensor) or values.shape != (count,):
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise TaskError(

@@ -3,8 +3,12 @@
     contributions.parquet   sample int64, target int64 (-1: the mean), contribution float64, epoch if asked for;
                             its file metadata say method, sign, unit and certificate, so that a number never goes alone
     samples.parquet         sample, label, name, noisy: as far as the data set gives them
-    targets.parquet         target, label, name
+    targets.parquet         target, label, name, noisy; prediction of the final model for single test samples
+    thumbnails.parquet      set, sample, png, text: where the data set yields pictures or text
     replay.json             everything else about the replay
+
+Only the contributions must succeed. If a data set makes trouble with the rest, that file is left out, and replay.json
+says so under "left_out".
 
 The folder is made beside its place and renamed, so a replay that was cut off leaves nothing half written.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,9 +30,12 @@ import polars as pl
 import trajrec
 from trajrec.errors import OutputExistsError
 from trajrec.records import IntArray
+from trajrec.replay import names
 from trajrec.replay.contribution import Contributions
 from trajrec.replay.samples import Samples
 from trajrec.replay.session import Session
+from trajrec.replay.targets import predictions
+from trajrec.replay.thumbnails import thumbnails
 
 SIGN = "positive = helpful"
 UNIT = "unit of the target loss"
@@ -55,19 +62,39 @@ def new_folder(folder: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_replay(folder: Path, result: Contributions, session: Session, facts: dict[str, Any]) -> None:
-    """Writes a replay into a folder. `facts` are further entries of replay.json (run path, seconds, command)."""
+def write_replay(folder: Path, result: Contributions, session: Session, facts: dict[str, Any]) -> list[str]:
+    """Writes a replay into a folder. Returns what had to be left out, a sentence for each file.
+
+    `facts` are further entries of replay.json (run path, seconds, command).
+    """
     described = _describe(result, session) | facts
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in described.items()}
     result.frame().collect().write_parquet(folder / "contributions.parquet", metadata=metadata)
-    _people("sample", result.samples, result.samples, session.train).write_parquet(folder / "samples.parquet")
-    _targets(result, session).write_parquet(folder / "targets.parquet")
+    left_out = list(_write_extras(folder, result, session))
+    described["left_out"] = left_out
     (folder / "replay.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    return left_out
+
+
+def _write_extras(folder: Path, result: Contributions, session: Session) -> Iterator[str]:
+    """Writes what reports can do without. Yields a sentence for each file that could not be made."""
+    extras: dict[str, Callable[[], pl.DataFrame | None]] = {
+        "samples.parquet": lambda: _people("sample", result.samples, session.train),
+        "targets.parquet": lambda: _targets(result, session),
+        "thumbnails.parquet": lambda: thumbnails(result, session.train.dataset, _single_tests(result, session)),
+    }
+    for name, make in extras.items():
+        try:
+            frame = make()
+        except Exception as error:  # the user's data set runs in there: whatever it raises must not cost the replay
+            yield f"{name}: {type(error).__name__}: {error}"
+            continue
+        if frame is not None:
+            frame.write_parquet(folder / name)
 
 
 def _describe(result: Contributions, session: Session) -> dict[str, Any]:
     spec = session.run.spec
-    classes = getattr(session.train.dataset, "classes", None)
     return {
         "method": "exact (Hessian-vector products)" if result.exact else "Hessian-free (HYDRA)",
         "exact": result.exact,
@@ -85,30 +112,31 @@ def _describe(result: Contributions, session: Session) -> dict[str, Any]:
         "optimizer": spec.optimizer,
         "dtype": str(session.dtype).removeprefix("torch."),
         "device": str(session.device),
-        "classes": [str(name) for name in classes] if isinstance(classes, list | tuple) else None,
+        "classes": names.classes(session.train),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "trajrec": trajrec.__version__,
     }
 
 
+def _single_tests(result: Contributions, session: Session) -> Any:
+    """The test set if targets are single samples of it."""
+    return session.test.dataset if result.target_kind in ("each", "chosen") else None
+
+
 def _targets(result: Contributions, session: Session) -> pl.DataFrame:
-    if result.target_kind in ("each", "chosen"):
-        return _people("target", result.targets, result.targets, session.test)
-    label = result.targets if result.target_kind == "class" else [None] * len(result.targets)
-    return pl.DataFrame({"target": result.targets, "label": pl.Series(label, dtype=pl.Int64)})
+    if result.target_kind not in ("each", "chosen"):
+        label = result.targets if result.target_kind == "class" else [None] * len(result.targets)
+        return pl.DataFrame({"target": result.targets, "label": pl.Series(label, dtype=pl.Int64)})
+    frame = _people("target", result.targets, session.test)
+    weights = session.trajectory.weights(session.run.steps)
+    predicted = predictions(result.targets, session.function, session.test, weights)
+    if predicted is None:
+        return frame
+    labels = frame["label"].to_list() if "label" in frame.columns else None
+    column = names.in_words(predicted, session.test.labels(result.targets), labels)
+    return frame.with_columns(pl.Series("prediction", column))
 
 
-def _people(key: str, names: IntArray, ids: IntArray, samples: Samples) -> pl.DataFrame:
+def _people(key: str, ids: IntArray, samples: Samples) -> pl.DataFrame:
     """What the data set says of these samples; columns that it does not give are left out."""
-    columns: dict[str, Any] = {key: names}
-    if (labels := samples.labels(ids)) is not None:
-        columns["label"] = labels
-    for column in ("names", "noisy"):
-        values = getattr(samples.dataset, column, None)
-        if values is not None and len(values) == len(samples):
-            columns[column.removesuffix("s")] = [_plain(values[i]) for i in ids.tolist()]
-    return pl.DataFrame(columns)
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+    return pl.DataFrame({key: ids, **names.facts(samples, ids)})

@@ -5,7 +5,8 @@
     each    the loss of every test sample                   one target a sample, named by its id
     ids     the loss of chosen test samples                 the same
 
-All are means over groups of test samples, so a target is a name and the ids of its group. The model is in eval mode,
+All are means over groups of test samples, so a target is a name and the ids of its group. What the final model predicts
+for single test samples is told here too, where the Task knows its outputs. The model is in eval mode,
 with the running statistics that the run ended with; these are held constant.
 """
 
@@ -99,6 +100,38 @@ def target_gradients(targets: Targets, function: LossFunction, samples: Samples,
         return torch.stack([_mean_gradient(group, function, samples, weights) for group in targets.groups])
     finally:
         function.train_mode()
+
+
+def predictions(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> list[int] | None:
+    """The class [M] that the model with these weights gives each test sample the highest score.
+
+    None if the Task does not say what the outputs are, if they are not scores [B, classes], or if the labels are not
+    numbers of such classes.
+    """
+    labels = samples.labels(ids)
+    if function.task.predict is None or not labels:
+        return None
+    function.eval_mode()
+    try:
+        with torch.no_grad():
+            blocks = [ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK)]
+            scores = [function.scores(weights, samples.batch(block)) for block in blocks]
+    finally:
+        function.train_mode()
+    if not all(_are_scores(part, len(block), max(labels)) for part, block in zip(scores, blocks, strict=True)):
+        return None
+    return torch.cat(scores).argmax(dim=1).tolist()
+
+
+def _are_scores(outputs: object, count: int, largest: int) -> bool:
+    return (
+        isinstance(outputs, Tensor)
+        and outputs.dim() == 2
+        and len(outputs) == count
+        and outputs.shape[1] > max(1, largest)
+        and outputs.is_floating_point()
+        and bool(torch.isfinite(outputs).all())
+    )
 
 
 def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:

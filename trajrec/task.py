@@ -9,6 +9,7 @@ and supplies what replay has to differentiate:
     loss      (model, batch) -> Tensor [B]        the training loss of every sample, no reduction
     measure   (model, batch) -> Tensor [B]        the same for targets; default: loss
     collate   [item] -> batch                     default: torch's default_collate
+    predict   (model, batch) -> Tensor [B, classes]   scores of the classes; only so that reports can name predictions
 
 That the Task describes the recorded training is not taken on trust: the certificate of every replay proves it.
 """
@@ -47,6 +48,7 @@ class Task:
         loss: training loss of every sample: (model, batch) -> [B], without reduction.
         measure: loss of every test sample, [B]; default: `loss`.
         collate: makes a batch of a list of items; default: torch's.
+        predict: scores of the classes for every sample, [B, classes]; reports show the highest as the prediction.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Task:
         loss: Loss,
         measure: Loss | None = None,
         collate: Collate | None = None,
+        predict: Loss | None = None,
     ) -> None:
         self._model = model
         self._train = train
@@ -65,6 +68,7 @@ class Task:
         self.loss = loss
         self.measure = measure or loss
         self.collate: Collate = collate or default_collate
+        self.predict = predict
 
     @classmethod
     def supervised(
@@ -78,7 +82,8 @@ class Task:
     ) -> Task:
         """A task whose batches are pairs (x, y), with criterion(model(x), y) -> [B] as loss and measure.
 
-        The default criterion is cross entropy without reduction.
+        The default criterion is cross entropy without reduction. Outputs of shape [B, classes] beside integer labels
+        are taken for scores of the classes.
         """
         score = criterion or nn.CrossEntropyLoss(reduction="none")
 
@@ -86,7 +91,11 @@ class Task:
             inputs, labels = batch
             return score(model(inputs), labels)
 
-        return cls(model, train, test, loss=loss, collate=collate)
+        def predict(model: nn.Module, batch: Batch) -> Tensor:
+            outputs: Tensor = model(batch[0])
+            return outputs
+
+        return cls(model, train, test, loss=loss, collate=collate, predict=predict)
 
     def build_model(self) -> nn.Module:
         """A new model.
