@@ -297,6 +297,14 @@ def test_the_example_trains_records_and_replays(tmp_path):
     assert done.returncode == 0, done.stderr
     samples = pl.read_parquet(tmp_path / "run-replay" / "samples.parquet")
     assert samples.columns == ["sample", "label", "noisy"]
+    assert pl.read_parquet(tmp_path / "run-replay" / "thumbnails.parquet").height == 50
+    retrain = ("--drop", "harmful:20", "--retrain", "mnist/train.py --epochs 1")
+    done = call("clean", "run.h5", *retrain, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "20 samples to drop, 3,980 to keep" in done.stdout
+    all_samples, kept = [line for line in done.stdout.splitlines() if line.startswith("  epoch 1:")]
+    assert all_samples != kept
+    assert "Accuracy with all samples" in done.stdout
 
 
 def test_the_demo_shows_the_whole_path(tmp_path):

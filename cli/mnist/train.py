@@ -3,15 +3,19 @@
 python train.py                       trains
 trajrec record train.py               trains and records
 trajrec replay --exact                asks which images made the model what it is
+
+A list of images to train on can be given in the environment: TRAJREC_KEEP=keep.npy (see `trajrec clean --help`).
 """
 
 import argparse
+import os
 
+import numpy as np
 import torch
 from data import mnist
 from model import LeNet5
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 
 def accuracy(model, data):
@@ -30,6 +34,8 @@ def main():
 
     torch.manual_seed(options.seed)
     train_set, test_set = mnist()
+    if "TRAJREC_KEEP" in os.environ:
+        train_set = Subset(train_set, np.load(os.environ["TRAJREC_KEEP"]).tolist())
     model = LeNet5()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     loader = DataLoader(train_set, batch_size=64, shuffle=True)
