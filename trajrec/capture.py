@@ -46,13 +46,21 @@ class DrawnBatch:
 
 @dataclass(slots=True)
 class StepBatch:
-    """The samples of one step: ids [B], weights c [B] or None for 1/B, loss, generator states, what a digest is of."""
+    """The samples of one step: ids [B], weights c [B] or None for 1/B, losses, generator states, what a digest is of.
+
+    The loss of the step is the sum of `losses`; they stay where they are until it is read.
+    """
 
     ids: IntArray
     weights: FloatArray | None
-    loss: float
+    losses: list[Tensor]
     rng: tuple[Tensor, ...] | None = None
     contents: tuple[Any, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """The loss as the loop computed it; NaN if there was no backward pass."""
+        return sum([value.item() for value in self.losses]) if self.losses else float("nan")
 
     def digest(self) -> int | None:
         """CRC-32 of the batch as the loader made it, or None where no loader made it."""
@@ -189,19 +197,18 @@ class BatchLedger:
             UnknownBatchError: if they cannot be told.
         """
         batches = self._made_step or self._training_batches()
-        losses = [value.item() for value in self._losses]
-        loss = sum(losses) if losses else float("nan")
+        losses = self._losses
         rng = batches[0].rng if batches and batches[0].rng else self._loose_rng
         given, self._given = self._given, None
         self._made_step, self._losses, self._drawn, self._loose_rng = [], [], [], None
         if given is not None:
-            return StepBatch(given[0], given[1], loss, rng)
+            return StepBatch(given[0], given[1], losses, rng)
         ids = self._ids(batches)
         self.dataset = batches[-1].loader.dataset if self.dataset is None else self.dataset
         self.epochs = self._passes.get(id(self.dataset), 1)
         contents = tuple([batch.content for batch in batches]) if self._first else ()
         self._first = False
-        return StepBatch(ids, None, loss, rng, contents)
+        return StepBatch(ids, None, losses, rng, contents)
 
     def _ids(self, batches: list[DrawnBatch]) -> IntArray:
         if not batches:

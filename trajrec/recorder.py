@@ -2,7 +2,8 @@
 
     before optimizer.step()   the step's samples, loss and hyperparameters; at the first step also the run's spec,
                               the weights w_0 and a keyframe of the state before training
-    after optimizer.step()    the weights w_t are copied into the row that the sink hands out
+    after optimizer.step()    the weights w_t are copied into the row that the sink hands out; from a CUDA device they
+                              travel on a stream of their own, and the step is handed over after the next one
 
 Everything is read, nothing is written: the training and its random numbers are the same to the bit with and
 without a recorder. Random generator states are compared before the first forward pass and before the step, and
@@ -12,6 +13,7 @@ recorded only for steps that consumed randomness. What the recorder itself cost 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from trajrec.capture import BatchLedger, Capture, StepBatch, set_batch
+from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery
 from trajrec.errors import RecordingError
 from trajrec.records import FloatArray, Keyframe, StepRecord
 from trajrec.rules import check_recordable
 from trajrec.sink import Sink, Summary
-from trajrec.snapshot import Generators, Snapshot, consumed
+from trajrec.snapshot import Generators, Snapshot, consumed, copy_row
 from trajrec.task import file_sha256, task_file
 
 
@@ -72,6 +75,8 @@ class Recorder:
         self._hyper: FloatArray | None = None
         self._first_batch: StepBatch | None = None
         self._keeps_rows = True
+        self._transfer: RowCopy | None = None
+        self._travelling: StepRecord | None = None
 
     set_batch = staticmethod(set_batch)
 
@@ -107,6 +112,7 @@ class Recorder:
         """Ends the recording. Returns what was written, or None if there was no step."""
         if self._snapshot is None:
             return None
+        self._flush()
         if self._last_keyframe != self._step:
             self._keyframe()
         self.summary = self.sink.close(complete)
@@ -169,8 +175,10 @@ class Recorder:
         batch = self._first_batch = self.ledger.take()
         self._snapshot = Snapshot(self.model, optimizer)
         self.sink.open(self._snapshot.spec(self._describe(batch)))
-        nothing = StepBatch(np.empty(0, dtype=np.int64), None, float("nan"))
+        self._transfer = self._snapshot.transfer()
+        nothing = StepBatch(np.empty(0, dtype=np.int64), None, [])
         self._commit(nothing, self._snapshot.hyper(), b"")
+        self._flush()
         self._step = self.sink.resumed_at
         if self._step == 0:
             self._keyframe()
@@ -202,21 +210,28 @@ class Recorder:
 
     def _commit(self, batch: StepBatch, hyper: FloatArray, rng: bytes) -> None:
         assert self._snapshot is not None
+        if self._transfer is None:
+            row = self.sink.reserve()
+            self._keeps_rows = row is not None
+            self.sink.commit(self._record(batch, hyper, rng, batch.loss, self._snapshot.copy(row)))
+            return
+        self._flush()
+        self._transfer.start(self._snapshot.flat(), batch.losses)
+        self._travelling = self._record(batch, hyper, rng, float("nan"), 0)
+
+    def _record(self, batch: StepBatch, hyper: FloatArray, rng: bytes, loss: float, crc32: int) -> StepRecord:
+        epoch = max(self.ledger.epochs - 1, 0)
+        return StepRecord(self._step, epoch, loss, time.time(), crc32, hyper, batch.ids, batch.weights, rng)
+
+    def _flush(self) -> None:
+        """Hands over the step whose weights are still on their way from the device."""
+        if self._transfer is None or self._travelling is None:
+            return
+        source, loss = self._transfer.finish()
+        record, self._travelling = self._travelling, None
         row = self.sink.reserve()
         self._keeps_rows = row is not None
-        self.sink.commit(
-            StepRecord(
-                step=self._step,
-                epoch=max(self.ledger.epochs - 1, 0),
-                loss=batch.loss,
-                time=time.time(),
-                crc32=self._snapshot.copy(row),
-                hyper=hyper,
-                ids=batch.ids,
-                weights=batch.weights,
-                rng=rng,
-            )
-        )
+        self.sink.commit(replace(record, loss=loss, crc32=copy_row(source, row)))
 
     def _hides_state(self, hyper: FloatArray) -> bool:
         """Whether a learning rate has just risen from zero.
@@ -232,6 +247,7 @@ class Recorder:
 
     def _keyframe(self) -> None:
         assert self._snapshot is not None
+        self._flush()
         self.sink.keyframe(Keyframe(self._step, self._snapshot.keyframe(with_weights=not self._keeps_rows)))
         self._last_keyframe = self._step
 

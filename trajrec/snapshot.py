@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import trajrec
+from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
-from trajrec.records import BufferSpec, FloatArray, ParamSpec, RunSpec
+from trajrec.records import BufferSpec, FloatArray, ParamSpec, Row, RunSpec
 
 # How torch computes a step, not what: they have no place in the mathematics of a replay.
 _IMPLEMENTATION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr"})
@@ -120,6 +121,15 @@ class Snapshot:
         np.concatenate(views, out=row)
         return zlib.crc32(row.data)
 
+    def flat(self) -> list[Tensor]:
+        """The parameters as flat tensors, where they are."""
+        return [p.detach().reshape(-1) for p in self._values]
+
+    def transfer(self) -> RowCopy | None:
+        """How rows travel to the host; None where the weights are in its memory."""
+        device = self.generators.device
+        return DeviceCopy([p.numel() for p in self._values], self.dtype, device) if device.type == "cuda" else None
+
     def _memory(self) -> list[npt.NDArray[Any]]:
         """The weights as they lie in memory, one flat array a parameter.
 
@@ -211,6 +221,13 @@ def _number(group: dict[str, Any], key: str, place: str) -> float:
     if value is not None and place:
         value = value[int(place)]
     return float("nan") if value is None else float(value)
+
+
+def copy_row(source: npt.NDArray[Any], row: Row | None) -> int:
+    """Copies a row into another, if there is one. Returns its CRC-32."""
+    if row is not None:
+        row[:] = source
+    return zlib.crc32(source.data)
 
 
 States = tuple[Tensor, ...]
