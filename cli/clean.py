@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 def clean(
     source: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[RUN|DIR]", help="Recording or replay folder; the newest run under ./runs if left out."
-        ),
+        typer.Argument(metavar="RUN|DIR", help="Recording or replay folder; the newest run under ./runs if left out."),
     ] = None,
     drop: Annotated[
         str, typer.Option(metavar="RULE", help="harmful:10%, harmful:200, negative or suspected.")
@@ -38,7 +36,7 @@ def clean(
 ) -> None:
     """Write which training samples to keep and which to drop.
 
-    Example: trajrec clean runs/lenet.h5 --drop harmful:10% --retrain 'train.py --epochs 5'
+    Example: trajrec clean runs/mnist.h5 --drop harmful:10% --retrain 'train.py --epochs 5'
     """
     from trajrec.cli.report import answers_of
     from trajrec.replay import cleaning

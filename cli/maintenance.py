@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from trajrec.runfile.reader import Run
 
 RunArgument = Annotated[
-    Path | None, typer.Argument(help="The run [default: the newest under ./runs].", show_default=False)
+    Path | None, typer.Argument(metavar="RUN", help="The run (default: the newest under ./runs).", show_default=False)
 ]
 
 

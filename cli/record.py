@@ -37,13 +37,13 @@ def record(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="SCRIPT.py [ARGS]...", show_default=False)] = None,
     module: Annotated[str | None, typer.Option("-m", metavar="MODULE", help="Run a module, as python -m does.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run file [default: ./runs/SCRIPT-TIME.h5].", show_default=False)
+        Path | None, typer.Option(help="The run file (default: ./runs/SCRIPT-TIME.h5).", show_default=False)
     ] = None,
     task: Annotated[
         str | None,
         typer.Option(
             metavar="FILE.py:ATTR",
-            help="The Task, noted in the run so that replay finds it [default: task.py beside SCRIPT, if there].",
+            help="The Task, noted in the run so that replay finds it (default: task.py beside SCRIPT, if there).",
             show_default=False,
         ),
     ] = None,

@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 
 RunArgument = Annotated[
-    Path | None, typer.Argument(help="The run [default: the newest under ./runs].", show_default=False)
+    Path | None, typer.Argument(metavar="RUN", help="The run (default: the newest under ./runs).", show_default=False)
 ]
 TaskOption = Annotated[
     str | None,
-    typer.Option(metavar="FILE.py:ATTR", help="The Task [default: the one noted in the run].", show_default=False),
+    typer.Option(metavar="FILE.py:ATTR", help="The Task (default: the one noted in the run).", show_default=False),
 ]
 SamplesOption = Annotated[
-    Path | None, typer.Option(metavar="IDX.npy", help="Training sample ids [default: all].", show_default=False)
+    Path | None, typer.Option(metavar="IDX.npy", help="Training sample ids (default: all).", show_default=False)
 ]
 TargetsOption = Annotated[str, typer.Option(metavar="mean|each|class|FILE.npy", help="What is measured.")]
 ExactOption = Annotated[bool, typer.Option("--exact", help="With Hessian-vector products, not the approximation.")]
 ModeOption = Annotated[str, typer.Option(metavar="auto|adjoint|tangent", help="Direction; auto takes the cheaper.")]
 OutOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Output folder [default: NAME-replay beside the run].", show_default=False),
+    typer.Option(metavar="DIR", help="Output folder (default: NAME-replay beside the run).", show_default=False),
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(metavar="float32|float64", help="Floating type [default: the run's].", show_default=False),
+    typer.Option(metavar="float32|float64", help="Floating type (default: the run's).", show_default=False),
 ]
 
 

@@ -1,6 +1,6 @@
 """`trajrec report`: draw the answers of a replay on the terminal, and write them to files.
 
-RUN is mapped to the replay folder beside it (`runs/lenet.h5` to `runs/lenet-replay`); a folder is taken as it is. The
+RUN is mapped to the replay folder beside it (`runs/mnist.h5` to `runs/mnist-replay`); a folder is taken as it is. The
 terminal shows what was asked for; the page and the JSON file also hold everything else that the folder can answer.
 """
 
@@ -17,13 +17,12 @@ PAGE_ROWS = 100
 def report(
     source: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[RUN|DIR]", help="Recording or replay folder; the newest run under ./runs if left out."
-        ),
+        typer.Argument(metavar="RUN|DIR", help="Recording or replay folder; the newest run under ./runs if left out."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, metavar="K", help="Rows of each table on the terminal and in CSV.")] = 10,
     by: Annotated[
-        Literal["target", "class"] | None, typer.Option(help="Also top tables for every target, or class of targets.")
+        Literal["target", "class"] | None,
+        typer.Option(metavar="target|class", help="Also top tables for every target, or class of targets."),
     ] = None,
     why: Annotated[
         list[int] | None, typer.Option(metavar="TARGET", help="What taught the model this test sample? Repeatable.")
@@ -49,7 +48,7 @@ def report(
 ) -> None:
     """Show which training samples helped and which harmed, from a replay.
 
-    Example: trajrec report runs/lenet.h5 --top 20 --csv top.csv --html report.html
+    Example: trajrec report runs/mnist.h5 --top 20 --csv top.csv --html report.html
     """
     from trajrec.replay.render import tables, terminal
     from trajrec.replay.report import Ask, build
