@@ -137,7 +137,7 @@ def test_help_is_instant_and_every_command_has_an_example():
         assert command in done.stdout
         said = call(command, "--help", cwd=".").stdout
         assert "Example" in said
-        assert " ." not in said  # rich takes text in square brackets for markup and drops it
+        assert " . " not in said  # rich takes text in square brackets for markup and drops it
     code = "import sys, trajrec.cli.main; sys.exit(any(m in sys.modules for m in ('torch', 'h5py', 'polars')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
