@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long check format clean
+.PHONY: demo test test-long test-cuda check format clean
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ test: $(VENV)/browser.stamp
 
 test-long: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q -m long
+
+test-cuda: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -q -m cuda
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -195,11 +195,14 @@ def _keyframe_buffers(keyframe: Keyframe, model: nn.Module) -> dict[str, Tensor]
     return found
 
 
-def check_finite(values: Tensor, what: str, t: int) -> None:
-    """Checks values of step t.
+def check_finite(values: Tensor, what: str, t: int | None) -> None:
+    """Checks values of step t, or of the final weights.
 
     Raises:
         NonFiniteError: naming the step.
     """
-    if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError(f"{what} at step {t} became NaN or infinite; the replay cannot go on past that step.")
+    if bool(torch.isfinite(values).all()):
+        return
+    if t is None:
+        raise NonFiniteError(f"{what} at the final weights is NaN or infinite: it has no contributions.")
+    raise NonFiniteError(f"{what} at step {t} became NaN or infinite; the replay cannot go on past that step.")

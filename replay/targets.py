@@ -136,7 +136,7 @@ def _are_scores(outputs: object, count: int, largest: int) -> bool:
 
 def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
     losses = function.measures(weights, samples.batch(ids), len(ids))
-    check_finite(losses.detach(), "A target loss", -1)
+    check_finite(losses.detach(), "A target loss", None)
     return losses
 
 

@@ -315,7 +315,6 @@ def test_rows_that_travel_give_the_same_recording(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_on_cuda_is_recorded_and_replayed():
     from tests.memory_run import MemoryRun
     from trajrec.replay import contributions

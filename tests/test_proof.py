@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import scenario
+from trajrec.errors import NonFiniteError
 from trajrec.replay import contributions, hypergradients
 
 MODES = [(mode, exact) for mode in ("adjoint", "tangent") for exact in (True, False)]
@@ -172,6 +173,35 @@ def test_float32_replay_is_close_to_float64():
     single = contributions(s.run, s.task, "each", exact=True)
     double = contributions(s.run, s.task, "each", exact=True, dtype="float64")
     assert relative(single.values, double.values) < 1e-4
+
+
+def test_weights_that_diverged_are_refused_naming_the_step():
+    s = scenario.train(groups=[{"lr": 1e60, "weight_decay": 1.0}])
+    with pytest.raises(NonFiniteError, match=r"recorded weights after step \d+ are not finite: the training diverged"):
+        contributions(s.run, s.task)
+
+
+def test_a_loss_that_is_not_finite_is_refused_naming_the_step():
+    s = scenario.train()
+    inner = s.task.loss
+    s.task.loss = lambda model, batch: inner(model, batch) / (batch[0][:, 0] != s.data[0][7, 0])
+    step = max(t for t in range(1, s.run.steps + 1) if 7 in s.run.sample_ids(t))
+    with pytest.raises(NonFiniteError, match=f"training loss at step {step} became NaN or infinite"):
+        contributions(s.run, s.task)
+
+
+def test_a_target_loss_that_is_not_finite_is_refused():
+    s = scenario.train()
+    s.task.measure = lambda model, batch: s.task.loss(model, batch) / 0
+    with pytest.raises(NonFiniteError, match="target loss at the final weights is NaN or infinite"):
+        contributions(s.run, s.task)
+
+
+def test_an_adjoint_that_overflows_is_reported_at_its_step():
+    s = scenario.train(groups=[{"lr": 20.0}], dtype=torch.float32)
+    s.task.measure = lambda model, batch: 1e36 * model(batch[0])[:, 0]
+    with pytest.raises(NonFiniteError, match=r"grew beyond the number range going backwards\) at step \d+ became"):
+        contributions(s.run, s.task, exact=True)
 
 
 def test_samples_that_were_never_drawn_contribute_nothing():

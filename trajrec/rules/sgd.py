@@ -32,7 +32,7 @@ class SGDRule(Rule):
         row = keyframe.arrays.get(f"optimizer/{BUFFER}")
         if row is None:
             return {}
-        return {BUFFER: torch.as_tensor(self.layout.select(row)).to(device, dtype)}
+        return {BUFFER: torch.tensor(self.layout.select(row)).to(device, dtype)}
 
     def step(self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> tuple[Tensor, State]:
         """(w_t, s_t) from w_{t-1} [P'], s_{t-1}, g_t [P'] and hyperparameters [G, H]; differentiable."""
