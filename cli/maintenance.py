@@ -80,9 +80,11 @@ def pack(run: RunArgument = None) -> None:
     """
     from trajrec.cli.runs import find_run, size_text
     from trajrec.runfile.packing import pack as pack_folder
+    from trajrec.runfile.reader import open as open_run
 
     packed = pack_folder(find_run(run))
-    typer.echo(f"{packed} ({size_text(packed.stat().st_size)})")
+    with open_run(packed) as recorded:
+        typer.echo(f"{packed}: {recorded.steps:,} steps, {size_text(recorded.size)}, {recorded.state}")
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

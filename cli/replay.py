@@ -52,6 +52,7 @@ def replay(
     out: OutOption = None,
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
     dtype: DtypeOption = None,
+    memory: Annotated[str, typer.Option(metavar="1GB", help="For states recomputed between keyframes.")] = "1GB",
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on where the Task differs.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
 ) -> None:
@@ -71,7 +72,8 @@ def replay(
     check_absent(folder, force)
     began = time.monotonic()
     with open_run(path) as recorded:
-        session = Session(recorded, _task(task, recorded), dtype=dtype, device=device, allow_drift=allow_drift)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "allow_drift": allow_drift}
+        session = Session(recorded, _task(task, recorded), memory=_bytes(memory), **options)
         wanted = _load_ids(Path(targets), "--targets") if targets.endswith(".npy") else targets
         chosen = None if samples is None else _load_ids(samples, "--samples")
         result = _solve(session, wanted, chosen, exact=exact, mode=mode, by_epoch=by_epoch)
@@ -91,6 +93,15 @@ def _solve(session: Any, targets: Any, samples: Any, **options: Any) -> Contribu
 
     with ReplayProgress() as progress:
         return solve(session, targets, samples, progress=progress, **options)
+
+
+def _bytes(size: str) -> int:
+    from trajrec.runfile.budget import parse_size
+
+    try:
+        return parse_size(size)
+    except ValueError as error:
+        raise TrajrecError(f"--memory: {error}") from None
 
 
 def _load_ids(path: Path, option: str) -> Any:

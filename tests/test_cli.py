@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import trajrec
+import trajrec.errors
 from tests import user_project
 from trajrec.replay import contributions
 from trajrec.task import load_task
@@ -133,7 +134,7 @@ def test_help_is_instant_and_every_command_has_an_example():
     began = time.perf_counter()
     done = call("--help", cwd=".")
     assert time.perf_counter() - began < 1.0  # 0.3 s on an idle machine; tests share theirs
-    for command in ("record", "replay", "report", "info", "demo"):
+    for command in ("record", "replay", "report", "clean", "info", "verify", "pack", "demo"):
         assert command in done.stdout
         said = call(command, "--help", cwd=".").stdout
         assert "Example" in said
@@ -179,6 +180,12 @@ BAD = [
     (["record", "--task", "nothing.py", "train.py"], 2, "There is no task file nothing.py"),
     (["record", "--out", "RUN", "train.py"], 2, "exists already"),
     (["record", "net.py"], 2, "No optimizer step was seen"),
+    (["record", "--keep", "0", "train.py"], 2, "keep is"),
+    (["record", "--compression", "lzma", "train.py"], 2, "compression is"),
+    (["record", "--budget", "plenty", "train.py"], 2, "plenty"),
+    (["replay", "RUN", "--memory", "lots"], 2, "lots"),
+    (["verify", "empty.h5"], 4, "empty.h5"),
+    (["pack", "task.py"], 4, "task.py"),
     (["replay", "--no-such-option"], 2, "No such option"),
 ]
 
@@ -260,6 +267,79 @@ def test_a_module_is_run_like_python_does(tmp_path):
     assert "__main__" in done.stdout
     with trajrec.open(tmp_path / "m.h5") as run:
         assert run.steps == 4
+
+
+def test_verify_finds_a_flipped_byte_and_certifies_a_task(here):
+    run = the_run(here)
+    whole = call("verify", run, "--task", "task.py", cwd=here)
+    assert whole.returncode == 0, whole.stderr
+    assert "every checksum matches" in whole.stdout
+    assert "12 of 12 steps were made again, every one bit for bit as recorded" in whole.stdout
+    assert call("verify", run, "--task", "summed_loss.py", cwd=here).returncode == 3
+    data = bytearray(run.read_bytes())
+    data[len(data) // 2] ^= 1
+    run.write_bytes(data)
+    damaged = call("verify", run, cwd=here)
+    assert damaged.returncode == 4
+    assert f"{run.name}" in damaged.stderr
+    assert "problem(s) found" in damaged.stderr
+
+
+def test_a_run_killed_in_the_middle_is_read_as_it_stands_and_packed(here):
+    """kill -9 of the trainer and of the writer; `replay`, `info`, `verify` and `pack` go on from the folder."""
+    for path in (here / "runs").iterdir():
+        path.unlink()
+    train = here / "train.py"
+    train.write_text(train.read_text().replace("optimizer.step()", "optimizer.step(); time.sleep(0.02)", 1))
+    train.write_text("import time\n" + train.read_text())
+    command = [*TRAJREC, "record", "--out", "runs/cut.h5", "train.py", "--epochs", "500"]
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.DEVNULL, start_new_session=True)
+    ring = here / "runs" / "cut.h5.rec" / "ring.bin"
+    until = time.monotonic() + 60
+    while not ring.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1.5)
+    with pytest.raises(trajrec.errors.RecorderBusyError):
+        trajrec.record(here / "runs" / "cut.h5", force=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    info = call("info", cwd=here)
+    assert info.returncode == 0, info.stderr
+    assert "recovered" in info.stdout
+    replayed = call("replay", "--exact", cwd=here)
+    assert replayed.returncode == 0, replayed.stderr
+    packed = call("pack", cwd=here)
+    assert packed.returncode == 0, packed.stderr
+    assert [p.name for p in (here / "runs").glob("cut.h5*")] == ["cut.h5"]
+    assert call("verify", "runs/cut.h5", cwd=here).returncode == 0
+
+
+def test_recording_goes_on_where_a_restarted_training_began(tmp_path):
+    """The user restarts from a checkpoint of their own; the run has every step once."""
+    user_project.write(tmp_path)
+    train = tmp_path / "train.py"
+    resumed = train.read_text().replace("model = Net()", "model = Net(); model.load_state_dict(torch.load('final.pt'))")
+    first = call("record", "--out", "r.h5", "train.py", "--epochs", "2", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    train.write_text(resumed)
+    again = call("record", "--out", "r.h5", "--resume", "train.py", "--epochs", "1", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    with trajrec.open(tmp_path / "r.h5") as run:
+        assert run.steps == 12
+        assert len(run.keyframe_steps) >= 3
+
+
+def test_keyframes_only_and_no_compression(tmp_path):
+    user_project.write(tmp_path)
+    for name, options in (("k.h5", ["--keep", "3"]), ("n.h5", ["--compression", "none"])):
+        assert call("record", "--out", name, *options, "train.py", cwd=tmp_path).returncode == 0
+    values = []
+    for name in ("k.h5", "n.h5"):
+        done = call("replay", name, "--exact", "--memory", "1MB", "--mode", "tangent", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / f"{name.removesuffix('.h5')}-replay"
+        values.append(pl.read_parquet(folder / "contributions.parquet")["contribution"].to_list())
+    assert values[0] == values[1]
 
 
 def test_ctrl_c_leaves_nothing_half_written(here):
