@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long test-cuda check format clean
+.PHONY: demo test test-long test-cuda docs check format clean
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,11 @@ $(VENV)/browser.stamp: $(VENV)/test.stamp
 	$(BIN)/python tests/browser.py --install
 	touch $@
 
+$(VENV)/docs.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint constraints.txt
+	touch $@
+
 demo: $(VENV)/demo.stamp
 	$(BIN)/trajrec demo
 
@@ -31,6 +36,10 @@ test-long: $(VENV)/test.stamp
 
 test-cuda: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q -m cuda
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python -m zensical build --strict
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff check .
