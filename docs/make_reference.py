@@ -48,7 +48,7 @@ def section(name: str, command: Any) -> str:
     rows = [row(f"`{_code(p.metavar)}`", p.help) for p in arguments if p.help]
     rows += [row(_names(p), _says(p)) for p in options]
     if rows:
-        parts.append("\n".join(["| | |", "|---|---|", *rows]))
+        parts.append("\n".join(["| argument or option | |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
