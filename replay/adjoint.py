@@ -59,7 +59,9 @@ def adjoint(
     lam, sigma = targets, State()
     initial = initial_state(trajectory, rule)
     for step in trajectory.backwards():
-        state = initial if step.t == 1 else rule.placeholder_state(step.before)
+        state = step.state
+        if state is None:
+            state = initial if step.t == 1 else rule.placeholder_state(step.before)
         here = Linearization(function, samples, step)
         if certifier is not None:
             certifier.backwards(step, here.gradient)
@@ -78,4 +80,5 @@ def adjoint(
 
 def initial_state(trajectory: Trajectory, rule: Rule) -> State:
     """s_0: the optimizer's state before the first recorded step."""
-    return rule.initial_state(trajectory.run.keyframe(0), trajectory.dtype, trajectory.device)
+    run = trajectory.run
+    return rule.initial_state(run.keyframe(0), run.hyper(1), trajectory.dtype, trajectory.device)

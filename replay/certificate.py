@@ -88,7 +88,7 @@ class Certifier:
         self.rule = rule
         self.allow_drift = allow_drift
         coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
-        self.rtol = 1e-4 if coarser > 1e-10 else 1e-9
+        self.rtol = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance)
         self._rounding = _ROUNDING * coarser
         self._checked: set[int] = set()
         self._worst, self._worst_step = 0.0, 0
@@ -103,7 +103,10 @@ class Certifier:
         return new_state
 
     def backwards(self, step: Step, gradient: Tensor) -> None:
-        """Takes a step going backwards, and checks the one that waited for it."""
+        """Takes a step going backwards, and checks the one that waited for it; or the step itself, state known."""
+        if step.state is not None:
+            self._check(step, gradient, step.state, 1.0)
+            return
         if self._waiting is not None:
             state = self._state_after(step, gradient)
             if state is not None:
@@ -118,7 +121,7 @@ class Certifier:
 
     def _state_after(self, step: Step, gradient: Tensor) -> State | None:
         if step.t in self.run.keyframe_steps:
-            return self.rule.initial_state(self.run.keyframe(step.t), step.before.dtype, step.before.device)
+            return self.rule.initial_state(self.run.keyframe(step.t), step.hyper, step.before.dtype, step.before.device)
         return self.rule.implied_state(step.before, step.after, gradient, step.hyper)
 
     def _check(self, step: Step, gradient: Tensor, state: State, growth: float) -> None:

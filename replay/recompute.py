@@ -27,7 +27,7 @@ from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.plan import Advance, Drop, Hold, Load, Recall, Visit, backward_plan
 from trajrec.replay.samples import Samples
-from trajrec.replay.trajectory import RecordedRun, Step, make_step, vector_of
+from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, make_step, vector_of
 from trajrec.rules import FlatLayout, Rule
 from trajrec.rules.step import State
 
@@ -115,7 +115,7 @@ class RecomputedTrajectory:
         samples: the training set in the recording's dtype.
         rule: the optimizer.
         dtype: floating type of the replay.
-        checks: takes every recomputed row.
+        checks: takes every recomputed row; None where the recording holds the rows and only states are made again.
         memory: bytes that held states may take.
     """
 
@@ -127,7 +127,7 @@ class RecomputedTrajectory:
         samples: Samples,
         rule: Rule,
         dtype: torch.dtype,
-        checks: KeyframeChecks,
+        checks: KeyframeChecks | None,
         memory: int,
     ) -> None:
         self.run = run
@@ -143,6 +143,8 @@ class RecomputedTrajectory:
 
     def weights(self, t: int) -> Tensor:
         """w_t [P']."""
+        if self.checks is None:
+            return self._weights_at(t).to(self.dtype)
         if self._last is None or self._last[0] != t:
             point = self._load(self._keyframe_before(t))
             while point.t < t:
@@ -155,16 +157,17 @@ class RecomputedTrajectory:
         start = point = self._load(first - 1)
         while point.t < self.run.steps:
             after = made = self._next(point)
-            if self.run.stored(made.t):
+            if made.t in self.run.keyframe_steps:
                 after = self._load(made.t)
-                self.checks.keyframe(made, start, after.weights)
+                if self.checks is not None:
+                    self.checks.keyframe(made, start, after.weights)
                 start = after
-            yield self._step(made.t, point.weights, after.weights)
+            yield self._step(made.t, point, after.weights)
             point = after
 
     def backwards(self) -> Iterator[Step]:
         """Steps T, T-1, ..., 1."""
-        keyframes = [t for t in range(self.run.steps + 1) if self.run.stored(t)]
+        keyframes = self.run.keyframe_steps
         after = self.weights(self.run.steps).to(self._native)
         for start, end in reversed(list(pairwise([*keyframes, self.run.steps]))):
             if start < end:
@@ -192,9 +195,9 @@ class RecomputedTrajectory:
                     while current.t < start + t:
                         current = self._next(current)
                 case Visit(t):
-                    if start + t == end and self.run.stored(end):
+                    if self.checks is not None and start + t == end and self.run.stored(end):
                         self.checks.keyframe(self._next(current), first, after)
-                    yield self._step(start + t, current.weights, after)
+                    yield self._step(start + t, current, after)
                     after = current.weights
         return after
 
@@ -208,8 +211,9 @@ class RecomputedTrajectory:
         return steps[bisect_right(steps, t) - 1]
 
     def _load(self, t: int) -> Point:
-        weights = vector_of(self.run.row(t), t, self.layout).to(self.device)
-        return Point(t, weights, self._rule.initial_state(self.run.keyframe(t), weights.dtype, self.device))
+        weights = self._weights_at(t)
+        hyper = self.run.hyper(min(t + 1, self.run.steps))
+        return Point(t, weights, self._rule.initial_state(self.run.keyframe(t), hyper, weights.dtype, self.device))
 
     def _next(self, point: Point) -> Point:
         """The next step, made again."""
@@ -218,8 +222,32 @@ class RecomputedTrajectory:
         with torch.no_grad():
             weights, state = self._rule.step(point.weights, point.state, gradient, step.hyper)
         made = Point(step.t, weights.detach(), {name: value.detach() for name, value in state.items()})
+        if self.checks is None:
+            return Point(made.t, self._weights_at(made.t), made.state)
         self.checks.row(made)
         return made
 
-    def _step(self, t: int, before: Tensor, after: Tensor) -> Step:
-        return make_step(self.run, t, before.to(self.dtype), after.to(self.dtype))
+    def _step(self, t: int, before: Point, after: Tensor) -> Step:
+        scalars = self._rule.scalars
+        state = {n: v if n in scalars else v.to(self.dtype) for n, v in before.state.items()}
+        return make_step(self.run, t, before.weights.to(self.dtype), after.to(self.dtype), state)
+
+    def _weights_at(self, t: int) -> Tensor:
+        return vector_of(self.run.row(t), t, self.layout).to(self.device)
+
+
+class RebuiltTrajectory:
+    """The steps of a run that holds every row, with the optimizer states that going backwards needs.
+
+    Forwards the rows suffice: whoever goes forwards carries the state along. Backwards it is made again between
+    keyframes, at the price of one gradient a step.
+    """
+
+    def __init__(self, stored: StoredTrajectory, recomputed: RecomputedTrajectory) -> None:
+        self.run = stored.run
+        self.layout = stored.layout
+        self.dtype = stored.dtype
+        self.device = stored.device
+        self.weights = stored.weights
+        self.forwards = stored.forwards
+        self.backwards = recomputed.backwards

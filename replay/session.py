@@ -19,11 +19,12 @@ from trajrec.replay.adjoint import initial_state
 from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChecks, drift_error
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
-from trajrec.replay.recompute import KeyframeChecks, RecomputedTrajectory
+from trajrec.replay.recompute import KeyframeChecks, RebuiltTrajectory, RecomputedTrajectory
 from trajrec.replay.samples import Samples
 from trajrec.replay.targets import Targets, target_gradients
 from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, Trajectory, make_step, vector_of
 from trajrec.rules import FlatLayout, rule_for
+from trajrec.rules.selftest import self_test
 from trajrec.task import Task, digest
 
 MEMORY = 1 << 30
@@ -91,6 +92,7 @@ class Session:
         self.trajectory = self._trajectory(self.checks)
         self._test: Samples | None = None
         self._check_data()
+        self._test_rule()
         self._finish_buffers()
 
     @property
@@ -112,6 +114,13 @@ class Session:
                 f"{recorded:08x} recorded), and the first loss is another. Give the Task the data set that the run "
                 "was trained on, or go on with --allow-drift."
             )
+
+    def _test_rule(self) -> None:
+        """Lets the rule prove itself at the first step."""
+        before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
+        step = make_step(self.run, 1, before, before)
+        gradient = gradient_of(self.function, self.train, step)
+        self_test(self.rule, before, initial_state(self.trajectory, self.rule), gradient, step.hyper)
 
     def _finish_buffers(self) -> None:
         """Makes the running statistics at the end of a run that was cut off after its last keyframe."""
@@ -143,16 +152,19 @@ class Session:
         return Certifier(self.run, self.rule, self.dtype, allow_drift)
 
     def _trajectory(self, checks: StepChecks) -> Trajectory:
-        if not isinstance(checks, KeyframeChecks):
-            return StoredTrajectory(self.run, self.layout, self.dtype, self.device)
+        stored = StoredTrajectory(self.run, self.layout, self.dtype, self.device)
+        if not self._keyframed and not self.rule.needs_state:
+            return stored
         native = DTYPES[self.run.spec.dtype]
         # A model of its own: a forward pass changes running statistics.
         function = LossFunction(self.task, self.run, self.layout, native, self.device)
         same = native == self.dtype
         samples = self.train if same else Samples(self.task.train, self.task.collate, native, self.device)
-        return RecomputedTrajectory(
-            self.run, self.layout, function, samples, self.rule, self.dtype, checks, self.memory
+        of_rows = checks if isinstance(checks, KeyframeChecks) else None
+        recomputed = RecomputedTrajectory(
+            self.run, self.layout, function, samples, self.rule, self.dtype, of_rows, self.memory
         )
+        return recomputed if of_rows is not None else RebuiltTrajectory(stored, recomputed)
 
     def find_drift(self) -> Drifted | None:
         """The first step that differs from the recording, going forwards; None if none does."""

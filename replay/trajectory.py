@@ -18,6 +18,7 @@ from torch import Tensor
 from trajrec.errors import NonFiniteError
 from trajrec.records import FloatArray, IntArray, Keyframe, Row, RunSpec
 from trajrec.rules import FlatLayout
+from trajrec.rules.step import State
 
 
 class RecordedRun(Protocol):
@@ -47,7 +48,10 @@ class RecordedRun(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Step t: before [P'] and after [P'] are w_{t-1} and w_t, ids [B], shares [B] the c[t,i], hyper [G, H]."""
+    """Step t: before [P'] and after [P'] are w_{t-1} and w_t, ids [B], shares [B] the c[t,i], hyper [G, H].
+
+    `state` is s_{t-1} where it had to be made, else None.
+    """
 
     t: int
     before: Tensor
@@ -56,6 +60,7 @@ class Step:
     shares: Tensor
     hyper: FloatArray
     rng: bytes
+    state: State | None = None
 
 
 class Trajectory(Protocol):
@@ -140,7 +145,7 @@ def vector_of(row: Row, t: int, layout: FlatLayout) -> Tensor:
     return torch.tensor(values)
 
 
-def make_step(run: RecordedRun, t: int, before: Tensor, after: Tensor) -> Step:
+def make_step(run: RecordedRun, t: int, before: Tensor, after: Tensor, state: State | None = None) -> Step:
     """Step t between two weight vectors [P']."""
     shares = torch.as_tensor(run.sample_weights(t)).to(before.device, before.dtype)
-    return Step(t, before, after, run.sample_ids(t), shares, run.hyper(t), run.rng(t))
+    return Step(t, before, after, run.sample_ids(t), shares, run.hyper(t), run.rng(t), state)

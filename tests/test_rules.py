@@ -10,6 +10,8 @@ from torch import nn
 from trajrec.errors import UnsupportedOptimizerError
 from trajrec.records import Keyframe
 from trajrec.rules import FlatLayout, check_recordable, rule_for
+from trajrec.rules.selftest import self_test
+from trajrec.rules.sgd import SGDRule
 from trajrec.snapshot import Snapshot
 
 CASES = [
@@ -97,9 +99,10 @@ def test_a_rate_of_zero_hides_the_state():
 
 def test_state_of_a_keyframe_is_that_of_the_optimizer():
     model, optimizer, snapshot, layout, rule = setup({"momentum": 0.9}, torch.float32)
-    assert rule.initial_state(Keyframe(0, snapshot.keyframe(False)), torch.float32, torch.device("cpu")) == {}
+    there = snapshot.hyper(), torch.float32, torch.device("cpu")
+    assert rule.initial_state(Keyframe(0, snapshot.keyframe(False)), *there) == {}
     optimizer.step()
-    state = rule.initial_state(Keyframe(1, snapshot.keyframe(False)), torch.float32, torch.device("cpu"))
+    state = rule.initial_state(Keyframe(1, snapshot.keyframe(False)), *there)
     expected = flat(layout, model, lambda p: optimizer.state[p]["momentum_buffer"])
     assert torch.equal(state["momentum_buffer"], expected)
 
@@ -126,3 +129,27 @@ def test_own_optimizer_classes_are_refused_by_name():
 
     with pytest.raises(UnsupportedOptimizerError, match="no rule for the optimizer SGD"):
         check_recordable(SGD([nn.Parameter(torch.zeros(2))], lr=0.1))
+
+
+class Cut(SGDRule):
+    """An optimizer that cuts the graph, as one that works on `.data` does."""
+
+    def step(self, weights, state, gradient, hyper):
+        return super().step(weights, state, gradient.detach(), hyper)
+
+
+class Rounded(SGDRule):
+    """One that rounds inside: its derivative is right, but of another function."""
+
+    def step(self, weights, state, gradient, hyper):
+        return super().step(weights, state, gradient.bfloat16().to(gradient.dtype), hyper)
+
+
+@pytest.mark.parametrize("fault", [Cut, Rounded])
+def test_a_rule_with_a_planted_fault_fails_its_self_test(fault):
+    model, _, snapshot, layout, rule = setup({"momentum": 0.9, "nesterov": True}, torch.float32)
+    w, g = flat(layout, model), flat(layout, model, lambda p: p.grad)
+    self_test(rule, w, {}, g, snapshot.hyper())
+    bad = fault(snapshot.spec({"samples": 1}), layout)
+    with pytest.raises(UnsupportedOptimizerError, match="SGD failed its self-test"):
+        self_test(bad, w, {"momentum_buffer": torch.randn_like(w)}, g, snapshot.hyper())

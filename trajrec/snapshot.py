@@ -178,13 +178,14 @@ class Snapshot:
         for index, p in enumerate(self.parameters.values()):
             for name, value in self.optimizer.state.get(p, {}).items():
                 path = f"optimizer/{name}"
-                if isinstance(value, Tensor) and value.shape == p.shape and p.dim():
+                if isinstance(value, Tensor) and value.shape == p.shape:
                     row = arrays.setdefault(path, np.zeros(total, dtype=_dtype_name(value.dtype)))
                     row[offset : offset + p.numel()] = value.detach().cpu().reshape(-1).numpy()
                     arrays.setdefault(f"{path}.present", np.zeros(count, dtype=np.uint8))[index] = 1
-                elif isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+                # A step count of a parameter without dimensions has the parameter's shape too: it is kept as both.
+                if isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1):
                     arrays.setdefault(f"{path}.scalar", np.full(count, np.nan))[index] = float(value)
-                elif isinstance(value, Tensor):
+                elif isinstance(value, Tensor) and value.shape != p.shape:
                     arrays[f"{path}/{index}"] = value.detach().cpu().numpy().copy()
             offset += p.numel()
         return arrays

@@ -29,6 +29,9 @@ class FlatLayout:
     def __init__(self, spec: RunSpec) -> None:
         trainable = [p for p in spec.params if p.trainable]
         self.params: tuple[ParamSpec, ...] = tuple(sorted(trainable, key=lambda p: (p.group, p.offset)))
+        self._places = [
+            [i for i, p in enumerate(spec.params) if p.trainable and p.group == group] for group in range(spec.groups)
+        ]
         self.sizes = [p.size for p in self.params]
         self.size = sum(self.sizes)
         self.groups = tuple(self._group_slice(group) for group in range(spec.groups))
@@ -38,6 +41,10 @@ class FlatLayout:
     def _group_slice(self, group: int) -> slice:
         before = sum(p.size for p in self.params if p.group < group)
         return slice(before, before + sum(p.size for p in self.params if p.group == group))
+
+    def places(self, group: int) -> list[int]:
+        """Places in the parameter table of a group's trainable parameters."""
+        return self._places[group]
 
     def _contiguous(self) -> slice | None:
         ends = [p.offset + p.size for p in self.params]

@@ -26,8 +26,9 @@ class SGDRule(Rule):
     """torch.optim.SGD."""
 
     optimizer_class = SGD
+    needs_state = False
 
-    def initial_state(self, keyframe: Keyframe, dtype: torch.dtype, device: torch.device) -> State:
+    def initial_state(self, keyframe: Keyframe, hyper: FloatArray, dtype: torch.dtype, device: torch.device) -> State:
         """The momentum buffer of a keyframe; {} where there is none yet."""
         row = keyframe.arrays.get(f"optimizer/{BUFFER}")
         if row is None:

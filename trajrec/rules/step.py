@@ -29,11 +29,23 @@ State = dict[str, Tensor]
 class Rule(ABC):
     """An optimizer's step on flat vectors.
 
-    A state is a dict of vectors [P'] (momentum buffers and the like). Cotangents and tangents of states are dicts with
-    the same names and a leading dimension [K]; a missing name is zero.
+    A state is a dict of vectors [P'] (momentum buffers and the like) and of scalars [G] (step counts), which nothing
+    is differentiated by. Cotangents and tangents of states are dicts of the vectors with a leading dimension [K]; a
+    missing name is zero.
+
+    Attributes:
+        optimizer_class: the class that steps.
+        scalars: names of the state's scalars.
+        needs_state: whether the derivative of a step depends on the values of its state.
+        tolerance: relative rounding by which a step made again may differ from the class's plain path.
+        differentiable_path: whether the class takes its own differentiable path instead of the plain one.
     """
 
-    optimizer_class: ClassVar[type[Optimizer]]
+    optimizer_class: type[Optimizer]
+    scalars: frozenset[str] = frozenset()
+    needs_state: ClassVar[bool] = True
+    differentiable_path = False
+    tolerance = 0.0
 
     def __init__(self, spec: RunSpec, layout: FlatLayout) -> None:
         self.layout = layout
@@ -46,19 +58,22 @@ class Rule(ABC):
         options: dict[str, Any] = {k: v for k, v in self._defaults.items() if k in accepted}
         options |= {"foreach": False, "fused": None, "differentiable": True, "capturable": False}
         options = {k: v for k, v in options.items() if k in accepted}
-        return self.optimizer_class([nn.Parameter(torch.zeros(1))], **options)
+        optimizer = self.optimizer_class([nn.Parameter(torch.zeros(1))], **options)
+        # The default lets step() run with gradients enabled; the group's own entry chooses the code path.
+        optimizer.param_groups[0]["differentiable"] = self.differentiable_path
+        return optimizer
 
     @abstractmethod
-    def initial_state(self, keyframe: Keyframe, dtype: torch.dtype, device: torch.device) -> State:
-        """The state s_t of a keyframe; {} before the first step."""
+    def initial_state(self, keyframe: Keyframe, hyper: FloatArray, dtype: torch.dtype, device: torch.device) -> State:
+        """The state s_t of a keyframe, or what the class begins with; hyper [G, H] are those of step t + 1."""
 
-    @abstractmethod
     def implied_state(self, before: Tensor, after: Tensor, gradient: Tensor, hyper: FloatArray) -> State | None:
         """s_t from w_{t-1}, w_t and g_t [P'], where the weights imply it; else None."""
+        return None
 
-    @abstractmethod
     def placeholder_state(self, weights: Tensor) -> State:
-        """A state of the right shape, for derivatives that do not depend on its values."""
+        """A state of the right shape, for rules whose derivatives do not depend on its values."""
+        raise NotImplementedError(f"{type(self).__name__} needs the state itself.")
 
     @abstractmethod
     def step(self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> tuple[Tensor, State]:
@@ -101,9 +116,9 @@ class Rule(ABC):
     ) -> tuple[Tensor, State, Tensor]:
         """The vjp of U: (lam', sigma', gamma), each [K, P'], from cotangents lam [K, P'] of w_t and sigma of s_t."""
         w, g = weights.detach().requires_grad_(), gradient.detach().requires_grad_()
-        s = {name: value.detach().requires_grad_() for name, value in state.items()}
+        s = {name: value.detach().requires_grad_() for name, value in self._vectors_of(state).items()}
         with torch.enable_grad():
-            stepped, new_state = self.step(w, s, g, hyper)
+            stepped, new_state = self.step(w, state | s, g, hyper)
         # A buffer that this step does not use (momentum 0) is a constant: nothing to pull back through.
         names = [name for name, value in new_state.items() if name in sigma and value.requires_grad]
         outputs = [stepped, *(new_state[name] for name in names)]
@@ -115,14 +130,21 @@ class Rule(ABC):
         self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, d: Tensor, r: State, k: Tensor
     ) -> tuple[Tensor, State]:
         """The jvp of U: (D_t, R_t), each [K, P'], along D_{t-1} [K, P'], R_{t-1} and k [K, P'] of the gradient."""
-        zeros = torch.zeros_like(d)
-        tangents = {name: r.get(name, zeros) for name in state}
+        zeros, vectors = torch.zeros_like(d), self._vectors_of(state)
+        tangents = {name: r.get(name, zeros) for name in vectors}
+
+        def step(w: Tensor, s: State, g: Tensor) -> tuple[Tensor, State]:
+            stepped, new_state = self.step(w, state | s, g, hyper)
+            return stepped, self._vectors_of(new_state)
 
         def one(d: Tensor, r: State, k: Tensor) -> tuple[Tensor, State]:
-            found = jvp(lambda w, s, g: self.step(w, s, g, hyper), (weights, state, gradient), (d, r, k))
+            found = jvp(step, (weights, vectors, gradient), (d, r, k))
             return found[1]  # type: ignore[no-any-return]
 
         return vmap(one)(d, tangents, k)
+
+    def _vectors_of(self, state: State) -> State:
+        return {name: value for name, value in state.items() if name not in self.scalars}
 
 
 def pull_batched(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,143 @@
+"""Adam and its kin: stepped against torch.optim, differentiated against finite differences of real trainings."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.memory_run import MemoryRun
+from trajrec.recorder import Recorder
+from trajrec.replay import contributions
+from trajrec.rules import RULES
+from trajrec.sink import MemorySink
+from trajrec.task import Task
+
+CASES = {
+    "Adam": {"lr": 0.01},
+    "Adam amsgrad": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1},
+    "Adam maximize": {"lr": 0.01, "maximize": True, "betas": (0.8, 0.9)},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.3},
+    "NAdam": {"lr": 0.01, "decoupled_weight_decay": True, "weight_decay": 0.1},
+    "RAdam": {"lr": 0.01},
+    "Adamax": {"lr": 0.01},
+    "RMSprop": {"lr": 0.01, "momentum": 0.5},
+    "RMSprop centered": {"lr": 0.01, "centered": True},
+    "Adagrad": {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.1},
+    "Adadelta": {"lr": 1.0},
+    "ASGD": {"lr": 0.05, "lambd": 1e-2},
+    "Rprop": {"lr": 0.01},
+}
+N = 20
+
+
+def build():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def per_sample(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def train(name, eps, sink=None, dtype=torch.float64, epochs=3, dead=False):
+    """A real training with torch.optim and sample weights 1 + N eps. Returns test losses and the task."""
+    torch.manual_seed(0)
+    x, tx = torch.randn(N, 4, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    if dead:
+        x[:, 2] = 0.0  # the weights of this input never get a gradient
+    y, ty = torch.randint(0, 3, (N,)), torch.randint(0, 3, (5,))
+    data, test = TensorDataset(x, y, torch.arange(N)), TensorDataset(tx, ty, torch.arange(5))
+    model = build().to(dtype)
+    biases = [p for k, p in model.named_parameters() if "bias" in k]
+    weights = [p for k, p in model.named_parameters() if "weight" in k]
+    options = {"lr": CASES[name]["lr"] * 2}
+    optimizer = getattr(torch.optim, name.split()[0])(
+        [{"params": weights}, {"params": biases, **options}], **CASES[name]
+    )
+    loader = DataLoader(data, 6, shuffle=True)
+
+    def loop():
+        for _ in range(epochs):
+            for xs, ys, ids in loader:
+                optimizer.zero_grad()
+                ((1 + N * eps[ids]) * per_sample(model, (xs, ys)) / len(ids)).sum().backward()
+                optimizer.step()
+
+    if sink is None:
+        loop()
+    else:
+        with Recorder(sink, model=model, optimizer=optimizer, loader=loader):
+            loop()
+    with torch.no_grad():
+        return per_sample(model, (tx, ty)).numpy(), Task(lambda: build().to(dtype), data, test, loss=per_sample)
+
+
+def recorded(name, dtype=torch.float64, **options):
+    sink = MemorySink(interval=5)
+    _, task = train(name, torch.zeros(N, dtype=dtype), sink, dtype, **options)
+    return MemoryRun(sink), task
+
+
+def test_every_class_has_its_case():
+    assert {name.split()[0] for name in CASES} | {"SGD"} == set(RULES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_directions_equal_each_other_and_finite_differences_of_the_training(name):
+    run, task = recorded(name)
+    a, t = (contributions(run, task, "each", exact=True, mode=mode) for mode in ("adjoint", "tangent"))
+    if name == "Rprop":  # sees signs only: its training is piecewise constant in eps
+        assert (a.values == 0).all()
+        assert (t.values == 0).all()
+        return
+    scale = np.abs(a.values).max()
+    assert np.abs(a.values - t.values).max() < 1e-9 * scale
+    for sample in (0, 7):
+        e = torch.zeros(N, dtype=torch.float64)
+        e[sample] = h = 1e-5
+        slope = (train(name, e)[0] - train(name, -e)[0]) / (2 * h)
+        assert np.abs(-slope / N - a.values[sample]).max() < 1e-6 * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_steps_are_made_again_bit_for_bit_or_to_rounding(name, dtype):
+    run, task = recorded(name, dtype)
+    for mode in ("adjoint", "tangent"):
+        certificate = contributions(run, task, mode=mode).certificate
+        assert certificate.steps_checked == run.steps
+        if name in ("Adam amsgrad", "NAdam"):
+            assert certificate.max_drift < (1e-12 if "amsgrad" in name and dtype is torch.float64 else 1e-5)
+        else:
+            assert certificate.verdict == "bit-exact"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_that_never_had_a_gradient_do_no_harm(name):
+    """sqrt(v) at v = 0: finite, and the contributions are those of the living weights."""
+    run, task = recorded(name, dead=True)
+    values = {mode: contributions(run, task, "each", exact=True, mode=mode).values for mode in ("adjoint", "tangent")}
+    assert np.isfinite(values["adjoint"]).all()
+    np.testing.assert_allclose(values["adjoint"], values["tangent"], rtol=1e-7, atol=1e-12)
+    if name != "Rprop":
+        e = torch.zeros(N, dtype=torch.float64)
+        e[3] = h = 1e-5
+        slope = (train(name, e, dead=True)[0] - train(name, -e, dead=True)[0]) / (2 * h)
+        assert np.abs(-slope / N - values["adjoint"][3]).max() < 1e-6 * np.abs(values["adjoint"]).max()
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
+def test_states_rebuilt_within_little_memory_are_the_same(name):
+    run, task = recorded(name)
+    whole = contributions(run, task, "each", exact=True, mode="adjoint")
+    little = contributions(run, task, "each", exact=True, mode="adjoint", memory=1)
+    assert (whole.values == little.values).all()
+
+
+def test_a_wrong_task_is_refused_for_adam_too():
+    from trajrec.errors import DriftError
+
+    run, task = recorded("Adam")
+    task.loss = lambda model, batch: per_sample(model, batch) + (model(batch[0]) ** 2).sum(1)
+    with pytest.raises(DriftError, match="drifted at step 1"):
+        contributions(run, task)
