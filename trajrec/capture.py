@@ -16,6 +16,7 @@ integers, loops without a DataLoader) is an error that says to call `trajrec.set
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class SamplerTap:
 class WatchedIterator:
     """A loader's iterator that reports each batch when the loop receives it."""
 
-    def __init__(self, iterator: Any, received: Callable[[Any, Any], None], drawn: deque[Any] | None) -> None:
+    def __init__(self, iterator: Any, received: Callable[[Any, Any, float], None], drawn: deque[Any] | None) -> None:
         self._iterator = iterator
         self._received = received
         self._drawn = drawn
@@ -104,7 +105,8 @@ class WatchedIterator:
 
     def __next__(self) -> Any:
         content = next(self._iterator)
-        self._received(self._drawn.popleft() if self._drawn else None, content)
+        began = time.thread_time()
+        self._received(self._drawn.popleft() if self._drawn else None, content, began)
         return content
 
     def __len__(self) -> int:
@@ -126,6 +128,7 @@ class BatchLedger:
         self.loaders = loaders
         self.dataset: Any = None if loaders is None else loaders[0].dataset
         self.epochs = 0
+        self.seconds = 0.0  # CPU time spent on watching
         self._drawn: list[DrawnBatch] = []
         self._made_step: list[DrawnBatch] = []
         self._given: tuple[IntArray, FloatArray | None] | None = None
@@ -261,7 +264,9 @@ class Capture:
             return capture._watch(loader)
 
         def watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()
             capture.ledger.backward(tensors)
+            capture.ledger.seconds += time.thread_time() - began
             return capture._original_backward(tensors, *args, **kwargs)
 
         DataLoader.__iter__ = watched_iter  # type: ignore[method-assign]
@@ -283,7 +288,12 @@ class Capture:
         iterator = self._original_iter(loader)
         # Read after the iterator exists: making it is what starts the sampler anew.
         drawn = tap.drawn if tap is not None else None
-        return WatchedIterator(iterator, lambda ids, content: self.ledger.draw(loader, ids, content), drawn)
+
+        def received(ids: Any, content: Any, began: float) -> None:
+            self.ledger.draw(loader, ids, content)
+            self.ledger.seconds += time.thread_time() - began
+
+        return WatchedIterator(iterator, received, drawn)
 
     def _tap(self, loader: Any) -> SamplerTap | None:
         """The stand-in of this loader's sampler, put in place on the first pass."""

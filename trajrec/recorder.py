@@ -59,7 +59,7 @@ class Recorder:
         self.optimizer = optimizer
         self.task = task
         self.summary: Summary | None = None
-        self.seconds = 0.0
+        self._spent = 0.0
         self.training_seconds = 0.0
         loaders = None if loader is None else list(loader) if isinstance(loader, list | tuple) else [loader]
         self.ledger = BatchLedger(loaders)
@@ -79,6 +79,11 @@ class Recorder:
         self._travelling: StepRecord | None = None
 
     set_batch = staticmethod(set_batch)
+
+    @property
+    def seconds(self) -> float:
+        """CPU seconds that recording has taken from the training thread, since the second step."""
+        return self._spent + self.ledger.seconds
 
     def __enter__(self) -> Recorder:
         if self.optimizer is not None:
@@ -125,7 +130,9 @@ class Recorder:
         self._handles.append(model.register_forward_pre_hook(self._on_forward))
 
     def _on_forward(self, module: nn.Module, _: Any) -> None:
+        start = time.thread_time()
         self.ledger.forward(torch.is_grad_enabled(), module.training, self._generators.states)
+        self._spent += time.thread_time() - start
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self.optimizer is not None and optimizer is not self.optimizer:
@@ -142,7 +149,7 @@ class Recorder:
         if self._hides_state(hyper):
             self._keyframe()
         self._pending = (batch, hyper, rng)
-        self.seconds += time.thread_time() - start
+        self._spent += time.thread_time() - start
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._pending is None or optimizer is not self.optimizer or self._snapshot is None:
@@ -155,11 +162,11 @@ class Recorder:
         if self.sink.wants_keyframe(self._step):
             self._keyframe()
         now = time.thread_time()
-        self.seconds += now - start
+        self._spent += now - start
         self.training_seconds = now - self._began
         if self._step == self.sink.resumed_at + 1:
             # Starting (a process, a file) is not what recording costs a step: the clocks begin with the second one.
-            self.seconds, self._began = 0.0, now
+            self._spent, self._began, self.ledger.seconds = 0.0, now, 0.0
 
     # -- the first step ------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import platform
 import random
 import sys
 import uuid
-import zlib
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import trajrec
+from trajrec.checksum import crc32
 from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
 from trajrec.records import BufferSpec, FloatArray, ParamSpec, Row, RunSpec
@@ -116,10 +116,10 @@ class Snapshot:
         if row is None:
             crc = 0
             for view in views:
-                crc = zlib.crc32(view.data, crc)
+                crc = crc32(view.data, crc)
             return crc
         np.concatenate(views, out=row)
-        return zlib.crc32(row.data)
+        return crc32(row.data)
 
     def flat(self) -> list[Tensor]:
         """The parameters as flat tensors, where they are."""
@@ -228,7 +228,7 @@ def copy_row(source: npt.NDArray[Any], row: Row | None) -> int:
     """Copies a row into another, if there is one. Returns its CRC-32."""
     if row is not None:
         row[:] = source
-    return zlib.crc32(source.data)
+    return crc32(source.data)
 
 
 States = tuple[Tensor, ...]

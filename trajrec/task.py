@@ -21,7 +21,6 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-import zlib
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from trajrec.checksum import crc32
 from trajrec.errors import TaskError
 
 Batch = Any
@@ -206,13 +206,13 @@ def digest(batch: Batch) -> int:
 def _digest(value: Any, crc: int) -> int:
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous()
-        crc = zlib.crc32(f"{array.dtype}{tuple(array.shape)}".encode(), crc)
+        crc = crc32(f"{array.dtype}{tuple(array.shape)}".encode(), crc)
         content = array.reshape(-1).view(torch.uint8).numpy().tobytes() if array.numel() else b""
-        return zlib.crc32(content, crc)
+        return crc32(content, crc)
     if isinstance(value, dict):
         return _digest([item for pair in value.items() for item in pair], crc)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         for item in value:
             crc = _digest(item, crc)
         return crc
-    return zlib.crc32(repr(value).encode(), crc)
+    return crc32(repr(value).encode(), crc)

@@ -20,11 +20,11 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import RunSpec
 
@@ -56,7 +56,7 @@ class Manifest:
     def to_json(self) -> str:
         """The manifest as text, with a checksum."""
         body = json.dumps({**asdict(self), "spec": self.spec.to_json()}, indent=1)
-        return json.dumps({"format": FORMAT, "version": VERSION, "crc32": zlib.crc32(body.encode())}) + "\n" + body
+        return json.dumps({"format": FORMAT, "version": VERSION, "crc32": crc32(body.encode())}) + "\n" + body
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def _parse(head: str, body: str, path: Path) -> Manifest:
         raise NotARunError(f"{path} is not a recording of trajrec.")
     if about["version"] > VERSION:
         raise NewerFormatError(f"{path} was written by a newer trajrec (version {about['version']}). Update trajrec.")
-    if about["crc32"] != zlib.crc32(body.encode()):
+    if about["crc32"] != crc32(body.encode()):
         raise ValueError("its text does not match its checksum")
     values = json.loads(body)
     return Manifest(

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Keyframe
 
@@ -74,10 +74,10 @@ def _plain(name: str, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _header(step: int, arrays: dict[str, npt.NDArray[Any]]) -> bytes:
     entries, start = [], 0
     for name, array in arrays.items():
-        entries.append([name, array.dtype.str, array.shape, start, array.nbytes, zlib.crc32(array.data)])
+        entries.append([name, array.dtype.str, array.shape, start, array.nbytes, crc32(array.data)])
         start += array.nbytes
     body = json.dumps({"step": step, "arrays": entries}).encode()
-    return _HEAD.pack(MAGIC, len(body), zlib.crc32(body)) + body
+    return _HEAD.pack(MAGIC, len(body), crc32(body)) + body
 
 
 def _write(file: Any, data: bytes | memoryview) -> None:
@@ -89,7 +89,7 @@ def _write(file: Any, data: bytes | memoryview) -> None:
 def _parse(data: bytes) -> tuple[int, list[list[Any]], int]:
     magic, length, crc = _HEAD.unpack_from(data)
     body = data[_HEAD.size : _HEAD.size + length]
-    if magic != MAGIC or zlib.crc32(body) != crc:
+    if magic != MAGIC or crc32(body) != crc:
         raise ValueError("its header does not match its checksum")
     head = json.loads(body)
     return int(head["step"]), head["arrays"], _HEAD.size + length
@@ -98,6 +98,6 @@ def _parse(data: bytes) -> tuple[int, list[list[Any]], int]:
 def _array(data: bytes, start: int, entry: list[Any]) -> npt.NDArray[Any]:
     name, dtype, shape, offset, size, crc = entry
     part = data[start + offset : start + offset + size]
-    if len(part) != size or zlib.crc32(part) != crc:
+    if len(part) != size or crc32(part) != crc:
         raise ValueError(f"array {name} does not match its checksum")
     return np.frombuffer(part, np.dtype(dtype)).reshape(shape)

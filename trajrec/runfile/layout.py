@@ -20,7 +20,6 @@ Files are only ever written whole under another name, synced and renamed; none i
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ import hdf5plugin
 import numpy as np
 import numpy.typing as npt
 
+from trajrec.checksum import crc32
 from trajrec.records import Row, RunSpec
 from trajrec.runfile.table import PLAIN, RAGGED, StepTable
 
@@ -184,7 +184,7 @@ def write_keyframe(file: h5py.File, step: int, arrays: Mapping[str, npt.NDArray[
         if value.nbytes > COLUMN_CHUNK_BYTES and compression != "none":
             options = {"chunks": _keyframe_chunk(value), **filters(compression)}
         dataset = group.create_dataset(name, data=value, **options)
-        dataset.attrs["crc32"] = np.uint32(zlib.crc32(value.data))
+        dataset.attrs["crc32"] = np.uint32(crc32(value.data))
 
 
 def _keyframe_chunk(value: npt.NDArray[Any]) -> tuple[int, ...]:

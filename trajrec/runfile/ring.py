@@ -27,13 +27,13 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-import zlib
 from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Row, StepRecord
 from trajrec.runfile.codec import decode, encode
@@ -130,6 +130,11 @@ class Ring:
         self._rows = np.frombuffer(self._map, self.dtype, count, _rows_at(geometry)).reshape(geometry.slots, -1)
         self._arena_head = 0
 
+    def touch(self) -> None:
+        """Brings every page into memory, so that no step of the training has to wait for that."""
+        pages = np.frombuffer(self._map, np.uint8)[::PAGE]
+        pages |= 0
+
     # ---- control words
 
     def get(self, word: Control) -> int:
@@ -198,7 +203,7 @@ class Ring:
     def _enter(self, entry: int, place: int, length: int, data: bytes) -> None:
         slots, word = self._slots, self._word(entry)
         slots[word + 1], slots[word + 2] = place, length
-        slots[word + 3] = zlib.crc32(data, (entry + 1) & 0xFFFFFFFF)
+        slots[word + 3] = crc32(data, (entry + 1) & 0xFFFFFFFF)
         slots[word] = entry + 1
 
     def _word(self, entry: int) -> int:
@@ -224,7 +229,7 @@ class Ring:
         if seq != entry + 1:
             return None
         data = self._data(entry, place, length)
-        if data is None or zlib.crc32(data, (entry + 1) & 0xFFFFFFFF) != crc or not self.published(entry):
+        if data is None or crc32(data, (entry + 1) & 0xFFFFFFFF) != crc or not self.published(entry):
             return None
         try:
             return decode(data)
@@ -254,7 +259,7 @@ class Ring:
         record = self.record(entry)
         if record is None or not self.geometry.row_length:
             return record
-        fits = zlib.crc32(self.rows(entry, entry + 1).data) == record.crc32
+        fits = crc32(self.rows(entry, entry + 1).data) == record.crc32
         return record if fits and self.published(entry) else None
 
 
@@ -268,8 +273,9 @@ def create(path: Path, geometry: Geometry, first: int, dtype: npt.DTypeLike) -> 
     name = np.dtype(dtype).str.encode()
     head = _HEAD.pack(MAGIC, geometry.to_bytes(), first, name)
     with path.open("r+b") as file:
-        file.write(head + struct.pack("<I", zlib.crc32(head)))
+        file.write(head + struct.pack("<I", crc32(head)))
     ring = Ring(path, writable=True)
+    ring.touch()
     ring.set(Control.TAIL, first)
     return ring
 
@@ -283,7 +289,7 @@ def _parse(head: bytes, size: int, path: Path) -> tuple[Geometry, int, np.dtype[
     with path.open("rb") as file:
         file.seek(_HEAD.size)
         crc = file.read(4)
-    if len(head) < _HEAD.size or crc != struct.pack("<I", zlib.crc32(head)):
+    if len(head) < _HEAD.size or crc != struct.pack("<I", crc32(head)):
         raise DamagedRunError(f"{path}: the ring's header is damaged; unsealed steps cannot be read from it.")
     _, packed, first, dtype = _HEAD.unpack(head)
     geometry = Geometry.from_bytes(packed)

@@ -7,11 +7,11 @@ Every row handed out has been compared with the CRC-32 of its step.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Row
 
@@ -48,7 +48,7 @@ class RowReader:
         Raises:
             DamagedRunError: they differ.
         """
-        if zlib.crc32(row.data) != self.crc32(step):
+        if crc32(row.data) != self.crc32(step):
             raise DamagedRunError(
                 f"{self.name}: /weights, step {step}: the row does not match its checksum; the file is damaged. "
                 "Restore it from a copy; `trajrec verify` lists everything that is damaged."

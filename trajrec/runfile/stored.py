@@ -8,7 +8,6 @@ read (no external or virtual storage, no links, no objects), every fault of the 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import hdf5plugin as hdf5plugin  # registers the filters
 import numpy as np
 import numpy.typing as npt
 
+from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import Keyframe, Row, RunSpec
 from trajrec.runfile.layout import FORMAT, VERSION, ColumnSizes, Head, keyframe_name
@@ -219,7 +219,7 @@ class StoredRun:
     def _checked(self, name: str) -> npt.NDArray[Any]:
         dataset = self._dataset(name, "biufc")
         value = np.asarray(dataset[()])
-        if zlib.crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
+        if crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
             raise DamagedRunError(f"{self.path}: /{name} does not match its checksum; the file is damaged.")
         return value
 

@@ -9,7 +9,6 @@ weights before training.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trajrec.checksum import crc32
 from trajrec.records import FloatArray, IntArray, StepRecord
 from trajrec.runfile.codec import encode
 
@@ -111,7 +111,7 @@ def table_of(records: Sequence[StepRecord]) -> StepTable:
 
 def _checksums(table: StepTable) -> npt.NDArray[np.uint32]:
     steps = range(table.first, table.first + len(table))
-    return np.array([zlib.crc32(encode(table.record(step))) for step in steps], "<u4")
+    return np.array([crc32(encode(table.record(step))) for step in steps], "<u4")
 
 
 def _offsets(parts: Sequence[npt.NDArray[np.generic]]) -> IntArray:

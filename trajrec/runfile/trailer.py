@@ -9,9 +9,10 @@ that writes to it destroys the trailer, and `trajrec verify` says so.
 from __future__ import annotations
 
 import struct
-import zlib
 from pathlib import Path
 from typing import IO
+
+from trajrec.checksum import crc32
 
 MAGIC = b"TRAJSUM1"
 _BODY = struct.Struct("<8sQI")
@@ -24,7 +25,7 @@ def append(path: Path) -> None:
     with path.open("r+b") as file:
         crc, length = _crc32(file, None)
         body = _BODY.pack(MAGIC, length, crc)
-        file.write(body + struct.pack("<I", zlib.crc32(body)))
+        file.write(body + struct.pack("<I", crc32(body)))
 
 
 def fault(path: Path) -> str | None:
@@ -34,7 +35,7 @@ def fault(path: Path) -> str | None:
         file.seek(max(0, size - SIZE))
         trailer = file.read(SIZE)
         body, crc = trailer[:-4], trailer[-4:]
-        if len(trailer) < SIZE or trailer[:8] != MAGIC or struct.pack("<I", zlib.crc32(body)) != crc:
+        if len(trailer) < SIZE or trailer[:8] != MAGIC or struct.pack("<I", crc32(body)) != crc:
             return "the checksum at its end is missing: it was cut off, or written to by another program"
         _, length, expected = _BODY.unpack(body)
         if length != size - SIZE:
@@ -47,6 +48,6 @@ def fault(path: Path) -> str | None:
 def _crc32(file: IO[bytes], length: int | None) -> tuple[int, int]:
     crc = done = 0
     while data := file.read(_PIECE if length is None else min(_PIECE, length - done)):
-        crc = zlib.crc32(data, crc)
+        crc = crc32(data, crc)
         done += len(data)
     return crc, done

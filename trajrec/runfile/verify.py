@@ -8,11 +8,11 @@ ring and the raw keyframes of a folder have checksums of their own.
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NotARunError, RunFileError
 from trajrec.runfile import trailer
 from trajrec.runfile.folder import SUFFIX, Folder
@@ -121,7 +121,7 @@ def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
             yield Problem(stored.path, "/weights", step, end - 1, _short(error, stored.path))
         else:
             for k, row in enumerate(rows):
-                if zlib.crc32(row.data) != int(table.crc32[step + k - table.first]):
+                if crc32(row.data) != int(table.crc32[step + k - table.first]):
                     yield Problem(
                         stored.path, "/weights", step + k, None, "the row does not match the checksum of its step"
                     )
