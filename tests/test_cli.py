@@ -158,7 +158,7 @@ BAD = [
     (["replay", "RUN", "--task", "changed_labels.py"], 2, "The training data changed since the recording"),
     (["replay", "RUN", "--task", "summed_loss.py"], 3, "Replay drifted at step 1"),
     (["replay", "RUN", "--task", "summed_loss.py"], 3, "(ratio 8)"),
-    (["replay", "RUN", "--task", "mean_loss.py"], 2, "must return one value for each of the 12 samples"),
+    (["replay", "RUN", "--task", "mean_loss.py"], 2, "must return one value for each of the 8 samples"),
     (["replay", "RUN", "--task", "no_test.py"], 2, "the Task has no test set"),
     (["replay", "RUN", "--task", "no_data_set.py"], 2, "Task.train must be a map-style data set"),
     (["replay", "RUN", "--task", "no_model.py"], 2, "Task.model must return an nn.Module"),
