@@ -51,4 +51,4 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -45,6 +45,7 @@ def demo(
     _compare(console, fast, exact, seconds)
     console.print(f"\nThe run:     {run}\nThe replays: {fast}/\n             {exact}/", highlight=False)
     console.print(f"The scripts: {SCRIPTS}/", highlight=False, soft_wrap=True)
+    console.print(f"Next:        trajrec report {exact} --html report.html", highlight=False, soft_wrap=True)
 
 
 def _need(package: str, extra: str) -> None:

@@ -106,7 +106,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("weights", f"{spec.row_length:,} {spec.dtype} in {len(spec.params)} parameters, {trainable:,} trainable"),
         ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),
         ("loss", f"{run.loss(1):.4g} at step 1, {run.loss(run.steps):.4g} at step {run.steps:,}" if run.steps else "-"),
-        ("samples", f"{spec.samples:,} ({spec.data.get('dataset', 'unknown data set')})"),
+        ("samples", f"{spec.samples or 'unknown'} ({spec.data.get('dataset', 'unknown data set')})"),
         ("task", spec.task or "none noted"),
         ("command", " ".join(spec.command)),
         ("device", f"{spec.device}, {spec.threads} thread(s)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,10 +137,11 @@ def _run(recorder: Recorder, script: Path, module: str | None, arguments: list[s
 
 
 def _exit_code(code: Any) -> int:
-    if isinstance(code, str):
-        typer.echo(code, err=True)
-        return 1
-    return int(code or 0)
+    """As Python does it: nothing is 0, a number itself, anything else is printed and 1."""
+    if code is None or isinstance(code, int):
+        return code or 0
+    typer.echo(str(code), err=True)
+    return 1
 
 
 @contextmanager
@@ -176,7 +178,11 @@ def _say(recorder: Recorder, name: str, reference: str | None) -> None:
     cost = recorder.seconds / max(recorder.training_seconds, 1e-9)
     path = summary.path
     newest = path.parent == RUNS and find_run(None) == path
-    command = "trajrec replay" + ("" if newest else f" {path}") + ("" if reference else " --task FILE.py:ATTR")
+    command = (
+        "trajrec replay"
+        + ("" if newest else f" {shlex.quote(str(path))}")
+        + ("" if reference else " --task FILE.py:ATTR")
+    )
     gaps = f", {len(summary.gaps)} gap(s)" if summary.gaps else ""
     typer.echo(
         f"Recorded {summary.steps:,} steps of {name} into {path} ({size_text(summary.size)}{gaps}; recording took "

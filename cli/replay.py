@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -84,7 +85,7 @@ def replay(
     terminal.show(report.build(folder, top))
     for reason in left_out:
         typer.echo(f"Not written: {reason}", err=True)
-    typer.echo(f"Written to {folder}/. Next: trajrec report {folder}", err=True)
+    typer.echo(f"Written to {folder}/. Next: trajrec report {shlex.quote(str(folder))}", err=True)
 
 
 def _solve(session: Any, targets: Any, samples: Any, **options: Any) -> Contributions:

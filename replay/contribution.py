@@ -123,7 +123,7 @@ def solve(
 ) -> Contributions:
     """`contributions` for a session that stands already; arguments and errors are the same."""
     check_mode(mode)
-    count = session.run.spec.samples
+    count = session.samples
     chosen = np.arange(count) if samples is None else check_ids(samples, count, "training")
     wanted = choose_targets(targets, session.test)
     if mode == "auto":
@@ -142,7 +142,7 @@ class _Table:
     def __init__(self, session: Session, targets: int, by_epoch: bool) -> None:
         self.epochs = np.unique(session.run.epochs) if by_epoch else np.zeros(1, dtype=np.int64)
         self._of_step = session.run.epochs if by_epoch else None
-        shape = (len(self.epochs), session.run.spec.samples, targets)
+        shape = (len(self.epochs), session.samples, targets)
         self.values = torch.zeros(shape, dtype=torch.float64, device=session.device)
 
     def add(self, columns: slice, step: Step, values: Tensor) -> None:
@@ -199,10 +199,11 @@ def _by_tangent(
             session.train,
             session.rule,
             chosen[piece],
+            total=session.samples,
             exact=exact,
             certifier=session.checks,
             advance=progress.advance,
         )
-        values[piece] = -(d.double() @ gradients.T).cpu().numpy() / session.run.spec.samples
+        values[piece] = -(d.double() @ gradients.T).cpu().numpy() / session.samples
     certificate = session.checks.certificate()
     return Contributions(values, chosen, wanted.names, certificate, exact, "tangent", wanted.kind)

@@ -103,7 +103,7 @@ def hypergradients(
         TaskError, DriftError, ReplayError: as `contributions`.
     """
     session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift, memory=memory)
-    chosen = check_ids(samples, run.spec.samples, "training")
+    chosen = check_ids(samples, session.samples, "training")
     folder = None if out is not None else tempfile.TemporaryDirectory(prefix="trajrec-")
     path = Path(out) if folder is None and out is not None else Path(str(folder and folder.name)) / "hypergradients.h5"
     result = Hypergradients(session, chosen, path, folder)
@@ -126,6 +126,7 @@ def _fill(session: Session, result: Hypergradients, exact: bool, progress: Progr
             session.train,
             session.rule,
             result.samples[piece],
+            total=session.samples,
             exact=exact,
             certifier=session.checks,
             advance=progress.advance,

@@ -105,7 +105,7 @@ def _describe(result: Contributions, session: Session) -> dict[str, Any]:
         "certificate": result.certificate.to_json(),
         "targets": result.target_kind,
         "samples": len(result.samples),
-        "samples_total": spec.samples,
+        "samples_total": session.samples,
         "steps": session.run.steps,
         "epochs": len(np.unique(session.run.epochs)),
         "by_epoch": result.by_epoch is not None,

@@ -81,7 +81,7 @@ class Session:
         self.run = run
         self.task = task
         self.dtype = parse_dtype(dtype, run.spec.dtype)
-        self.device = torch.device(device or "cpu")
+        self.device = parse_device(device)
         self.allow_drift = allow_drift
         self.layout = FlatLayout(run.spec)
         self.rule = rule_for(run.spec, self.layout)
@@ -91,6 +91,8 @@ class Session:
         self.checks = self._checks(allow_drift)
         self.trajectory = self._trajectory(self.checks)
         self._test: Samples | None = None
+        self.samples = run.spec.samples or len(self.train)
+        self._check_trainable()
         self._check_data()
         self._test_rule()
         self._finish_buffers()
@@ -113,6 +115,21 @@ class Session:
                 "The training data changed since the recording: the first batch has other contents (CRC-32 "
                 f"{recorded:08x} recorded), and the first loss is another. Give the Task the data set that the run "
                 "was trained on, or go on with --allow-drift."
+            )
+
+    def _check_trainable(self) -> None:
+        """Parameters without a gradient at the first step are held constant; they must have been."""
+        if not self.layout.params:
+            raise ReplayError("No parameter had a gradient at the first recorded step: there is nothing to replay.")
+        last = self.run.steps if self.run.stored(self.run.steps) else self.run.keyframe_steps[-1]
+        first_row, last_row = self.run.row(0), self.run.row(last)
+        moved = [
+            p.name for p in self.run.spec.params if not p.trainable and (first_row[p.span] != last_row[p.span]).any()
+        ]
+        if moved and not self.allow_drift:
+            raise DriftError(
+                f"Parameter {moved[0]} had no gradient at step 1 and was changed by step {last}. Parameters that join "
+                "the training later (unfreezing) are not replayed: record from the step on at which all take part."
             )
 
     def _test_rule(self) -> None:
@@ -224,6 +241,18 @@ def parse_dtype(dtype: Any, default: str) -> torch.dtype:
             "without a warning."
         )
     return DTYPES[name]
+
+
+def parse_device(device: Any) -> torch.device:
+    """A torch device that is there; None is the CPU.
+
+    Raises:
+        ReplayError: if there is no such device.
+    """
+    try:
+        return torch.empty(0, device=device or "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise ReplayError(f"Device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def check_mode(mode: str) -> None:

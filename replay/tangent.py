@@ -35,6 +35,7 @@ def tangent(
     rule: Rule,
     tracked: IntArray,
     *,
+    total: int,
     exact: bool,
     certifier: StepChecks,
     advance: Callable[[int], None],
@@ -47,6 +48,7 @@ def tangent(
         samples: the training set.
         rule: the optimizer.
         tracked: sample ids [K].
+        total: N.
         exact: with the Hessian.
         certifier: makes every step again, which also carries the optimizer's state along.
         advance: called with the number of steps done.
@@ -55,7 +57,6 @@ def tangent(
         NonFiniteError: if a loss or a hypergradient overflows, naming the step.
         Drifted: if a step differs from the recorded one.
     """
-    total = trajectory.run.spec.samples
     ids = torch.as_tensor(tracked, device=trajectory.device)
     d = torch.zeros(len(tracked), trajectory.layout.size, dtype=trajectory.dtype, device=trajectory.device)
     r, state = State(), initial_state(trajectory, rule)

@@ -45,6 +45,8 @@ def choose_targets(question: Any, samples: Samples) -> Targets:
         SampleRangeError: if a test id does not exist.
     """
     everything = np.arange(len(samples))
+    if not len(everything):
+        raise TaskError("The Task's test set is empty: there is no loss to measure contributions on.")
     if isinstance(question, str):
         if question == "mean":
             return Targets("mean", np.array([-1]), (everything,))
@@ -74,6 +76,8 @@ def check_ids(ids: Any, length: int, what: str) -> IntArray:
         SampleRangeError: if they are not integers, or one does not exist.
     """
     array = np.asarray(ids)
+    if array.size == 0:
+        raise SampleRangeError(f"No {what} ids were given: name at least one, or leave them out to ask about all.")
     if array.dtype == np.bool_ or array.dtype.kind not in "iu" or array.ndim != 1:
         raise SampleRangeError(
             f"{what.capitalize()} ids must be a one-dimensional array of integers, not {array.dtype} of shape "

@@ -143,8 +143,8 @@ def test_the_loss_is_that_of_the_loop():
 def test_loops_without_a_loader_name_their_samples():
     model, sink = nn.Linear(1, 1), MemorySink()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    with Recorder(sink, model=model, optimizer=optimizer) as recorder:
-        recorder.set_batch([4, 2])
+    with Recorder(sink, model=model, optimizer=optimizer):
+        trajrec.set_batch([4, 2])
         model(torch.ones(2, 1)).mean().backward()
         optimizer.step()
         trajrec.set_batch(torch.tensor([1, 1, 7]), weights=[0.5, 0.25, 0.25])
@@ -285,6 +285,117 @@ def test_an_optimizer_of_parts_of_several_models_needs_to_be_told_the_model():
         for x in DataLoader(Identified(), batch_size=4):
             b(a(x)).mean().backward()
             optimizer.step()
+
+
+def three_steps(change, optimizer=None, **options):
+    """A loop of three steps; `change(model, optimizer, step)` is called before each."""
+    model, sink = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(sink, model=model, optimizer=optimizer, **options):
+        for step, x in enumerate(DataLoader(Identified(), batch_size=8)):
+            step_arguments = change(model, optimizer, step) or ()
+            optimizer.zero_grad()
+            model(x).mean().backward()
+            optimizer.step(*step_arguments)
+    return sink
+
+
+def test_a_closure_is_refused():
+    with pytest.raises(RecordingError, match=r"step\(closure\) cannot be recorded"):
+        three_steps(lambda *_: (lambda: None,))
+
+
+def test_a_group_that_joins_later_is_refused_at_its_step():
+    def add(model, optimizer, step):
+        if step == 2:
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+    with pytest.raises(RecordingError, match="parameter groups changed before step 3"):
+        three_steps(add)
+
+
+def test_parameters_that_join_later_are_refused_at_replay():
+    from tests.memory_run import MemoryRun
+    from trajrec.errors import DriftError
+    from trajrec.replay import contributions
+    from trajrec.task import Task
+
+    sink = three_steps(lambda model, _, step: model[0].requires_grad_(step == 2) and None)
+    data = Identified()
+    task = Task(lambda: nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)), data, data, loss=lambda m, x: m(x)[:, 0])
+    with pytest.raises(DriftError, match=r"0\.weight had no gradient at step 1 and was changed by step 3"):
+        contributions(MemoryRun(sink), task)
+
+
+def test_an_optimizer_that_never_steps_is_said():
+    model = nn.Linear(1, 1)
+    recorder = Recorder(MemorySink(), model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RecordingError, match="made no step: nothing was recorded"), recorder:
+        pass
+
+
+def test_a_loader_must_be_a_data_loader():
+    with pytest.raises(RecordingError, match="takes the DataLoader of the training, not Identified"):
+        three_steps(lambda *_: None, loader=Identified())
+
+
+def test_a_look_at_the_data_before_training_is_no_epoch():
+    loader = DataLoader(Identified(), batch_size=8)
+    model, sink = nn.Linear(1, 1), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Recorder(sink, model=model, optimizer=optimizer, loader=loader):
+        next(iter(loader))
+        for _ in range(2):
+            for x in loader:
+                model(x).mean().backward()
+                optimizer.step()
+    assert [r.epoch for r in sink.records[1:]] == [0] * 3 + [1] * 3
+
+
+def test_a_script_that_exits_well_has_a_complete_recording():
+    for code, complete in ((0, True), (None, True), (3, False)):
+        model, sink = nn.Linear(1, 1), MemorySink()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with pytest.raises(SystemExit), Recorder(sink, model=model, optimizer=optimizer):
+            for x in DataLoader(Identified(), batch_size=8):
+                model(x).mean().backward()
+                optimizer.step()
+            raise SystemExit(code)
+        assert sink.complete is complete
+
+
+def test_named_samples_replay_like_those_of_a_loader():
+    """Without a data set at recording the Task's data set tells N."""
+    from tests.memory_run import MemoryRun
+    from trajrec.replay import contributions, hypergradients
+    from trajrec.task import Task
+
+    x, y = torch.randn(14, 2), torch.randn(14)
+    task = Task(
+        lambda: nn.Linear(2, 1), TensorDataset(x, y), TensorDataset(x, y), loss=lambda m, b: (m(b[0])[:, 0] - b[1]) ** 2
+    )
+    runs = []
+    for named in (True, False):
+        torch.manual_seed(0)
+        model, sink = nn.Linear(2, 1), MemorySink()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        batches = [[0, 1, 2], [3, 4, 5], [0, 2, 13]]
+        loader = (
+            [(x[ids], y[ids]) for ids in batches] if named else DataLoader(TensorDataset(x, y), batch_sampler=batches)
+        )
+        with Recorder(sink, model=model, optimizer=optimizer):
+            for (a, b), ids in zip(loader, batches, strict=True):
+                if named:
+                    trajrec.set_batch(ids)
+                ((model(a)[:, 0] - b) ** 2).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        runs.append(MemoryRun(sink))
+    one, other = (contributions(run, task, exact=True).values for run in runs)
+    assert one.shape == (14, 1)
+    assert (one == other).all()
+    with hypergradients(runs[0], task, [13]) as h, hypergradients(runs[1], task, [13]) as g:
+        assert torch.equal(h[13]["weight"], g[13]["weight"])
 
 
 class LateCopy:

@@ -185,6 +185,9 @@ BAD = [
     (["record", "--budget", "plenty", "train.py"], 2, "plenty"),
     (["replay", "RUN", "--memory", "lots"], 2, "lots"),
     (["verify", "empty.h5"], 4, "empty.h5"),
+    (["replay", "RUN", "--device", "foo"], 2, "Device foo cannot be used"),
+    (["replay", "RUN", "--samples", "none-given.npy"], 2, "No training ids were given"),
+    (["record", "--budget", "1", "--out", "k.h5", "train.py"], 2, "budget"),
     (["pack", "task.py"], 4, "task.py"),
     (["replay", "--no-such-option"], 2, "No such option"),
 ]
@@ -201,6 +204,7 @@ def test_mistakes_have_their_message_and_exit_code(project, tmp_path, arguments,
     shutil.copytree(project, folder)
     np.save(folder / "far.npy", np.array([0, 30]))
     np.save(folder / "floats.npy", np.array([0.5]))
+    np.save(folder / "none-given.npy", np.array([], dtype=np.int64))
     (folder / "empty.h5").touch()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")

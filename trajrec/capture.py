@@ -134,6 +134,7 @@ class BatchLedger:
         self._given: tuple[IntArray, FloatArray | None] | None = None
         self._losses: list[Tensor] = []
         self._passes: dict[int, int] = {}
+        self._passes_before = 0
         self._loose_rng: tuple[Tensor, ...] | None = None
         self._first = True
 
@@ -208,7 +209,11 @@ class BatchLedger:
             return StepBatch(given[0], given[1], losses, rng)
         ids = self._ids(batches)
         self.dataset = batches[-1].loader.dataset if self.dataset is None else self.dataset
-        self.epochs = self._passes.get(id(self.dataset), 1)
+        passes = self._passes.get(id(self.dataset), 1)
+        if self._first:
+            # A look at the data before training (`next(iter(loader))`) is no epoch.
+            self._passes_before = passes - 1
+        self.epochs = passes - self._passes_before
         contents = tuple([batch.content for batch in batches]) if self._first else ()
         self._first = False
         return StepBatch(ids, None, losses, rng, contents)

@@ -15,15 +15,16 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
 
-from trajrec.capture import BatchLedger, Capture, StepBatch, set_batch
+from trajrec.capture import BatchLedger, Capture, StepBatch
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery
 from trajrec.errors import RecordingError
@@ -62,6 +63,9 @@ class Recorder:
         self._spent = 0.0
         self.training_seconds = 0.0
         loaders = None if loader is None else list(loader) if isinstance(loader, list | tuple) else [loader]
+        for given in loaders or ():
+            if not isinstance(given, DataLoader):
+                raise RecordingError(f"loader= takes the DataLoader of the training, not {type(given).__name__}.")
         self.ledger = BatchLedger(loaders)
         self._capture = Capture(self.ledger)
         self._discovery = Discovery(self.ledger) if model is None else None
@@ -77,8 +81,6 @@ class Recorder:
         self._keeps_rows = True
         self._transfer: RowCopy | None = None
         self._travelling: StepRecord | None = None
-
-    set_batch = staticmethod(set_batch)
 
     @property
     def seconds(self) -> float:
@@ -101,9 +103,15 @@ class Recorder:
             self._handles.append(register_optimizer_step_post_hook(self._after_step))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self._detach()
-        self.close(complete=kind is None)
+        # `sys.exit(main())` is how many a script ends well.
+        complete = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        if self.close(complete) is None and complete and self.optimizer is not None:
+            raise RecordingError(
+                f"The {type(self.optimizer).__name__} optimizer that was given made no step: nothing was recorded. "
+                "Pass the optimizer that the loop steps: trajrec.record(optimizer=...)."
+            )
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -134,14 +142,20 @@ class Recorder:
         self.ledger.forward(torch.is_grad_enabled(), module.training, self._generators.states)
         self._spent += time.thread_time() - start
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if self.optimizer is not None and optimizer is not self.optimizer:
             self._refuse_second(optimizer)
             return
+        if any(callable(value) for value in (*arguments[1:], *options.values())):
+            raise RecordingError(
+                "optimizer.step(closure) cannot be recorded: the gradient is made inside the step. Call backward() "
+                "yourself and then optimizer.step() without a closure."
+            )
         start = time.thread_time()
         if self._snapshot is None:
             self._begin(optimizer)
         assert self._snapshot is not None
+        self._snapshot.check_groups(self._step + 1)
         batch = self._first_batch or self.ledger.take()
         self._first_batch = None
         rng = b"" if batch.rng is None else consumed(batch.rng, self._snapshot.generators.states())
@@ -180,8 +194,10 @@ class Recorder:
             self._discovery.remove()
             self._watch_model(self.model)
         batch = self._first_batch = self.ledger.take()
-        self._snapshot = Snapshot(self.model, optimizer)
-        self.sink.open(self._snapshot.spec(self._describe(batch)))
+        snapshot = Snapshot(self.model, optimizer)
+        self.sink.open(snapshot.spec(self._describe(batch)))
+        # Only now: a sink that could not be opened must not be closed.
+        self._snapshot = snapshot
         self._transfer = self._snapshot.transfer()
         nothing = StepBatch(np.empty(0, dtype=np.int64), None, [])
         self._commit(nothing, self._snapshot.hyper(), b"")
@@ -193,7 +209,8 @@ class Recorder:
     def _describe(self, batch: StepBatch) -> dict[str, Any]:
         """The fields of RunSpec that come from around the model."""
         dataset = self.ledger.dataset
-        length = len(dataset) if hasattr(dataset, "__len__") else int(batch.ids.max(initial=-1)) + 1
+        # Without a data set (ids named by the user) N is not known yet; the Task's data set tells it at replay.
+        length = len(dataset) if hasattr(dataset, "__len__") else 0
         data: dict[str, Any] = {"dataset": type(dataset).__name__, "length": length}
         if (crc := batch.digest()) is not None:
             data["first_batch_crc32"] = crc
@@ -267,7 +284,12 @@ def record(
     loader: Any = None,
     task: str | None = None,
     force: bool = False,
-    **options: Any,
+    keep: Literal["steps"] | int = "steps",
+    compression: Literal["zstd", "none"] = "zstd",
+    budget: str | int | None = None,
+    on_full: Literal["wait", "stop-recording", "raise"] = "wait",
+    resume: bool = False,
+    keyframe_every: int = 64,
 ) -> Recorder:
     """A recorder, to be used as a context manager around a training loop.
 
@@ -281,7 +303,12 @@ def record(
         loader: the training DataLoader, or a list of them; left out, all are watched and validation is told apart.
         task: "FILE.py:ATTR" of the Task, noted in the recording so that `trajrec replay` finds it.
         force: replace an existing recording.
-        **options: of `trajrec.runfile.recording.RunFileSink`.
+        keep: "steps" for the weights of every step, or K for keyframes every K steps, recomputed between at replay.
+        compression: "zstd" or "none".
+        budget: limit on disk space, "20GB" or bytes; rows and keyframes are thinned to stay below it.
+        on_full: what to do when the disk is full: "wait" for room, "stop-recording" or "raise".
+        resume: go on with an existing recording at the step whose weights training starts with.
+        keyframe_every: steps between keyframes with keep="steps".
 
     Raises:
         OutputExistsError: if the output exists and `force` is False.
@@ -289,6 +316,14 @@ def record(
     """
     from trajrec.runfile.recording import RunFileSink
 
-    return Recorder(
-        RunFileSink(Path(path), force=force, **options), model=model, optimizer=optimizer, loader=loader, task=task
+    sink = RunFileSink(
+        Path(path),
+        keep=keep,
+        compression=compression,
+        on_full=on_full,
+        force=force,
+        resume=resume,
+        budget=budget,
+        keyframe_every=keyframe_every,
     )
+    return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task)

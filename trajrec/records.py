@@ -73,7 +73,7 @@ class RunSpec:
         hyperparameters: names of the H numeric values recorded for every group at every step; a tuple-valued one
             is split ("betas.0", "betas.1"). A missing value (None) is NaN.
         groups: G.
-        samples: N, the length of the training set.
+        samples: N, the length of the training set; 0 where the recorder saw no data set (`set_batch`).
         rng: names and lengths in bytes of the random generator states whose concatenation is `StepRecord.rng`.
         eval_modules: names of modules that were in eval mode during the first training forward pass.
         task: "FILE.py:ATTR" as recorded, or None; `task_sha256` of that file.

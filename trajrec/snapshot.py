@@ -38,6 +38,7 @@ class Snapshot:
         self.optimizer = optimizer
         self.parameters = dict(model.named_parameters())
         self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.names = _hyperparameter_names(optimizer)
         self._keys = [(name.partition(".")[0], name.partition(".")[2]) for name in self.names]
         self.generators = Generators(next(iter(self.parameters.values())).device)
@@ -61,6 +62,19 @@ class Snapshot:
             raise RecordingError(
                 "The optimizer holds parameters that the model does not have. Pass the module that holds them all: "
                 "trajrec.record(model=...)."
+            )
+
+    def check_groups(self, step: int) -> None:
+        """Checks that the parameter groups are those of the first step.
+
+        Raises:
+            RecordingError: if a group or parameter was added or taken away.
+        """
+        groups = self.optimizer.param_groups
+        if [len(group["params"]) for group in groups] != self._group_sizes:
+            raise RecordingError(
+                f"The optimizer's parameter groups changed before step {step}. A recording holds one set of groups: "
+                "add all parameters before the first step, or record the parts of the training as separate runs."
             )
 
     @property
