@@ -104,6 +104,8 @@ def _describe(result: Contributions, session: Session) -> dict[str, Any]:
         "run_id": spec.run_id,
         "certificate": result.certificate.to_json(),
         "targets": result.target_kind,
+        # A Task whose test set is its training set asks what samples do to their own loss: self-influence.
+        "target_set": "train" if session.test.dataset is session.train.dataset else "test",
         "samples": len(result.samples),
         "samples_total": session.samples,
         "steps": session.run.steps,

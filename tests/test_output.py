@@ -210,3 +210,16 @@ def test_a_data_set_that_fails_costs_only_that_file(tmp_path):
     assert not (folder / "samples.parquet").exists()
     assert table(folder, "targets").height == M
     assert load(folder).samples.collect().is_empty()
+
+
+def test_a_task_that_tests_on_its_training_set_asks_for_self_influence(tmp_path):
+    from trajrec.replay.suspects import self_influence
+
+    train = Pictures(N, 1)
+    folder, _ = replayed(tmp_path, train, train)
+    inputs = load(folder)
+    assert inputs.settings.target_set == "train"
+    own = self_influence(inputs.contributions).collect().sort("sample")
+    values = table(folder, "contributions").filter(pl.col("sample") == pl.col("target")).sort("sample")
+    assert own["sample"].to_list() == list(range(N))
+    assert sorted(own.drop("sample").to_series()) == pytest.approx(sorted(values["contribution"]))
