@@ -204,3 +204,8 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_site(tmp_path):
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
+
+
+def test_the_page_of_measurements_is_what_the_results_say():
+    script = ROOT / "benchmarks" / "tables.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], timeout=60).returncode == 0

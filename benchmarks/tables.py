@@ -1,0 +1,126 @@
+"""Writes docs/measurements.md from the results beside this script: no figure is typed by hand.
+
+python benchmarks/tables.py [--check]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "measurements.md"
+
+NAMES = {
+    "trajrec-raw": "trajrec, every step, uncompressed",
+    "trajrec-zstd": "trajrec, every step (default)",
+    "trajrec-keyframes": "trajrec, keyframes every 50 steps",
+    "torch.save": "torch.save a step",
+    "safetensors": "safetensors a step",
+    "h5py": "h5py a step, one row",
+    "dcp-async": "torch.distributed.checkpoint async_save a step",
+}
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
+
+
+def percent(spread):
+    return f"{spread['median']:.1%} ({spread['min']:.1%} to {spread['max']:.1%})"
+
+
+def overhead():
+    result = json.loads((RESULTS / "record_overhead.json").read_text())
+    parts = []
+    for model, title in (("lenet", "LeNet-5"), ("cnn", "a CNN with BatchNorm and dropout")):
+        if model not in result:
+            continue
+        rows = result[model]
+        noise = percent(rows["none"]["thread_cpu_over_unrecorded"])
+        size = next(iter(rows.values()))["parameters"]
+        head = ["what saves the weights", "training thread", "other threads and processes", "bytes a step"]
+        cells = [
+            [
+                name,
+                percent(rows[key]["hooks_share"]),
+                percent(rows[key]["others_share"]),
+                f"{rows[key]['bytes_a_step']:,}",
+            ]
+            for key, name in NAMES.items()
+            if key in rows
+        ]
+        parts.append(
+            f"**{title}**, {size:,} parameters. CPU time over that of the unrecorded part of the same training thread: "
+            f"median, and range over {result['pairs']} runs. Two unrecorded runs differ by {noise}.\n\n"
+            + table(head, cells)
+        )
+    return "\n\n".join(parts)
+
+
+def reading():
+    result = json.loads((RESULTS / "read_speed.json").read_text())
+    rows = [
+        [r["model"], r["compression"], f"{r['forwards_MB_s']:,.0f}", f"{r['backwards_MB_s']:,.0f}", f"{r['ratio']:.2f}"]
+        for r in result["results"]
+    ]
+    head = ["run", "compression", "forwards, MB/s", "backwards, MB/s", "size ratio"]
+    load = result["about"]["load_average"]
+    return f"MB/s of rows from the page cache, checksums verified (load average {load} on two cores).\n\n" + table(
+        head, rows
+    )
+
+
+def agreement():
+    result = json.loads((RESULTS / "agreement.json").read_text())
+    rows = [
+        [
+            r["epochs"],
+            r["steps"],
+            f"{r['spearman']:.3f}",
+            f"{r['sign_error']:.1%}",
+            r["wrong_labels_among_as_many_most_harmful"]["hessian_free"],
+            r["wrong_labels_among_as_many_most_harmful"]["exact"],
+            f"{r['time_over_training']['hessian_free']:.1f}",
+            f"{r['time_over_training']['exact']:.1f}",
+        ]
+        for r in result["rows"]
+    ]
+    head = ["epochs", "steps", "Spearman", "sign error", "found, Hessian-free", "found, exact"]
+    head += ["time, Hessian-free", "time, exact"]
+    wrong = result["rows"][0]["wrong_labels"]
+    return (
+        f"{result['training']}, {wrong} wrong labels, contributions of all samples to the mean test loss. Found: how "
+        f"many of the {wrong} wrong labels are among the {wrong} most harmful samples. Time: over that of the training "
+        f"alone, {result['threads']} thread(s).\n\n" + table(head, rows)
+    )
+
+
+SECTIONS = (
+    ("What recording costs", overhead, "record_overhead"),
+    ("How fast a run is read", reading, "read_speed"),
+    ("Hessian-free against exact", agreement, "agreement"),
+)
+
+
+def page():
+    text = (
+        "# Measurements\n\nEvery table is written by `benchmarks/tables.py` from a result that the named script left.\n"
+    )
+    for title, section, name in SECTIONS:
+        if (RESULTS / f"{name}.json").is_file():
+            text += f"\n## {title}\n\n`python benchmarks/{name}.py`. {section()}\n"
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    if parser.parse_args().check:
+        sys.exit(PAGE.read_text() != page())
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
