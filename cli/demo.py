@@ -75,15 +75,17 @@ def _compare(console: Console, fast: Path, exact: Path, seconds: dict[str, float
     """How well the two forms agree, and how many of the wrong labels each puts among the most harmful."""
     import polars as pl
 
+    from trajrec.replay.agreement import agree
+
     frames: dict[str, Any] = {}
     for name, folder in (("Hessian-free", fast), ("exact", exact)):
         samples = pl.read_parquet(folder / "samples.parquet")
         frames[name] = pl.read_parquet(folder / "contributions.parquet").join(samples, on="sample").sort("sample")
     a, b = (frame["contribution"] for frame in frames.values())
-    spearman = pl.DataFrame({"a": a, "b": b}).select(pl.corr("a", "b", method="spearman")).item()
-    signs = ((a > 0) != (b > 0)).mean()
+    found = agree(a.to_numpy(), b.to_numpy())
     console.print(
-        f"Agreement: Spearman {spearman:.3f}, sign error {signs:.1%} (over {len(a):,} samples)", highlight=False
+        f"Agreement: Spearman {found.spearman:.3f}, sign error {found.sign_error:.1%} (over {found.samples:,} samples)",
+        highlight=False,
     )
     for name, frame in frames.items():
         wrong = frame["noisy"].sum()

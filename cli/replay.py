@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trajrec.cli.maintenance import RunArgument
 from trajrec.errors import DataMismatchError, TaskError, TrajrecError
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from trajrec.task import Task
 
 
-RunArgument = Annotated[
-    Path | None, typer.Argument(metavar="RUN", help="The run (default: the newest under ./runs).", show_default=False)
-]
 TaskOption = Annotated[
     str | None,
     typer.Option(metavar="FILE.py:ATTR", help="The Task (default: the one noted in the run).", show_default=False),
