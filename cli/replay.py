@@ -59,9 +59,9 @@ def replay(
 
     Example: [bold]trajrec replay --samples idx.npy --exact[/bold]
     """
-    from trajrec.cli.runs import check_absent, find_run, replay_folder
+    from trajrec.cli.runs import find_run, replay_folder
     from trajrec.replay import report
-    from trajrec.replay.output import new_folder, write_replay
+    from trajrec.replay.output import check_absent, new_folder, write_replay
     from trajrec.replay.render import tables, terminal
     from trajrec.replay.session import Session
     from trajrec.runfile.reader import open as open_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from trajrec.errors import OutputExistsError, TrajrecError
+from trajrec.errors import TrajrecError
 
 RUNS = Path("runs")
 
@@ -35,16 +35,6 @@ def replay_folder(run: Path) -> Path:
     """The default output folder of a run's replay, beside the run."""
     name = run.name.removesuffix(".rec").removesuffix(".h5")
     return run.with_name(f"{name}-replay")
-
-
-def check_absent(path: Path, force: bool) -> None:
-    """Checks that an output may be written.
-
-    Raises:
-        OutputExistsError: if it exists and force is False.
-    """
-    if path.exists() and not force:
-        raise OutputExistsError(f"{path} exists already. Choose another with --out, or replace it with --force.")
 
 
 def size_text(size: float) -> str:

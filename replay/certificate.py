@@ -145,15 +145,18 @@ class Certifier:
 
     def certificate(self) -> Certificate:
         """What has been proved so far."""
-        verdict = "within rounding"
-        if not self._checked:
-            verdict = "unchecked"
-        elif self._first_bad is not None:
-            verdict = "drifted"
-        elif self._exact:
-            verdict = "bit-exact"
         checked = len(self._checked)
+        verdict = verdict_of(checked, self._exact, self._first_bad)
         return Certificate(verdict, self.run.steps, checked, self._worst, self._worst_step, self.rtol, self._first_bad)
+
+
+def verdict_of(checked: int, exact: bool, first_bad: int | None) -> str:
+    """The verdict on so many checked steps, all equal to the bit or not, and the first that drifted."""
+    if not checked:
+        return "unchecked"
+    if first_bad is not None:
+        return "drifted"
+    return "bit-exact" if exact else "within rounding"
 
 
 class Drifted(Exception):  # noqa: N818

@@ -41,6 +41,16 @@ SIGN = "positive = helpful"
 UNIT = "unit of the target loss"
 
 
+def check_absent(folder: Path, force: bool) -> None:
+    """Checks that an output may be written.
+
+    Raises:
+        OutputExistsError: if it exists and force is False.
+    """
+    if folder.exists() and not force:
+        raise OutputExistsError(f"{folder} exists already. Choose another with --out, or replace it with --force.")
+
+
 @contextmanager
 def new_folder(folder: Path, force: bool) -> Iterator[Path]:
     """A folder to fill; it takes its place when the block ends well, and is gone when it does not.
@@ -48,8 +58,7 @@ def new_folder(folder: Path, force: bool) -> Iterator[Path]:
     Raises:
         OutputExistsError: if it exists and force is False.
     """
-    if folder.exists() and not force:
-        raise OutputExistsError(f"{folder} exists already. Choose another with --out, or replace it with --force.")
+    check_absent(folder, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     unfinished.mkdir()

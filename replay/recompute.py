@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trajrec.checksum import crc32
 from trajrec.records import Row
-from trajrec.replay.certificate import Certificate, Drifted
+from trajrec.replay.certificate import Certificate, Drifted, verdict_of
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.plan import Advance, Drop, Hold, Load, Recall, Visit, backward_plan
@@ -50,7 +50,6 @@ class KeyframeChecks:
         self.run = run
         self.layout = layout
         self.rule = rule
-        self.rtol = TOLERANCE
         self.allow_drift = allow_drift
         self._row: Row = run.row(0).copy()
         self._equal: dict[int, bool] = {}
@@ -82,14 +81,8 @@ class KeyframeChecks:
 
     def certificate(self) -> Certificate:
         """What has been proved so far."""
-        verdict = "within rounding"
-        if not self._equal:
-            verdict = "unchecked"
-        elif self._first_bad is not None:
-            verdict = "drifted"
-        elif all(self._equal.values()):
-            verdict = "bit-exact"
         checked = len(self._equal)
+        verdict = verdict_of(checked, all(self._equal.values()), self._first_bad)
         return Certificate(verdict, self.run.steps, checked, self._worst, self._worst_step, TOLERANCE, self._first_bad)
 
     # A replay's own steps start from the recomputed weights, which have been compared already.

@@ -1,6 +1,6 @@
 """CRC-32, the one of zlib, by the fastest implementation there is: a step's weights are summed in the training thread.
 
-`isal` uses the processor's carry-less multiplication and is ten times as fast as zlib, which does where it is missing.
+`isal` uses the processor's carry-less multiplication, which zlib does without; where `isal` has no build, zlib does.
 """
 
 try:
