@@ -72,7 +72,7 @@ def adjoint(
         else:
             inner, lam = here.inner_products(gamma), pulled
         check_finite(inner, "The adjoint (it grew beyond the number range going backwards)", step.t)
-        collect(step, -step.shares * inner)
+        collect(step, -here.shares * inner)
         advance(1)
     if certifier is not None:
         certifier.finish_backwards(initial)

@@ -17,19 +17,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trajrec.replay.model import LossFunction, check_finite
+from trajrec.replay.model import LossFunction
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Step
 from trajrec.rules.step import pull_batched
 
 
 def gradient_of(function: LossFunction, samples: Samples, step: Step) -> Tensor:
-    """The gradient g_t [P'] alone, the same to the bit as `Linearization.gradient`."""
+    """The gradient g_t [P'] alone, micro-batches added up one after the other as a training loop does."""
     weights = step.before.detach().requires_grad_()
+    total: Tensor | None = None
     with torch.enable_grad():
-        losses = function.losses(weights, samples.batch(step.ids), len(step.ids), step.rng)
-        check_finite(losses.detach(), "The training loss", step.t)
-        return torch.autograd.grad(torch.dot(step.shares, losses), weights)[0]
+        for part in function.parts(weights, samples, step):
+            (gradient,) = torch.autograd.grad(part.total, weights)
+            total = gradient if total is None else total + gradient
+    assert total is not None
+    return total
 
 
 class Linearization:
@@ -37,12 +40,16 @@ class Linearization:
 
     def __init__(self, function: LossFunction, samples: Samples, step: Step) -> None:
         self._weights = step.before.detach().requires_grad_()
-        self._shares = step.shares.detach().requires_grad_()
         with torch.enable_grad():
-            self._losses = function.losses(self._weights, samples.batch(step.ids), len(step.ids), step.rng)
-            check_finite(self._losses.detach(), "The training loss", step.t)
-            total = torch.dot(self._shares, self._losses)
-            (self._gradient,) = torch.autograd.grad(total, self._weights, create_graph=True)
+            objective = function.objective(self._weights, samples, step)
+            self._losses = objective.losses
+            self._shares = objective.shares.requires_grad_()
+            (self._gradient,) = torch.autograd.grad(objective.total, self._weights, create_graph=True)
+
+    @property
+    def shares(self) -> Tensor:
+        """The c[t,i] [B] of the batch."""
+        return self._shares.detach()
 
     @property
     def losses(self) -> Tensor:

@@ -8,8 +8,9 @@ eval mode with the run's last buffers (running statistics), which are held const
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,40 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trajrec.errors import ModelMismatchError, NonFiniteError, TaskError
 from trajrec.records import Keyframe, RunSpec
-from trajrec.replay.trajectory import RecordedRun
+from trajrec.replay.samples import Samples
+from trajrec.replay.trajectory import Part, RecordedRun, Step
 from trajrec.rules import FlatLayout
 from trajrec.task import Batch, Loss, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a step's gradient is of: sum_i shares[i] losses[i] + penalty.
+
+    Attributes:
+        losses: [B], in the order of the step's ids.
+        shares: [B], the c[t,i]; constant.
+        penalty: a term without samples (regularisation), or None.
+    """
+
+    losses: Tensor
+    shares: Tensor
+    penalty: Tensor | None
+
+    @property
+    def total(self) -> Tensor:
+        """The scalar itself."""
+        weighted = torch.dot(self.shares, self.losses)
+        return weighted if self.penalty is None else weighted + self.penalty
+
+    @classmethod
+    def joined(cls, parts: Sequence[Objective]) -> Objective:
+        """The objective of micro-batches together."""
+        if len(parts) == 1:
+            return parts[0]
+        penalties = [part.penalty for part in parts if part.penalty is not None]
+        penalty = torch.stack(penalties).sum() if penalties else None
+        return cls(torch.cat([p.losses for p in parts]), torch.cat([p.shares for p in parts]), penalty)
 
 
 class _LossModule(nn.Module):
@@ -105,10 +137,28 @@ class LossFunction:
             if name in values:
                 buffer.copy_(values[name])
 
-    def losses(self, weights: Tensor, batch: Batch, count: int, rng: bytes = b"") -> Tensor:
-        """Training losses [B] of a batch of `count` samples at weights [P'], differentiable."""
-        with self._random_state(rng):
-            return self._call(self.task.loss, "loss", weights, batch, count)
+    def objective(self, weights: Tensor, samples: Samples, step: Step) -> Objective:
+        """What the gradient of a recorded step is of, at weights [P'], differentiable.
+
+        Raises:
+            NonFiniteError: if a loss is NaN or infinite.
+        """
+        parts = [self._part(weights, samples, step, part) for part in step.parts]
+        return Objective.joined(parts)
+
+    def parts(self, weights: Tensor, samples: Samples, step: Step) -> Iterator[Objective]:
+        """The objective of one micro-batch after the other; they add up to `objective`."""
+        for part in step.parts:
+            yield self._part(weights, samples, step, part)
+
+    def _part(self, weights: Tensor, samples: Samples, step: Step, part: Part) -> Objective:
+        ids = step.ids[part.span]
+        batch = samples.batch(ids)
+        with self._random_state(part.rng):
+            losses = self._call(self.task.loss, "loss", weights, batch, len(ids))
+        check_finite(losses.detach(), "The training loss", step.t)
+        shares = torch.full_like(losses, 1 / len(step.ids)) if step.shares is None else step.shares[part.span]
+        return Objective(losses, shares.detach(), None)
 
     def measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
         """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""

@@ -156,8 +156,7 @@ class Session:
     def _loss(self, step: Step) -> float:
         """The loss of a step by the Task."""
         with torch.no_grad():
-            losses = self.function.losses(step.before, self.train.batch(step.ids), len(step.ids), step.rng)
-        return float(torch.dot(step.shares, losses))
+            return float(self.function.objective(step.before, self.train, step).total)
 
     @property
     def _keyframed(self) -> bool:

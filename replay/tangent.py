@@ -64,7 +64,7 @@ def tangent(
         here = Linearization(function, samples, step)
         state_after = certifier.forwards(step, state, here.gradient)
         batch_ids = torch.as_tensor(step.ids, device=trajectory.device)
-        multipliers = (batch_ids == ids[:, None]).to(d.dtype) * step.shares * total
+        multipliers = (batch_ids == ids[:, None]).to(d.dtype) * here.shares * total
         k = here.forced(d if exact else None, multipliers)
         d, r = rule.push(step.before, state, here.gradient, step.hyper, d, r, k)
         check_finite(d, "A hypergradient", step.t)

@@ -40,26 +40,35 @@ class RecordedRun(Protocol):
     def row(self, t: int) -> Row: ...  # noqa: D102
     def walk(self, first: int, last: int) -> Iterator[tuple[int, Row]]: ...  # noqa: D102
     def sample_ids(self, t: int) -> IntArray: ...  # noqa: D102
-    def sample_weights(self, t: int) -> FloatArray: ...  # noqa: D102
+    def recorded_weights(self, t: int) -> FloatArray | None: ...  # noqa: D102
     def hyper(self, t: int) -> FloatArray: ...  # noqa: D102
     def loss(self, t: int) -> float: ...  # noqa: D102
     def rng(self, t: int) -> bytes: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Step t: before [P'] and after [P'] are w_{t-1} and w_t, ids [B], shares [B] the c[t,i], hyper [G, H].
+class Part:
+    """What went through the model in one forward pass: a slice of the step's ids, and its random state before."""
 
-    `state` is s_{t-1} where it had to be made, else None.
+    span: slice
+    rng: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Step t: before [P'] and after [P'] are w_{t-1} and w_t, ids [B], hyper [G, H].
+
+    `shares` [B] are the c[t,i] that were recorded, None where the Task's reduction says them. `parts` are the
+    micro-batches, in order. `state` is s_{t-1} where it had to be made, else None.
     """
 
     t: int
     before: Tensor
     after: Tensor
     ids: IntArray
-    shares: Tensor
+    shares: Tensor | None
     hyper: FloatArray
-    rng: bytes
+    parts: tuple[Part, ...]
     state: State | None = None
 
 
@@ -147,5 +156,11 @@ def vector_of(row: Row, t: int, layout: FlatLayout) -> Tensor:
 
 def make_step(run: RecordedRun, t: int, before: Tensor, after: Tensor, state: State | None = None) -> Step:
     """Step t between two weight vectors [P']."""
-    shares = torch.as_tensor(run.sample_weights(t)).to(before.device, before.dtype)
-    return Step(t, before, after, run.sample_ids(t), shares, run.hyper(t), run.rng(t), state)
+    recorded = run.recorded_weights(t)
+    shares = None if recorded is None else torch.as_tensor(recorded).to(before.device, before.dtype)
+    ids = run.sample_ids(t)
+    return Step(t, before, after, ids, shares, run.hyper(t), _parts(len(ids), run.rng(t)), state)
+
+
+def _parts(count: int, rng: bytes) -> tuple[Part, ...]:
+    return (Part(slice(0, count), rng),)

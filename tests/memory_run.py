@@ -37,9 +37,8 @@ class MemoryRun:
     def sample_ids(self, t):
         return self.sink.records[t].ids
 
-    def sample_weights(self, t):
-        record = self.sink.records[t]
-        return np.full(len(record.ids), 1 / len(record.ids)) if record.weights is None else record.weights
+    def recorded_weights(self, t):
+        return self.sink.records[t].weights
 
     def hyper(self, t):
         return self.sink.records[t].hyper

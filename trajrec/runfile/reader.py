@@ -160,11 +160,15 @@ class Run:
         """Sample ids of step t (1..T) in batch order [B]."""
         return self._span("ids", t)
 
+    def recorded_weights(self, t: int) -> FloatArray | None:
+        """The weights c[t,i] of the samples of step t (1..T) [B], or None where none were recorded."""
+        weights: FloatArray = self._span("weights", t)
+        return weights if weights.size else None
+
     def sample_weights(self, t: int) -> FloatArray:
         """The weights c[t,i] of the samples of step t (1..T) [B]; 1/B where none were recorded."""
-        weights: FloatArray = self._span("weights", t)
-        count = len(self.sample_ids(t))
-        return weights if len(weights) == count else np.full(count, 1.0 / max(count, 1))
+        weights, count = self.recorded_weights(t), len(self.sample_ids(t))
+        return np.full(count, 1.0 / max(count, 1)) if weights is None else weights
 
     def hyper(self, t: int) -> FloatArray:
         """Hyperparameters in force at step t (1..T) [G, H], in the order of `spec.hyperparameters`."""
