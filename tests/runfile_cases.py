@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from trajrec.records import BufferSpec, Keyframe, ParamSpec, RunSpec, StepRecord
+from trajrec.records import NO_IDS, BufferSpec, Conditions, Keyframe, ParamSpec, RunSpec, StepRecord
 from trajrec.sink import Sink, Summary
 
 
@@ -51,6 +51,7 @@ class MadeUpRun:
     seed: int = 0
     batch: int = 7
     with_weights: bool = True
+    with_parts: bool = False
 
     def row(self, t: int) -> np.ndarray:
         start, direction = _line(self.seed, self.spec.row_length, self.spec.dtype)
@@ -59,13 +60,23 @@ class MadeUpRun:
     def record(self, t: int) -> StepRecord:
         crc = zlib.crc32(self.row(t).data)
         hyper = np.array([[0.1 / (t + 1), 0.9], [0.01, np.nan]])
+        if self.with_parts and t >= 20:
+            hyper = np.concatenate([hyper, [[0.5, np.nan]]])
         if t == 0:
             return StepRecord(0, 0, float("nan"), 1e9, crc, hyper, np.empty(0, np.int64))
         random = np.random.default_rng([self.seed, t])
         ids = random.integers(0, self.spec.samples, self.batch - (t % 5 == 0))
         weights = random.random(len(ids)) if self.with_weights and t % 3 == 0 else None
         size = sum(length for _, length in self.spec.rng)
-        return StepRecord(t, t // 10, 1.0 / t, 1e9 + t, crc, hyper, ids, weights, random.bytes(size * (t % 2)))
+        told = (t, t // 10, 1.0 / t, 1e9 + t, crc, hyper, ids, weights, random.bytes(size * (t % 2)))
+        return StepRecord(*told, **self._rest(t, len(ids)) if self.with_parts else {})
+
+    def _rest(self, t: int, count: int) -> dict:
+        """Micro-batches at every other step, digests at most, a third group from step 20 on, changes now and then."""
+        parts = np.array([2, count - 2]) if t % 2 else NO_IDS
+        digests = np.arange(1 + t % 2) + 2**32 - 2 if t % 7 else NO_IDS
+        changes = Conditions(("norm",), (), (("late", 2),)).to_json() if t % 11 == 0 else b""
+        return {"parts": parts, "digests": digests, "changes": changes}
 
     def keyframe(self, t: int, with_weights: bool = False) -> Keyframe:
         random = np.random.default_rng([self.seed, t, 1])
@@ -115,6 +126,9 @@ def assert_same_step(run: object, record: StepRecord) -> None:
     assert np.array_equal(run.hyper(t), record.hyper, equal_nan=True)
     told = (run.epoch(t), run.loss(t), run.time(t), run.crc32(t), run.rng(t))
     assert told == (record.epoch, record.loss, record.time, record.crc32, record.rng)
+    assert np.array_equal(run.parts(t), record.parts if record.parts.size else [count])
+    assert np.array_equal(run.digests(t), record.digests)
+    assert bool(record.changes) == (t in run.changes)
 
 
 def assert_same_keyframe(found: Keyframe, made: Keyframe) -> None:

@@ -15,6 +15,7 @@ from tests.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError, OutputExistsError, RecorderBusyError
 from trajrec.runfile import geometry, source
 from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.verify import verify
 
 LAST = 100
 MADE = MadeUpRun(spec(999))
@@ -234,3 +235,20 @@ def test_the_training_process_does_not_import_hdf5():
 
     code = "import sys, trajrec.runfile.recording; sys.exit('h5py' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_few_steps_have_comes_back_from_segments_ring_and_packed_file(tmp_path, monkeypatch):
+    """Micro-batches, digests, conditions and groups added on the way, over the seams of several segments."""
+    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 1)
+    made, last = MadeUpRun(spec(), with_parts=True), 75
+    sink = RunFileSink(tmp_path / "run.h5")
+    sink.open(made.spec)
+    made.feed(sink, last)
+    with trajrec.open(tmp_path / "run.h5") as run:
+        assert_same_run(run, made, last)
+    sink.close(complete=True)
+    assert verify(tmp_path / "run.h5") == []
+    with trajrec.open(tmp_path / "run.h5") as run:
+        assert_same_run(run, made, last)
+        assert run.changes[33].joined == (("late", 2),)
+        assert [len(run.hyperparameters(t)) for t in (19, 20)] == [2, 3]

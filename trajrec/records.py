@@ -7,12 +7,13 @@ during a run. All values are plain numbers, strings and numpy arrays: no torch, 
 A row is flat: the parameters of `RunSpec.params` one after the other in table order, each C-contiguous. Its
 dtype is `RunSpec.dtype`, and its length is P = sum of the sizes.
 
-Letters: B samples in a step, G parameter groups, H numeric hyperparameters a group, N training samples,
+Letters: A micro-batches of a step, B samples in a step, G parameter groups, H numeric hyperparameters a group, N training samples,
 P weights, T steps.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Row = npt.NDArray[Any]
+NO_IDS: IntArray = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,11 @@ class StepRecord:
         hyper: [G, H] hyperparameters in force during the step.
         ids: [B] sample ids in batch order, repeats kept.
         weights: [B] the c[t,i] of each id, or None for 1/B.
-        rng: generator states at the start of the step's forward pass, or b"" if it consumed no randomness.
+        rng: generator states at the start of the forward pass of every micro-batch, one after the other, or b"" if
+            the step consumed no randomness.
+        parts: [A] sizes of the micro-batches whose gradients were added up, in the order of `ids`; empty for one.
+        digests: [A] CRC-32 of what the loader yielded for each micro-batch (`trajrec.task.sketch`), empty if unknown.
+        changes: what is different from the step before, JSON of a `Conditions`, or b"".
     """
 
     step: int
@@ -151,6 +157,35 @@ class StepRecord:
     ids: IntArray
     weights: FloatArray | None = None
     rng: bytes = b""
+    parts: IntArray = field(default_factory=lambda: NO_IDS)
+    digests: IntArray = field(default_factory=lambda: NO_IDS)
+    changes: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What rarely changes between steps; recorded where it does.
+
+    Attributes:
+        eval_modules: names of the modules in eval mode ("" is the model itself).
+        still: names of the optimizer's parameters that got no gradient in the step, and were left as they are.
+        joined: parameters that came into the optimizer after the first step, with their group.
+    """
+
+    eval_modules: tuple[str, ...] = ()
+    still: tuple[str, ...] = ()
+    joined: tuple[tuple[str, int], ...] = ()
+
+    def to_json(self) -> bytes:
+        """As JSON."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Conditions:
+        """From `to_json`'s value; unknown keys are ignored."""
+        values = json.loads(text)
+        joined = tuple((str(name), int(group)) for name, group in values.get("joined", ()))
+        return cls(tuple(values.get("eval_modules", ())), tuple(values.get("still", ())), joined)
 
 
 @dataclass(frozen=True, slots=True)

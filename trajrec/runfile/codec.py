@@ -2,6 +2,8 @@
 
     int64 step, int64 epoch, float64 loss, float64 time, uint32 crc32, uint32 G, uint32 H, uint32 has_weights,
     int64 B, int64 rng length | hyper float64 [G, H] | ids int64 [B] | weights float64 [B], if any | rng
+    and only where one of them is there: int64 A, int64 digests, int64 length of changes | parts int64 [A] |
+    digests int64 | changes
 
 All little-endian. The training thread pays for `encode`, so there is no JSON and no dictionary here.
 """
@@ -12,9 +14,10 @@ import struct
 
 import numpy as np
 
-from trajrec.records import StepRecord
+from trajrec.records import NO_IDS, IntArray, StepRecord
 
 _HEAD = struct.Struct("<qqddIIIIqq")
+_REST = struct.Struct("<qqq")
 _FLOAT = np.dtype("<f8")
 _INT = np.dtype("<i8")
 
@@ -37,7 +40,15 @@ def encode(record: StepRecord) -> bytes:
         ids.size,
         len(record.rng),
     )
-    return b"".join((head, hyper.tobytes(), ids.tobytes(), weights, record.rng))
+    return b"".join((head, hyper.tobytes(), ids.tobytes(), weights, record.rng, _encode_rest(record)))
+
+
+def _encode_rest(record: StepRecord) -> bytes:
+    parts, digests, changes = record.parts, record.digests, record.changes
+    if not (parts.size or digests.size or changes):
+        return b""
+    head = _REST.pack(parts.size, digests.size, len(changes))
+    return b"".join((head, parts.astype(_INT, copy=False).tobytes(), digests.astype(_INT).tobytes(), changes))
 
 
 def decode(data: bytes) -> StepRecord:
@@ -50,12 +61,32 @@ def decode(data: bytes) -> StepRecord:
         raise ValueError(f"a step's record has at least {_HEAD.size} bytes, found {len(data)}")
     step, epoch, loss, time, crc32, groups, names, weighted, batch, rng_size = _HEAD.unpack_from(data)
     sizes = (8 * groups * names, 8 * batch, 8 * batch * bool(weighted), rng_size)
-    if min(sizes) < 0 or _HEAD.size + sum(sizes) != len(data):
-        raise ValueError(f"a step's record of {_HEAD.size + sum(sizes)} bytes was announced, found {len(data)}")
-    parts, start = [], _HEAD.size
+    pieces, rest = _cut(data, _HEAD.size, sizes)
+    parts, digests, changes = _decode_rest(rest)
+    hyper = np.frombuffer(pieces[0], _FLOAT).reshape(groups, names)
+    weights = np.frombuffer(pieces[2], _FLOAT) if weighted else None
+    ids = np.frombuffer(pieces[1], _INT)
+    return StepRecord(step, epoch, loss, time, crc32, hyper, ids, weights, pieces[3], parts, digests, changes)
+
+
+def _decode_rest(data: bytes) -> tuple[IntArray, IntArray, bytes]:
+    if not data:
+        return NO_IDS, NO_IDS, b""
+    if len(data) < _REST.size:
+        raise ValueError(f"a step's record ends with {len(data)} bytes that mean nothing")
+    parts, digests, changes = _REST.unpack_from(data)
+    found, rest = _cut(data, _REST.size, (8 * parts, 8 * digests, changes))
+    if rest:
+        raise ValueError(f"a step's record has {len(rest)} bytes too many")
+    return np.frombuffer(found[0], _INT), np.frombuffer(found[1], _INT), found[2]
+
+
+def _cut(data: bytes, start: int, sizes: tuple[int, ...]) -> tuple[list[bytes], bytes]:
+    """Pieces of these sizes, and what is left."""
+    if min(sizes) < 0 or start + sum(sizes) > len(data):
+        raise ValueError(f"a step's record of {start + sum(sizes)} bytes was announced, found {len(data)}")
+    pieces = []
     for size in sizes:
-        parts.append(data[start : start + size])
+        pieces.append(data[start : start + size])
         start += size
-    hyper = np.frombuffer(parts[0], _FLOAT).reshape(groups, names)
-    weights = np.frombuffer(parts[2], _FLOAT) if weighted else None
-    return StepRecord(step, epoch, loss, time, crc32, hyper, np.frombuffer(parts[1], _INT), weights, parts[3])
+    return pieces, data[start:]

@@ -7,7 +7,7 @@ is step 0, the weights before training, so that `weights[t]` and `steps/loss[t]`
     /spec         one JSON attribute for every field of RunSpec
     /weights      (n, P) in chunks (R, C); (0, P) where rows of single steps are not kept
     /steps        step, epoch, loss, time, crc32, record_crc32 (n); hyper (n, G, H)
-    /batches      ids, weights, rng: flat; ids_offsets, weights_offsets, rng_offsets (n + 1)
+    /batches      ids, weights, rng, parts, digests, changes: flat; NAME_offsets (n + 1)
     /keyframes    the step as ten digits: the keyframe's arrays by their paths, each with its CRC-32 (packed runs)
 
 What finds a damaged byte: the file format's own checksums for structure and attributes (hence libver v110 and
@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from trajrec.checksum import crc32
 from trajrec.records import Row, RunSpec
-from trajrec.runfile.table import PLAIN, RAGGED, StepTable
+from trajrec.runfile.table import PLAIN, RAGGED, StepTable, widened
 
 FORMAT = "trajrec"
 VERSION = "1.0"
@@ -116,9 +116,12 @@ class ColumnSizes:
     """How long the columns are: n entries, and the flat lengths of the ragged ones."""
 
     entries: int
-    ids: int
-    weights: int
-    rng: int
+    ids: int = 0
+    weights: int = 0
+    rng: int = 0
+    parts: int = 0
+    digests: int = 0
+    changes: int = 0
 
     @classmethod
     def total(cls, tables: Iterable[ColumnSizes]) -> ColumnSizes:
@@ -152,7 +155,8 @@ def write_columns(file: h5py.File, table: StepTable, at: ColumnSizes) -> None:
     stop = at.entries + len(table)
     _put(file["steps/step"], at.entries, np.arange(table.first, table.first + len(table)))
     for name in PLAIN:
-        _put(file[f"steps/{name}"], at.entries, getattr(table, name))
+        dataset, values = file[f"steps/{name}"], getattr(table, name)
+        _put(dataset, at.entries, widened(values, dataset.shape[1]) if name == "hyper" else values)
     for name in RAGGED:
         base = getattr(at, name)
         _put(file[f"batches/{name}"], base, getattr(table, name))
@@ -167,7 +171,7 @@ def _put(dataset: h5py.Dataset, at: int, values: npt.NDArray[Any]) -> None:
 
 def column_sizes(table: StepTable) -> ColumnSizes:
     """The sizes of a table's columns."""
-    return ColumnSizes(len(table), table.ids.size, table.weights.size, table.rng.size)
+    return ColumnSizes(len(table), *(getattr(table, name).size for name in RAGGED))
 
 
 def keyframe_name(step: int) -> str:

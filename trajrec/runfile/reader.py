@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trajrec.errors import ReplayError
-from trajrec.records import FloatArray, IntArray, Keyframe, Row, RunSpec
+from trajrec.records import Conditions, FloatArray, IntArray, Keyframe, Row, RunSpec
 from trajrec.runfile.rows import RowReader
 from trajrec.runfile.source import MovedError, Source, find
-from trajrec.runfile.table import StepTable
+from trajrec.runfile.table import StepTable, present
 
 if TYPE_CHECKING:
     import torch
@@ -174,8 +174,7 @@ class Run:
         """Hyperparameters in force at step t (1..T) [G, H], in the order of `spec.hyperparameters`."""
         self._check(t, 1)
         table = self._table(t)
-        hyper: FloatArray = table.hyper[t - table.first]
-        return hyper
+        return present(table.hyper[t - table.first])
 
     def hyperparameters(self, t: int) -> list[dict[str, float]]:
         """Hyperparameters in force at step t (1..T), a dictionary for each of the G groups."""
@@ -201,6 +200,27 @@ class Run:
     def rng(self, t: int) -> bytes:
         """Generator states at the start of the forward pass of step t (1..T); b"" if it consumed none."""
         return self._span("rng", t).tobytes()
+
+    def parts(self, t: int) -> IntArray:
+        """Sizes of the micro-batches of step t (1..T) [A], in the order of its sample ids."""
+        sizes: IntArray = self._span("parts", t)
+        return sizes if sizes.size else np.array([len(self.sample_ids(t))], dtype=np.int64)
+
+    def digests(self, t: int) -> IntArray:
+        """CRC-32 of the inputs of each micro-batch of step t (1..T) [A] (`trajrec.task.sketch`); empty if unknown."""
+        return self._span("digests", t)
+
+    @cached_property
+    def changes(self) -> dict[int, Conditions]:
+        """Steps at which the conditions changed, with those in force from there on, ascending."""
+        found: dict[int, Conditions] = {}
+        t = 0
+        while t <= self.steps:
+            table = self._table(t)
+            for k in np.flatnonzero(np.diff(table.changes_offsets)).tolist():
+                found[table.first + k] = Conditions.from_json(table.span("changes", k).tobytes())
+            t = table.first + len(table)
+        return {step: conditions for step, conditions in found.items() if step <= self.steps}
 
     @cached_property
     def epochs(self) -> IntArray:

@@ -41,7 +41,7 @@ def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) 
         if ring.geometry.row_length:
             layout.write_rows(file, _blocks(ring, first, stop), len(records))
         layout.create_columns(file, layout.column_sizes(table), table.hyper.shape[1:], manifest.compression)
-        layout.write_columns(file, table, ColumnSizes(0, 0, 0, 0))
+        layout.write_columns(file, table, ColumnSizes(0))
         file.close()
         trailer.append(tmp)
     for step in range(first, stop):
@@ -126,9 +126,9 @@ def _copy_columns(file: h5py.File, pieces: Pieces, first: int, stop: int, compre
     clips = [(k, max(s.first, first), min(s.stop, stop)) for k, s in enumerate(pieces.segments)]
     clips = [(k, a, b) for k, a, b in clips if a < b]
     total = ColumnSizes.total(pieces.open(k).column_sizes(a, b) for k, a, b in clips)
-    hyper = pieces.at(first).table(first, first + 1).hyper
-    layout.create_columns(file, total, hyper.shape[1:], compression)
-    at = ColumnSizes(0, 0, 0, 0)
+    shapes = [pieces.open(k).hyper_shape for k, _, _ in clips]
+    layout.create_columns(file, total, max(shapes), compression)
+    at = ColumnSizes(0)
     for k, a, b in clips:
         for start in range(a, b, _ENTRIES):
             table = pieces.open(k).table(start, min(start + _ENTRIES, b))

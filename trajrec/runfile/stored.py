@@ -22,7 +22,7 @@ from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import Keyframe, Row, RunSpec
 from trajrec.runfile.layout import FORMAT, VERSION, ColumnSizes, Head, keyframe_name
-from trajrec.runfile.table import PLAIN, RAGGED, StepTable
+from trajrec.runfile.table import LATER, PLAIN, RAGGED, StepTable
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CACHE = 1024**2
@@ -154,6 +154,12 @@ class StoredRun:
 
     # ---- columns
 
+    @property
+    def hyper_shape(self) -> tuple[int, int]:
+        """(G, H)."""
+        groups, names = self._dataset("steps/hyper", "f", 3).shape[1:]
+        return int(groups), int(names)
+
     def column_sizes(self, first: int, stop: int) -> ColumnSizes:
         """How much the columns of steps [first, stop) hold."""
         spans = (self._flat_length(name, first, stop) for name in RAGGED)
@@ -182,6 +188,9 @@ class StoredRun:
         """The values that the offsets point to, and the offsets from 0."""
         found = {}
         for name in RAGGED:
+            if self._lacks(name):
+                found[name] = np.empty(0, RAGGED[name])
+                continue
             with reading(self.path, f"/batches/{name}, steps {first} to {stop - 1}"):
                 offsets = fields[f"{name}_offsets"]
                 flat = self._dataset(f"batches/{name}", np.dtype(RAGGED[name]).kind, 1)
@@ -191,8 +200,15 @@ class StoredRun:
                 found[f"{name}_offsets"] = offsets - offsets[0]
         return found
 
+    def _lacks(self, name: str) -> bool:
+        """Whether a ragged column did not exist yet when the file was written."""
+        with reading(self.path, "/batches"):
+            return name in LATER and self._file.get(f"batches/{name}_offsets", getlink=True) is None
+
     def column(self, name: str, first: int, stop: int) -> Column:
         """Entries of steps [first, stop) of a column, by its HDF5 path; n + 1 entries of an offset column."""
+        if name.endswith("_offsets") and self._lacks(name.removeprefix("batches/").removesuffix("_offsets")):
+            return np.zeros(stop - first + 1, "<i8")
         with reading(self.path, f"/{name}, steps {first} to {stop - 1}"):
             dtype, dimensions = COLUMNS[name]
             dataset, more = self._dataset(name, np.dtype(dtype).kind, dimensions), name.endswith("_offsets")

@@ -21,7 +21,9 @@ from trajrec.records import FloatArray, IntArray, StepRecord
 from trajrec.runfile.codec import encode
 
 PLAIN = {"epoch": "<i8", "loss": "<f8", "time": "<f8", "crc32": "<u4", "record_crc32": "<u4", "hyper": "<f8"}
-RAGGED = {"ids": "<i8", "weights": "<f8", "rng": "|u1"}
+RAGGED = {"ids": "<i8", "weights": "<f8", "rng": "|u1", "parts": "<i8", "digests": "<i8", "changes": "|u1"}
+# Files without these, from before there was anything to put in, are read as if they were empty.
+LATER = frozenset({"parts", "digests", "changes"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +37,13 @@ class StepTable:
         time: [n] seconds, Unix time.
         crc32: [n] uint32 of the rows.
         record_crc32: [n] uint32 of the encoded records (`codec.encode`), which covers all the other columns.
-        hyper: [n, G, H].
+        hyper: [n, G, H]; rows of NaN for groups that did not exist yet.
         ids: flat sample ids; `ids_offsets` [n + 1].
         weights: flat weights c[t,i]; `weights_offsets` [n + 1].
         rng: flat uint8; `rng_offsets` [n + 1].
+        parts: flat sizes of micro-batches; `parts_offsets` [n + 1].
+        digests: flat CRC-32 of the inputs; `digests_offsets` [n + 1].
+        changes: flat uint8, JSON; `changes_offsets` [n + 1].
     """
 
     first: int
@@ -54,6 +59,12 @@ class StepTable:
     weights_offsets: IntArray
     rng: npt.NDArray[np.uint8]
     rng_offsets: IntArray
+    parts: IntArray
+    parts_offsets: IntArray
+    digests: IntArray
+    digests_offsets: IntArray
+    changes: npt.NDArray[np.uint8]
+    changes_offsets: IntArray
 
     def __len__(self) -> int:
         return int(self.crc32.size)
@@ -68,10 +79,13 @@ class StepTable:
             float(self.loss[k]),
             float(self.time[k]),
             int(self.crc32[k]),
-            self.hyper[k],
+            present(self.hyper[k]),
             self.span("ids", k),
             weights if weights.size else None,
             self.span("rng", k).tobytes(),
+            self.span("parts", k),
+            self.span("digests", k),
+            self.span("changes", k).tobytes(),
         )
 
     def damaged(self) -> int | None:
@@ -88,9 +102,7 @@ class StepTable:
 
 def table_of(records: Sequence[StepRecord]) -> StepTable:
     """The table of consecutive records."""
-    weights = [np.empty(0) if r.weights is None else r.weights for r in records]
-    rng = [np.frombuffer(r.rng, np.uint8) for r in records]
-    ids = [r.ids for r in records]
+    groups = max(len(r.hyper) for r in records)
     table = StepTable(
         first=records[0].step,
         epoch=np.array([r.epoch for r in records], "<i8"),
@@ -98,15 +110,31 @@ def table_of(records: Sequence[StepRecord]) -> StepTable:
         time=np.array([r.time for r in records], "<f8"),
         crc32=np.array([r.crc32 for r in records], "<u4"),
         record_crc32=np.zeros(len(records), "<u4"),
-        hyper=np.stack([r.hyper for r in records]),
-        ids=np.concatenate(ids),
-        ids_offsets=_offsets(ids),
-        weights=np.concatenate(weights),
-        weights_offsets=_offsets(weights),
-        rng=np.concatenate(rng),
-        rng_offsets=_offsets(rng),
+        hyper=np.stack([widened(r.hyper, groups) for r in records]),
+        **_flat("ids", [r.ids for r in records]),
+        **_flat("weights", [np.empty(0) if r.weights is None else r.weights for r in records]),
+        **_flat("rng", [np.frombuffer(r.rng, np.uint8) for r in records]),
+        **_flat("parts", [r.parts for r in records]),
+        **_flat("digests", [r.digests for r in records]),
+        **_flat("changes", [np.frombuffer(r.changes, np.uint8) for r in records]),
     )
     return replace(table, record_crc32=_checksums(table))
+
+
+def widened(hyper: FloatArray, groups: int) -> FloatArray:
+    """Hyperparameters [..., G, H] with rows of NaN for groups that did not exist yet."""
+    missing = groups - hyper.shape[-2]
+    if missing <= 0:
+        return hyper
+    return np.concatenate([hyper, np.full((*hyper.shape[:-2], missing, hyper.shape[-1]), np.nan)], axis=-2)
+
+
+def present(hyper: FloatArray) -> FloatArray:
+    """The groups [G, H] that existed: those with any value, and all before them."""
+    if not hyper.size or not np.isnan(hyper[-1]).all():
+        return hyper
+    existing = np.flatnonzero(~np.isnan(hyper).all(axis=1))
+    return hyper[: existing[-1] + 1] if existing.size else hyper
 
 
 def _checksums(table: StepTable) -> npt.NDArray[np.uint32]:
@@ -114,5 +142,7 @@ def _checksums(table: StepTable) -> npt.NDArray[np.uint32]:
     return np.array([crc32(encode(table.record(step))) for step in steps], "<u4")
 
 
-def _offsets(parts: Sequence[npt.NDArray[np.generic]]) -> IntArray:
-    return np.cumsum([0, *(part.size for part in parts)], dtype="<i8")
+def _flat(name: str, spans: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """A ragged column and its offsets, by the names of their fields."""
+    offsets = np.cumsum([0, *(span.size for span in spans)], dtype="<i8")
+    return {name: np.concatenate(spans), f"{name}_offsets": offsets}
