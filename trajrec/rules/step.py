@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -29,36 +30,43 @@ State = dict[str, Tensor]
 class Rule(ABC):
     """An optimizer's step on flat vectors.
 
-    A state is a dict of vectors [P'] (momentum buffers and the like) and of scalars [G] (step counts), which nothing
-    is differentiated by. Cotangents and tangents of states are dicts of the vectors with a leading dimension [K]; a
-    missing name is zero.
+    A state is a dict of tensors that are differentiated (momentum buffers and the like) and of constants (step counts)
+    which are not. A rule that steps group by group has vectors [P'] and constants [G]; one that steps parameter by
+    parameter names its state "NAME/INDEX", by place in the parameter table, in whatever shape the class keeps it.
+    Cotangents and tangents of states are dicts of the differentiated ones with a leading dimension [K]; a missing name
+    is zero.
 
     Attributes:
         optimizer_class: the class that steps.
-        scalars: names of the state's scalars.
+        scalars: names of the state's constants.
         needs_state: whether the derivative of a step depends on the values of its state.
         tolerance: relative rounding by which a step made again may differ from the class's plain path.
+        placeholder_shape: shape of the parameter that an instance is built with.
         differentiable_path: whether the class takes its own differentiable path instead of the plain one.
     """
 
     optimizer_class: type[Optimizer]
     scalars: frozenset[str] = frozenset()
-    needs_state: ClassVar[bool] = True
+    needs_state = True
     differentiable_path = False
     tolerance = 0.0
+    placeholder_shape: ClassVar[tuple[int, ...]] = (1,)
 
     def __init__(self, spec: RunSpec, layout: FlatLayout) -> None:
         self.layout = layout
         self.names = spec.hyperparameters
         self._defaults = spec.defaults
-        self._optimizers = [self._build() for _ in range(spec.groups)]
+        self._optimizers = self._build_all(spec)
+
+    def _build_all(self, spec: RunSpec) -> list[Optimizer]:
+        return [self._build() for _ in range(spec.groups)]
 
     def _build(self) -> Optimizer:
         accepted = inspect.signature(self.optimizer_class).parameters
         options: dict[str, Any] = {k: v for k, v in self._defaults.items() if k in accepted}
         options |= {"foreach": False, "fused": None, "differentiable": True, "capturable": False}
         options = {k: v for k, v in options.items() if k in accepted}
-        optimizer = self.optimizer_class([nn.Parameter(torch.zeros(1))], **options)
+        optimizer = self.optimizer_class([nn.Parameter(torch.zeros(self.placeholder_shape))], **options)
         # The default lets step() run with gradients enabled; the group's own entry chooses the code path.
         optimizer.param_groups[0]["differentiable"] = self.differentiable_path
         return optimizer
@@ -79,6 +87,17 @@ class Rule(ABC):
     def step(self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> tuple[Tensor, State]:
         """(w_t, s_t) from w_{t-1} [P'], s_{t-1}, g_t [P'] and hyperparameters [G, H]; differentiable."""
 
+    def proving(self) -> AbstractContextManager[None]:
+        """The context in which the self-test takes its finite differences."""
+        return nullcontext()
+
+    def suspects(self) -> str:
+        """What may be wrong with a class that failed its self-test."""
+        return "It works on .data, rounds inside or cuts the graph, so exact replay would be wrong."
+
+    def accept(self) -> None:  # noqa: B027
+        """Is told that the self-test was passed."""
+
     def _step_group(
         self, index: int, weights: Tensor, state: State, gradient: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, State]:
@@ -96,27 +115,28 @@ class Rule(ABC):
         return parameter, {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, Tensor)}
 
     def options(self, hyper: FloatArray, index: int) -> dict[str, Any]:
-        """Options of one group as the optimizer wants them: booleans as booleans, tuples as tuples, NaN as None."""
+        """Options of one group as the optimizer wants them: booleans and counts as such, tuples, NaN as None."""
         options: dict[str, Any] = {}
         for name, value in zip(self.names, hyper[index].tolist(), strict=True):
             key, _, position = name.partition(".")
+            default = self._defaults.get(key)
             if position:
-                options[key] = (*options.get(key, ()), value)
+                # Only numbers are recorded: a tuple's other places (None in Adafactor's eps) are those of its default.
+                values = list(options.get(key, default or ()))
+                place = int(position)
+                values += [None] * (place + 1 - len(values))
+                values[place] = _restore(values[place], value)
+                options[key] = tuple(values)
             else:
-                options[key] = self._restore(key, value)
+                options[key] = _restore(default, value)
         return options
-
-    def _restore(self, key: str, value: float) -> Any:
-        if isinstance(self._defaults.get(key), bool):
-            return bool(value)
-        return None if value != value else value
 
     def pull(
         self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, lam: Tensor, sigma: State
     ) -> tuple[Tensor, State, Tensor]:
         """The vjp of U: (lam', sigma', gamma), each [K, P'], from cotangents lam [K, P'] of w_t and sigma of s_t."""
         w, g = weights.detach().requires_grad_(), gradient.detach().requires_grad_()
-        s = {name: value.detach().requires_grad_() for name, value in self._vectors_of(state).items()}
+        s = {name: value.detach().requires_grad_() for name, value in self.vectors_of(state).items()}
         with torch.enable_grad():
             stepped, new_state = self.step(w, state | s, g, hyper)
         # A buffer that this step does not use (momentum 0) is a constant: nothing to pull back through.
@@ -130,12 +150,12 @@ class Rule(ABC):
         self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, d: Tensor, r: State, k: Tensor
     ) -> tuple[Tensor, State]:
         """The jvp of U: (D_t, R_t), each [K, P'], along D_{t-1} [K, P'], R_{t-1} and k [K, P'] of the gradient."""
-        zeros, vectors = torch.zeros_like(d), self._vectors_of(state)
-        tangents = {name: r.get(name, zeros) for name in vectors}
+        vectors = self.vectors_of(state)
+        tangents = {n: r[n] if n in r else v.new_zeros(len(d), *v.shape) for n, v in vectors.items()}
 
         def step(w: Tensor, s: State, g: Tensor) -> tuple[Tensor, State]:
             stepped, new_state = self.step(w, state | s, g, hyper)
-            return stepped, self._vectors_of(new_state)
+            return stepped, self.vectors_of(new_state)
 
         def one(d: Tensor, r: State, k: Tensor) -> tuple[Tensor, State]:
             found = jvp(step, (weights, vectors, gradient), (d, r, k))
@@ -143,8 +163,23 @@ class Rule(ABC):
 
         return vmap(one)(d, tangents, k)
 
-    def _vectors_of(self, state: State) -> State:
+    def vectors_of(self, state: State) -> State:
+        """The part of a state that is differentiated."""
         return {name: value for name, value in state.items() if name not in self.scalars}
+
+
+def _restore(default: Any, value: float) -> Any:
+    if isinstance(default, bool):
+        return bool(value)
+    if isinstance(default, int) and value.is_integer():
+        return int(value)
+    return None if value != value else value
+
+
+def is_differentiated(*values: Tensor) -> bool:
+    """Whether a derivative is being taken with respect to any of the values, in reverse or forward mode."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any((v.requires_grad and torch.is_grad_enabled()) or wrapped(v) for v in values)
 
 
 def pull_batched(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
