@@ -20,9 +20,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trajrec.errors import ModelMismatchError, NonFiniteError, TaskError
-from trajrec.records import Keyframe, RunSpec
+from trajrec.records import Conditions, Keyframe, RunSpec
 from trajrec.replay.samples import Samples
-from trajrec.replay.trajectory import Part, RecordedRun, Step
+from trajrec.replay.trajectory import RecordedRun, Step
 from trajrec.rules import FlatLayout
 from trajrec.task import Batch, Loss, Task
 
@@ -55,6 +55,20 @@ class Objective:
         penalties = [part.penalty for part in parts if part.penalty is not None]
         penalty = torch.stack(penalties).sum() if penalties else None
         return cls(torch.cat([p.losses for p in parts]), torch.cat([p.shares for p in parts]), penalty)
+
+
+def reduced(counts: Sequence[Tensor], reduction: str) -> list[Tensor]:
+    """The c of every micro-batch, from what each sample counts ([B_m] each) and the name of a reduction."""
+    match reduction:
+        case "sum":
+            return list(counts)
+        case "sum-of-means":
+            return [count / count.sum() for count in counts]
+        case "mean-of-means":
+            return [count / count.sum() / len(counts) for count in counts]
+        case _:
+            total = torch.stack([count.sum() for count in counts]).sum()
+            return [count / total for count in counts]
 
 
 class _LossModule(nn.Module):
@@ -94,6 +108,9 @@ class LossFunction:
         self._load(self.model, run)
         self.model.to(device=device, dtype=dtype)
         self._module = _LossModule(self.model)
+        self._modes: tuple[str, ...] | None = None
+        self._even: dict[tuple[int | str, ...], list[Tensor]] = {}
+        self.reduction = task.reduction or "mean"
         self._train_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[0]), self.model)
         self._final_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[-1]), self.model)
         self.train_mode()
@@ -108,15 +125,22 @@ class LossFunction:
 
     def train_mode(self) -> None:
         """The modes and buffers that training began with."""
-        self.model.train()
-        for name, module in self.model.named_modules():
-            if name in self.spec.eval_modules:
-                module.eval() if name else module.train(False)
+        self._set_modes(self.spec.eval_modules)
         self._set_buffers(self._train_buffers)
+
+    def _set_modes(self, eval_modules: tuple[str, ...]) -> None:
+        if eval_modules == self._modes:
+            return
+        self._modes = eval_modules
+        self.model.train("" not in eval_modules)
+        for name, module in self.model.named_modules():
+            if name and name in eval_modules:
+                # Children that are in eval mode are named themselves.
+                module.training = False
 
     def eval_mode(self) -> None:
         """Eval mode, with the buffers at the end of the run."""
-        self.model.eval()
+        self._set_modes(("",))
         self._set_buffers(self._final_buffers)
 
     @property
@@ -143,26 +167,59 @@ class LossFunction:
         Raises:
             NonFiniteError: if a loss is NaN or infinite.
         """
-        parts = [self._part(weights, samples, step, part) for part in step.parts]
-        return Objective.joined(parts)
+        return Objective.joined(list(self.parts(weights, samples, step)))
 
     def parts(self, weights: Tensor, samples: Samples, step: Step) -> Iterator[Objective]:
         """The objective of one micro-batch after the other; they add up to `objective`."""
-        for part in step.parts:
-            yield self._part(weights, samples, step, part)
+        self._set_modes(step.conditions.eval_modules)
+        named = self._named(weights, step.conditions)
+        batches = [samples.part(step, part) for part in step.parts]
+        shares = self._shares(batches, step, weights)
+        for part, batch, share in zip(step.parts, batches, shares, strict=True):
+            with self._random_state(part.rng):
+                losses = self._call(self.task.loss, "loss", named, batch, part.span.stop - part.span.start)
+            check_finite(losses.detach(), "The training loss", step.t)
+            yield Objective(losses, share, self._penalty(named, len(batches)))
 
-    def _part(self, weights: Tensor, samples: Samples, step: Step, part: Part) -> Objective:
-        ids = step.ids[part.span]
-        batch = samples.batch(ids)
-        with self._random_state(part.rng):
-            losses = self._call(self.task.loss, "loss", weights, batch, len(ids))
-        check_finite(losses.detach(), "The training loss", step.t)
-        shares = torch.full_like(losses, 1 / len(step.ids)) if step.shares is None else step.shares[part.span]
-        return Objective(losses, shares.detach(), None)
+    def _named(self, weights: Tensor, conditions: Conditions) -> dict[str, Tensor]:
+        """The parameters by name; those without a gradient in this step are constants."""
+        named = self.layout.split(weights)
+        for name in (*conditions.still, *conditions.frozen):
+            if name in named:
+                named[name] = named[name].detach()
+        return named
+
+    def _shares(self, batches: Sequence[Batch], step: Step, like: Tensor) -> Sequence[Tensor]:
+        """The c[t,i] of every micro-batch."""
+        sizes = [part.span.stop - part.span.start for part in step.parts]
+        if step.shares is not None:
+            return torch.split(step.shares, sizes)
+        if self.task.weight is not None:
+            counts = [self._weights(batch, size, like) for batch, size in zip(batches, sizes, strict=True)]
+            return reduced(counts, self.reduction)
+        key = (*sizes, self.reduction)
+        if key not in self._even:
+            self._even = {key: reduced([like.new_ones(size) for size in sizes], self.reduction)}
+        return [share.detach() for share in self._even[key]]
+
+    def _weights(self, batch: Batch, size: int, like: Tensor) -> Tensor:
+        assert self.task.weight is not None
+        values = self.task.weight(batch)
+        if not isinstance(values, Tensor) or values.shape != (size,):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise TaskError(f"Task.weight must return one value a sample, shape ({size},), but returned {found}.")
+        return values.detach().to(like.device, like.dtype)
+
+    def _penalty(self, named: dict[str, Tensor], parts: int) -> Tensor | None:
+        if self.task.penalty is None:
+            return None
+        penalty = self.task.penalty
+        value = self._evaluate(lambda model, _: penalty(model), named, None)
+        return value if self.reduction.startswith("sum") else value / parts
 
     def measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
         """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""
-        return self._call(self.task.measure, "measure", weights, batch, count)
+        return self._call(self.task.measure, "measure", self.layout.split(weights), batch, count)
 
     def scores(self, weights: Tensor, batch: Batch) -> Tensor:
         """What `Task.predict` gives for a batch at weights [P']. Call `eval_mode` before.
@@ -172,16 +229,16 @@ class LossFunction:
         """
         if self.task.predict is None:
             raise TaskError("The Task does not say what its model predicts: pass Task(predict=...).")
-        return self._evaluate(self.task.predict, weights, batch)
+        return self._evaluate(self.task.predict, self.layout.split(weights), batch)
 
-    def _evaluate(self, function: Loss, weights: Tensor, batch: Batch) -> Tensor:
-        named = {f"model.{name}": value for name, value in self.layout.split(weights).items()}
+    def _evaluate(self, function: Loss, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
+        named = {f"model.{name}": value for name, value in parameters.items()}
         # The fused attention kernels have no second derivative; the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 
-    def _call(self, loss: Loss, what: str, weights: Tensor, batch: Batch, count: int) -> Tensor:
-        values = self._evaluate(loss, weights, batch)
+    def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
+        values = self._evaluate(loss, parameters, batch)
         if not isinstance(values, Tensor) or values.shape != (count,):
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise TaskError(

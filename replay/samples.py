@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 
 from trajrec.errors import DataMismatchError
 from trajrec.records import IntArray
+from trajrec.replay.trajectory import Part, Step
 from trajrec.task import Batch, Collate
 
 _BLOCK = 512
@@ -62,6 +63,10 @@ class Samples:
             index = torch.as_tensor(ids, device=self.device)
             return tree_map(lambda values: values[index], self._stack)
         return self._place(self.raw(ids))
+
+    def part(self, step: Step, part: Part) -> Batch:
+        """The batch of one micro-batch of a step."""
+        return self.batch(step.ids[part.span])
 
     def _place(self, batch: Batch) -> Batch:
         def place(value: Any) -> Any:

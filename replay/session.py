@@ -17,14 +17,17 @@ from torch import Tensor
 from trajrec.errors import DataMismatchError, DriftError, ReplayError
 from trajrec.replay.adjoint import initial_state
 from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChecks, drift_error
+from trajrec.replay.history import as_seen
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.recompute import KeyframeChecks, RebuiltTrajectory, RecomputedTrajectory
+from trajrec.replay.reduction import found_reduction
 from trajrec.replay.samples import Samples
 from trajrec.replay.targets import Targets, target_gradients
 from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, Trajectory, make_step, vector_of
 from trajrec.rules import FlatLayout, rule_for
 from trajrec.rules.selftest import self_test
+from trajrec.rules.transformed import TransformedRule
 from trajrec.task import Task, digest
 
 MEMORY = 1 << 30
@@ -78,21 +81,25 @@ class Session:
     ) -> None:
         if run.steps == 0:
             raise ReplayError("The recording holds no step yet: there is nothing to replay.")
-        self.run = run
+        self.run = run = as_seen(run)
         self.task = task
         self.dtype = parse_dtype(dtype, run.spec.dtype)
         self.device = parse_device(device)
         self.allow_drift = allow_drift
         self.layout = FlatLayout(run.spec)
         self.rule = rule_for(run.spec, self.layout)
+        if task.gradient is not None:
+            self.rule = TransformedRule(self.rule, task.gradient)
         self.memory = memory or MEMORY
         self.function = LossFunction(task, run, self.layout, self.dtype, self.device)
         self.train = Samples(task.train, task.collate, self.dtype, self.device)
+        self._check_trainable()
+        self.train.check_ids(self._largest_id(), "training")
+        self.reduction = found_reduction(run, self.function, self.train)
         self.checks = self._checks(allow_drift)
         self.trajectory = self._trajectory(self.checks)
         self._test: Samples | None = None
         self.samples = run.spec.samples or len(self.train)
-        self._check_trainable()
         self._check_data()
         self._test_rule()
         self._finish_buffers()
@@ -104,9 +111,10 @@ class Session:
             self._test = Samples(self.task.test, self.task.collate, self.dtype, self.device)
         return self._test
 
+    def _largest_id(self) -> int:
+        return max(int(self.run.sample_ids(t).max(initial=-1)) for t in range(1, self.run.steps + 1))
+
     def _check_data(self) -> None:
-        largest = max(int(self.run.sample_ids(t).max(initial=-1)) for t in range(1, self.run.steps + 1))
-        self.train.check_ids(largest, "training")
         recorded = self.run.spec.data.get("first_batch_crc32")
         self.data_changed = recorded is not None and digest(self.train.raw(self.run.sample_ids(1))) != recorded
         # Other data that give the same first loss (inputs prepared elsewhere, say) are the same to the mathematics.
@@ -174,6 +182,7 @@ class Session:
         native = DTYPES[self.run.spec.dtype]
         # A model of its own: a forward pass changes running statistics.
         function = LossFunction(self.task, self.run, self.layout, native, self.device)
+        function.reduction = self.function.reduction
         same = native == self.dtype
         samples = self.train if same else Samples(self.task.train, self.task.collate, native, self.device)
         of_rows = checks if isinstance(checks, KeyframeChecks) else None

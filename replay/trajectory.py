@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trajrec.errors import NonFiniteError
-from trajrec.records import FloatArray, IntArray, Keyframe, Row, RunSpec
+from trajrec.records import Conditions, FloatArray, IntArray, Keyframe, Row, RunSpec
 from trajrec.rules import FlatLayout
 from trajrec.rules.step import State
 
@@ -31,6 +32,8 @@ class RecordedRun(Protocol):
     @property
     def epochs(self) -> IntArray: ...  # noqa: D102
     @property
+    def changes(self) -> dict[int, Conditions]: ...  # noqa: D102
+    @property
     def keep(self) -> str: ...  # noqa: D102
     @property
     def keyframe_steps(self) -> tuple[int, ...]: ...  # noqa: D102
@@ -40,6 +43,8 @@ class RecordedRun(Protocol):
     def row(self, t: int) -> Row: ...  # noqa: D102
     def walk(self, first: int, last: int) -> Iterator[tuple[int, Row]]: ...  # noqa: D102
     def sample_ids(self, t: int) -> IntArray: ...  # noqa: D102
+    def parts(self, t: int) -> IntArray: ...  # noqa: D102
+    def digests(self, t: int) -> IntArray: ...  # noqa: D102
     def recorded_weights(self, t: int) -> FloatArray | None: ...  # noqa: D102
     def hyper(self, t: int) -> FloatArray: ...  # noqa: D102
     def loss(self, t: int) -> float: ...  # noqa: D102
@@ -48,18 +53,34 @@ class RecordedRun(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What went through the model in one forward pass: a slice of the step's ids, and its random state before."""
+    """What went through the model in one forward pass.
+
+    Attributes:
+        span: slice of the step's ids.
+        rng: generator states before the pass, or b"" where it drew no random numbers.
+        digest: CRC-32 of the inputs (`trajrec.task.sketch`), or None if it was not recorded.
+    """
 
     span: slice
     rng: bytes = b""
+    digest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Step t: before [P'] and after [P'] are w_{t-1} and w_t, ids [B], hyper [G, H].
+    """Step t.
 
-    `shares` [B] are the c[t,i] that were recorded, None where the Task's reduction says them. `parts` are the
-    micro-batches, in order. `state` is s_{t-1} where it had to be made, else None.
+    Attributes:
+        t: from 1.
+        before: w_{t-1} [P'].
+        after: w_t [P'].
+        ids: [B] sample ids.
+        shares: [B] the c[t,i] that were recorded, or None where the Task's reduction says them.
+        hyper: [G, H].
+        parts: the micro-batches, in order.
+        epoch: from 0.
+        conditions: modes of the model, and parameters without a gradient.
+        state: s_{t-1} where it had to be made, else None.
     """
 
     t: int
@@ -69,6 +90,8 @@ class Step:
     shares: Tensor | None
     hyper: FloatArray
     parts: tuple[Part, ...]
+    epoch: int
+    conditions: Conditions
     state: State | None = None
 
 
@@ -158,9 +181,29 @@ def make_step(run: RecordedRun, t: int, before: Tensor, after: Tensor, state: St
     """Step t between two weight vectors [P']."""
     recorded = run.recorded_weights(t)
     shares = None if recorded is None else torch.as_tensor(recorded).to(before.device, before.dtype)
-    ids = run.sample_ids(t)
-    return Step(t, before, after, ids, shares, run.hyper(t), _parts(len(ids), run.rng(t)), state)
+    return Step(
+        t,
+        before,
+        after,
+        run.sample_ids(t),
+        shares,
+        run.hyper(t),
+        _parts(run, t),
+        int(run.epochs[t - 1]),
+        _conditions(run, t),
+        state,
+    )
 
 
-def _parts(count: int, rng: bytes) -> tuple[Part, ...]:
-    return (Part(slice(0, count), rng),)
+def _parts(run: RecordedRun, t: int) -> tuple[Part, ...]:
+    sizes, rng, digests = run.parts(t).tolist(), run.rng(t), run.digests(t).tolist()
+    edges, length = [0, *accumulate(sizes)], len(rng) // len(sizes)
+    states = [rng[k * length : (k + 1) * length] for k in range(len(sizes))]
+    spans = [slice(a, b) for a, b in pairwise(edges)]
+    return tuple(Part(*part) for part in zip(spans, states, digests or [None] * len(sizes), strict=True))
+
+
+def _conditions(run: RecordedRun, t: int) -> Conditions:
+    """The conditions in force at step t."""
+    changed = [step for step in run.changes if step <= t]
+    return run.changes[changed[-1]] if changed else Conditions(run.spec.eval_modules)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from trajrec.records import Conditions
 from trajrec.sink import MemorySink
 
 
@@ -36,6 +37,17 @@ class MemoryRun:
 
     def sample_ids(self, t):
         return self.sink.records[t].ids
+
+    @property
+    def changes(self):
+        return {r.step: Conditions.from_json(r.changes) for r in self.sink.records if r.changes}
+
+    def parts(self, t):
+        record = self.sink.records[t]
+        return record.parts if record.parts.size else np.array([len(record.ids)])
+
+    def digests(self, t):
+        return self.sink.records[t].digests
 
     def recorded_weights(self, t):
         return self.sink.records[t].weights

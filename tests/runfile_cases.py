@@ -75,7 +75,7 @@ class MadeUpRun:
         """Micro-batches at every other step, digests at most, a third group from step 20 on, changes now and then."""
         parts = np.array([2, count - 2]) if t % 2 else NO_IDS
         digests = np.arange(1 + t % 2) + 2**32 - 2 if t % 7 else NO_IDS
-        changes = Conditions(("norm",), (), (("late", 2),)).to_json() if t % 11 == 0 else b""
+        changes = Conditions(("norm",), joined=(("late", 2),)).to_json() if t % 11 == 0 else b""
         return {"parts": parts, "digests": digests, "changes": changes}
 
     def keyframe(self, t: int, with_weights: bool = False) -> Keyframe:

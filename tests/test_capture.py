@@ -305,12 +305,14 @@ def test_a_closure_is_refused():
         three_steps(lambda *_: (lambda: None,))
 
 
-def test_a_group_that_joins_later_is_refused_at_its_step():
+def test_parameters_that_the_model_did_not_have_are_refused_at_their_step():
     def add(model, optimizer, step):
         if step == 2:
             optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 
-    with pytest.raises(RecordingError, match="parameter groups changed before step 3"):
+    with pytest.raises(
+        RecordingError, match="Before step 3 the optimizer was given parameters"
+    ):
         three_steps(add)
 
 

@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Task": "trajrec.task",
     "Run": "trajrec.runfile.reader",
+    "clip_norm": "trajrec.gradients",
+    "clip_value": "trajrec.gradients",
     "open": "trajrec.runfile.reader",
     "record": "trajrec.recorder",
     "set_batch": "trajrec.capture",
@@ -26,12 +28,25 @@ _PUBLIC = {
     "replay": "",
 }
 
-__all__ = ["Run", "Task", "TrajrecError", "__version__", "open", "record", "replay", "set_batch"]
+__all__ = [
+    "Run",
+    "Task",
+    "TrajrecError",
+    "__version__",
+    "clip_norm",
+    "clip_value",
+    "open",
+    "record",
+    "replay",
+    "set_batch",
+]
 
 if TYPE_CHECKING:
     from trajrec import replay as replay
     from trajrec.capture import set_batch as set_batch
     from trajrec.errors import TrajrecError as TrajrecError
+    from trajrec.gradients import clip_norm as clip_norm
+    from trajrec.gradients import clip_value as clip_value
     from trajrec.recorder import record as record
     from trajrec.runfile.reader import Run as Run
     from trajrec.runfile.reader import open as open

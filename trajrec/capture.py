@@ -29,42 +29,64 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from trajrec.errors import UnknownBatchError
 from trajrec.records import FloatArray, IntArray
-from trajrec.task import digest
+from trajrec.task import digest, sketch
 
+States = tuple[Tensor, ...]
 _HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
 
 
 @dataclass(slots=True)
-class DrawnBatch:
-    """A batch that the loop received: its ids (None if they cannot be told) and how it was used."""
+class MicroBatch:
+    """A batch that the loop received from a loader, or whose samples the user has named, and how it was used.
 
-    loader: Any
+    Attributes:
+        ids: [B]; None if they cannot be told.
+        loader: where it came from; None if the user named it.
+        weights: [B] the c that the user has given, or None.
+        content: the batch itself, where it is kept.
+        sketch: checksum of the content, or None.
+        used_in_training_mode: None if no forward pass with gradients was seen.
+        rng: generator states at the start of that pass.
+    """
+
     ids: IntArray | None
-    content: Any
+    loader: Any = None
+    weights: FloatArray | None = None
+    content: Any = None
+    sketch: int | None = None
     used_in_training_mode: bool | None = None
-    rng: tuple[Tensor, ...] | None = None
+    rng: States | None = None
 
 
 @dataclass(slots=True)
 class StepBatch:
-    """The samples of one step: ids [B], weights c [B] or None for 1/B, losses, generator states, what a digest is of.
+    """The samples of one step, from one or more micro-batches.
 
-    The loss of the step is the sum of `losses`; they stay where they are until it is read.
+    Attributes:
+        ids: [B].
+        weights: [B] the c that the user has given, or None.
+        losses: what backward was called on; they stay where they are until they are read.
+        parts: [A] sizes of the micro-batches.
+        rng: [A] generator states at the start of their forward passes; None if there was none.
+        sketches: [A] CRC-32 of the batches as the loader made them, or None.
+        contents: the batches themselves, where they are kept.
     """
 
     ids: IntArray
     weights: FloatArray | None
     losses: list[Tensor]
-    rng: tuple[Tensor, ...] | None = None
+    parts: tuple[int, ...] = ()
+    rng: tuple[States, ...] | None = None
+    sketches: tuple[int, ...] | None = None
     contents: tuple[Any, ...] = ()
 
     @property
     def loss(self) -> float:
-        """The loss as the loop computed it; NaN if there was no backward pass."""
+        """The loss as the loop computed it (sum over backward passes); NaN if there was none."""
         return sum([value.item() for value in self.losses]) if self.losses else float("nan")
 
     def digest(self) -> int | None:
-        """CRC-32 of the batch as the loader made it, or None where no loader made it."""
+        """CRC-32 of the whole batch as the loader made it, or None where no loader made it."""
         known = len(self.contents) == 1 and self.contents[0] is not None
         return digest(self.contents[0]) if known else None
 
@@ -129,14 +151,16 @@ class BatchLedger:
         self.dataset: Any = None if loaders is None else loaders[0].dataset
         self.epochs = 0
         self.seconds = 0.0  # CPU time spent on watching
-        self._drawn: list[DrawnBatch] = []
-        self._made_step: list[DrawnBatch] = []
-        self._given: tuple[IntArray, FloatArray | None] | None = None
+        self._drawn: list[MicroBatch] = []
+        self._made_step: list[MicroBatch] = []
+        self._given: list[MicroBatch] = []
+        self._given_is_open = False
         self._losses: list[Tensor] = []
         self._passes: dict[int, int] = {}
         self._passes_before = 0
-        self._loose_rng: tuple[Tensor, ...] | None = None
+        self._loose_rng: States | None = None
         self._first = True
+        self.keeps_contents = False
 
     def watches(self, loader: Any) -> bool:
         """Whether batches of this loader can be training batches."""
@@ -152,14 +176,20 @@ class BatchLedger:
         for batch in self._drawn:
             batch.content = None
         # Data is held only until the first step has been digested, and ids of an evaluation loop do not pile up.
-        self._drawn.append(DrawnBatch(loader, _as_ids(ids), content if self._first else None))
+        batch = MicroBatch(_as_ids(ids), loader, content=content if self._first or self.keeps_contents else None)
+        if self.dataset is None or loader.dataset is self.dataset:
+            batch.sketch = sketch(content)
+        self._drawn.append(batch)
         del self._drawn[:-64]
 
     def give(self, ids: IntArray, weights: FloatArray | None) -> None:
-        """The user has named the samples of the next step."""
-        self._given = (ids, weights)
+        """The user has named the samples of the next step, or of its next micro-batch."""
+        if self._given_is_open:
+            del self._given[-1]
+        self._given.append(MicroBatch(ids, weights=weights))
+        self._given_is_open = True
 
-    def forward(self, gradients: bool, training: bool, states: Callable[[], tuple[Tensor, ...]]) -> None:
+    def forward(self, gradients: bool, training: bool, states: Callable[[], States]) -> None:
         """The model is being called, with or without gradients, in training mode or not.
 
         `states` reads the generators: their states belong to the batch's first use, so that other random numbers drawn
@@ -167,6 +197,8 @@ class BatchLedger:
         """
         if not gradients:
             return
+        if self._given_is_open:
+            self._given[-1].rng = self._given[-1].rng or states()
         if not self._drawn:
             self._loose_rng = self._loose_rng or states()
             return
@@ -178,10 +210,11 @@ class BatchLedger:
         """A backward pass has begun: what was used so far belongs to the next step."""
         self._made_step += self._training_batches()
         self._drawn = []
+        self._given_is_open = False
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
 
-    def _training_batches(self) -> list[DrawnBatch]:
+    def _training_batches(self) -> list[MicroBatch]:
         """Of the batches used with gradients, those of the training set and, if any, in training mode.
 
         Where no forward pass was seen (the loop calls parts of the model), the batch drawn last counts as used.
@@ -200,32 +233,62 @@ class BatchLedger:
         Raises:
             UnknownBatchError: if they cannot be told.
         """
-        batches = self._made_step or self._training_batches()
-        losses = self._losses
-        rng = batches[0].rng if batches and batches[0].rng else self._loose_rng
-        given, self._given = self._given, None
+        batches: Sequence[MicroBatch] = self._made_step or self._training_batches()
+        loose, losses, given = self._loose_rng, self._losses, self._given
         self._made_step, self._losses, self._drawn, self._loose_rng = [], [], [], None
-        if given is not None:
-            return StepBatch(given[0], given[1], losses, rng)
-        ids = self._ids(batches)
-        self.dataset = batches[-1].loader.dataset if self.dataset is None else self.dataset
+        self._given, self._given_is_open = [], False
+        if given:
+            return _joined(given, losses, loose)
+        self._check_known(batches)
+        self._count_epoch(batches[-1])
+        step = _joined(batches, losses, loose)
+        if self._first or self.keeps_contents:
+            step.contents = tuple([batch.content for batch in batches])
+        self._first = False
+        return step
+
+    def _count_epoch(self, batch: MicroBatch) -> None:
+        self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
         passes = self._passes.get(id(self.dataset), 1)
         if self._first:
             # A look at the data before training (`next(iter(loader))`) is no epoch.
             self._passes_before = passes - 1
         self.epochs = passes - self._passes_before
-        contents = tuple([batch.content for batch in batches]) if self._first else ()
-        self._first = False
-        return StepBatch(ids, None, losses, rng, contents)
 
-    def _ids(self, batches: list[DrawnBatch]) -> IntArray:
+    def _check_known(self, batches: Sequence[MicroBatch]) -> None:
         if not batches:
             raise UnknownBatchError(f"No batch of a DataLoader was seen before this optimizer step. {_HINT}")
         for batch in batches:
             if batch.ids is None:
                 raise UnknownBatchError(_why_unknown(batch.loader))
-        ids = [batch.ids for batch in batches if batch.ids is not None]
-        return ids[0] if len(ids) == 1 else np.concatenate(ids)
+
+
+def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States | None) -> StepBatch:
+    """The step that these micro-batches made; `loose` are generator states of a pass that belongs to none of them."""
+    ids = [batch.ids for batch in batches if batch.ids is not None]
+    rng = [batch.rng or batches[0].rng or loose for batch in batches]
+    states = [state for state in rng if state is not None]
+    sketches = [batch.sketch for batch in batches if batch.sketch is not None]
+    return StepBatch(
+        ids[0] if len(ids) == 1 else np.concatenate(ids),
+        _given_weights(batches),
+        losses,
+        tuple([len(part) for part in ids]),
+        tuple(states) if len(states) == len(batches) else None,
+        tuple(sketches) if len(sketches) == len(batches) else None,
+    )
+
+
+def _given_weights(batches: Sequence[MicroBatch]) -> FloatArray | None:
+    """The weights [B] that the user gave.
+
+    Raises:
+        UnknownBatchError: if only some micro-batches have them.
+    """
+    weights = [batch.weights for batch in batches if batch.weights is not None]
+    if weights and len(weights) < len(batches):
+        raise UnknownBatchError("trajrec.set_batch got weights for some micro-batches of a step and none for others.")
+    return np.concatenate(weights) if weights else None
 
 
 def _why_unknown(loader: Any) -> str:
@@ -321,7 +384,8 @@ _active: list[BatchLedger] = []
 def set_batch(ids: Any, weights: Any = None) -> None:
     """Names the samples of the coming optimizer step, where the recorder cannot tell them by itself.
 
-    Does nothing while no recording is on, so a script that calls it also runs without trajrec's recorder.
+    With gradient accumulation it is called for every micro-batch, before its backward pass. Does nothing while no
+    recording is on, so a script that calls it also runs without trajrec's recorder.
 
     Args:
         ids: [B] integer sample ids, repeats allowed.

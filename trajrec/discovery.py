@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from trajrec.capture import BatchLedger
+from trajrec.capture import BatchLedger, States
 from trajrec.errors import RecordingError
-from trajrec.snapshot import Generators, States
+from trajrec.snapshot import Generators
 
 
 def _states_for(module: nn.Module) -> Callable[[], States]:

@@ -13,7 +13,7 @@ recorded only for steps that consumed randomness. What the recorder itself cost 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +28,21 @@ from trajrec.capture import BatchLedger, Capture, StepBatch
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery
 from trajrec.errors import RecordingError
-from trajrec.records import FloatArray, Keyframe, StepRecord
+from trajrec.records import NO_IDS, FloatArray, Keyframe, StepRecord
 from trajrec.rules import check_recordable
 from trajrec.sink import Sink, Summary
 from trajrec.snapshot import Generators, Snapshot, consumed, copy_row
 from trajrec.task import file_sha256, task_file
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step between its pre-hook and its post-hook: samples, hyperparameters [G, H], generator states, changes."""
+
+    batch: StepBatch
+    hyper: FloatArray
+    rng: bytes = b""
+    changes: bytes = b""
 
 
 class Recorder:
@@ -71,7 +81,7 @@ class Recorder:
         self._discovery = Discovery(self.ledger) if model is None else None
         self._handles: list[Any] = []
         self._snapshot: Snapshot | None = None
-        self._pending: tuple[StepBatch, FloatArray, bytes] | None = None
+        self._pending: Pending | None = None
         self._step = 0
         self._began = 0.0
         self._last_keyframe = -1
@@ -155,24 +165,23 @@ class Recorder:
         if self._snapshot is None:
             self._begin(optimizer)
         assert self._snapshot is not None
-        self._snapshot.check_groups(self._step + 1)
+        changes = self._snapshot.changes(self._step + 1)
         batch = self._first_batch or self.ledger.take()
         self._first_batch = None
         rng = b"" if batch.rng is None else consumed(batch.rng, self._snapshot.generators.states())
         hyper = self._snapshot.hyper()
         if self._hides_state(hyper):
             self._keyframe()
-        self._pending = (batch, hyper, rng)
+        self._pending = Pending(batch, hyper, rng, b"" if changes is None else changes.to_json())
         self._spent += time.thread_time() - start
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._pending is None or optimizer is not self.optimizer or self._snapshot is None:
             return
         start = time.thread_time()
-        batch, hyper, rng = self._pending
-        self._pending = None
+        pending, self._pending = self._pending, None
         self._step += 1
-        self._commit(batch, hyper, rng)
+        self._commit(pending)
         if self.sink.wants_keyframe(self._step):
             self._keyframe()
         now = time.thread_time()
@@ -199,12 +208,13 @@ class Recorder:
         # Only now: a sink that could not be opened must not be closed.
         self._snapshot = snapshot
         self._transfer = self._snapshot.transfer()
-        nothing = StepBatch(np.empty(0, dtype=np.int64), None, [])
-        self._commit(nothing, self._snapshot.hyper(), b"")
+        self._commit(Pending(StepBatch(NO_IDS, None, []), self._snapshot.hyper()))
         self._flush()
         self._step = self.sink.resumed_at
         if self._step == 0:
             self._keyframe()
+        else:
+            snapshot.forget_conditions()
 
     def _describe(self, batch: StepBatch) -> dict[str, Any]:
         """The fields of RunSpec that come from around the model."""
@@ -232,20 +242,33 @@ class Recorder:
 
     # -- records -------------------------------------------------------------------------------------------------
 
-    def _commit(self, batch: StepBatch, hyper: FloatArray, rng: bytes) -> None:
+    def _commit(self, pending: Pending) -> None:
         assert self._snapshot is not None
         if self._transfer is None:
             row = self.sink.reserve()
             self._keeps_rows = row is not None
-            self.sink.commit(self._record(batch, hyper, rng, batch.loss, self._snapshot.copy(row)))
+            self.sink.commit(self._record(pending, pending.batch.loss, self._snapshot.copy(row)))
             return
         self._flush()
-        self._transfer.start(self._snapshot.flat(), batch.losses)
-        self._travelling = self._record(batch, hyper, rng, float("nan"), 0)
+        self._transfer.start(self._snapshot.flat(), pending.batch.losses)
+        self._travelling = self._record(pending, float("nan"), 0)
 
-    def _record(self, batch: StepBatch, hyper: FloatArray, rng: bytes, loss: float, crc32: int) -> StepRecord:
-        epoch = max(self.ledger.epochs - 1, 0)
-        return StepRecord(self._step, epoch, loss, time.time(), crc32, hyper, batch.ids, batch.weights, rng)
+    def _record(self, pending: Pending, loss: float, crc32: int) -> StepRecord:
+        batch = pending.batch
+        return StepRecord(
+            self._step,
+            max(self.ledger.epochs - 1, 0),
+            loss,
+            time.time(),
+            crc32,
+            pending.hyper,
+            batch.ids,
+            batch.weights,
+            pending.rng,
+            np.array(batch.parts, dtype=np.int64) if len(batch.parts) > 1 else NO_IDS,
+            NO_IDS if batch.sketches is None else np.array(batch.sketches, dtype=np.int64),
+            pending.changes,
+        )
 
     def _flush(self) -> None:
         """Hands over the step whose weights are still on their way from the device."""

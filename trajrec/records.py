@@ -7,8 +7,8 @@ during a run. All values are plain numbers, strings and numpy arrays: no torch, 
 A row is flat: the parameters of `RunSpec.params` one after the other in table order, each C-contiguous. Its
 dtype is `RunSpec.dtype`, and its length is P = sum of the sizes.
 
-Letters: A micro-batches of a step, B samples in a step, G parameter groups, H numeric hyperparameters a group, N training samples,
-P weights, T steps.
+Letters: A micro-batches and B samples in a step, G parameter groups, H numeric hyperparameters a group, N training
+samples, P weights, T steps.
 """
 
 from __future__ import annotations
@@ -168,12 +168,14 @@ class Conditions:
 
     Attributes:
         eval_modules: names of the modules in eval mode ("" is the model itself).
-        still: names of the optimizer's parameters that got no gradient in the step, and were left as they are.
+        still: names of the optimizer's parameters that had no gradient in the step, and were left as they are.
+        frozen: names of those that require no gradient but have one, of zeros: decay and momentum still move them.
         joined: parameters that came into the optimizer after the first step, with their group.
     """
 
     eval_modules: tuple[str, ...] = ()
     still: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     joined: tuple[tuple[str, int], ...] = ()
 
     def to_json(self) -> bytes:
@@ -185,7 +187,8 @@ class Conditions:
         """From `to_json`'s value; unknown keys are ignored."""
         values = json.loads(text)
         joined = tuple((str(name), int(group)) for name, group in values.get("joined", ()))
-        return cls(tuple(values.get("eval_modules", ())), tuple(values.get("still", ())), joined)
+        names = {key: tuple(values.get(key, ())) for key in ("eval_modules", "still", "frozen")}
+        return cls(**names, joined=joined)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import platform
 import random
 import sys
 import uuid
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import trajrec
+from trajrec.capture import States
 from trajrec.checksum import crc32
 from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
-from trajrec.records import BufferSpec, FloatArray, ParamSpec, Row, RunSpec
+from trajrec.records import BufferSpec, Conditions, FloatArray, ParamSpec, Row, RunSpec
 
 # How torch computes a step, not what: they have no place in the mathematics of a replay.
 _IMPLEMENTATION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr"})
@@ -37,8 +39,13 @@ class Snapshot:
         self.model = model
         self.optimizer = optimizer
         self.parameters = dict(model.named_parameters())
-        self._groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._groups = _groups_of(optimizer)
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._optimized = [p for group in optimizer.param_groups for p in group["params"]]
+        self._modules = list(model.modules())
+        self._joined: dict[str, int] = {}
+        self._seen: object = None
+        self._conditions: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
         self.names = _hyperparameter_names(optimizer)
         self._keys = [(name.partition(".")[0], name.partition(".")[2]) for name in self.names]
         self.generators = Generators(next(iter(self.parameters.values())).device)
@@ -64,18 +71,68 @@ class Snapshot:
                 "trajrec.record(model=...)."
             )
 
-    def check_groups(self, step: int) -> None:
-        """Checks that the parameter groups are those of the first step.
+    def changes(self, step: int) -> Conditions | None:
+        """The conditions of the coming step, where they differ from those of the step before; else None.
 
         Raises:
-            RecordingError: if a group or parameter was added or taken away.
+            RecordingError: if a parameter left the optimizer, or one came that the model does not have.
         """
         groups = self.optimizer.param_groups
-        if [len(group["params"]) for group in groups] != self._group_sizes:
+        seen = (
+            [len(group["params"]) for group in groups],
+            [module.training for module in self._modules],
+            [(p.grad is None, p.requires_grad) for p in self._optimized],
+        )
+        if seen == self._seen:
+            return None
+        if seen[0] != self._group_sizes:
+            self._regroup(step)
+        self._seen = seen
+        conditions = self._present_conditions()
+        changed = conditions != self._conditions
+        self._conditions = conditions
+        return conditions if changed else None
+
+    def forget_conditions(self) -> None:
+        """Those of the coming step are recorded whatever they are: a resumed recording does not know the last ones."""
+        self._conditions = None
+
+    def _regroup(self, step: int) -> None:
+        """Takes in parameters that were added to the optimizer."""
+        found = _groups_of(self.optimizer)
+        names = {id(p): name for name, p in self.parameters.items()}
+        if any(found.get(key) != group for key, group in self._groups.items()):
             raise RecordingError(
-                f"The optimizer's parameter groups changed before step {step}. A recording holds one set of groups: "
-                "add all parameters before the first step, or record the parts of the training as separate runs."
+                f"Parameters were taken out of the optimizer, or put into another group, before step {step}. Freeze "
+                "them with requires_grad_(False) instead, or record the parts of the training as separate runs."
             )
+        if any(key not in names for key in found):
+            raise RecordingError(
+                f"Before step {step} the optimizer was given parameters that the model did not have at the first step. "
+                "Make all modules before the recording begins."
+            )
+        self._joined |= {names[key]: group for key, group in found.items() if key not in self._groups}
+        self._groups = found
+        self._group_sizes = [len(group["params"]) for group in self.optimizer.param_groups]
+        self._optimized = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _present_conditions(self) -> Conditions:
+        return Conditions(
+            self.eval_modules(),
+            still=self._where(lambda p: p.grad is None),
+            frozen=self._where(lambda p: p.grad is not None and not p.requires_grad),
+            joined=tuple(self._joined.items()),
+        )
+
+    def _where(self, holds: Callable[[Tensor], bool]) -> tuple[str, ...]:
+        """Names of the optimizer's parameters of which something holds."""
+        return tuple(name for name, p in self.parameters.items() if id(p) in self._groups and holds(p))
+
+    def eval_modules(self) -> tuple[str, ...]:
+        """Names of the modules in eval mode; "" alone if the model itself is."""
+        if not self.model.training:
+            return ("",)
+        return tuple(name for name, module in self.model.named_modules() if name and not module.training)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,9 +156,7 @@ class Snapshot:
             hyperparameters=self.names,
             groups=len(self.optimizer.param_groups),
             rng=self.generators.table(),
-            eval_modules=tuple(name for name, m in self.model.named_modules() if name and not m.training)
-            if self.model.training
-            else ("",),
+            eval_modules=self.eval_modules(),
             versions={
                 "trajrec": trajrec.__version__,
                 "torch": str(torch.__version__),
@@ -205,6 +260,11 @@ class Snapshot:
         return arrays
 
 
+def _groups_of(optimizer: Optimizer) -> dict[int, int]:
+    """The group of every parameter, by its id."""
+    return {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -245,9 +305,6 @@ def copy_row(source: npt.NDArray[Any], row: Row | None) -> int:
     return crc32(source.data)
 
 
-States = tuple[Tensor, ...]
-
-
 class Generators:
     """The random generators that a forward pass on a device may use: the CPU's and the device's own."""
 
@@ -264,12 +321,15 @@ class Generators:
         return tuple(zip(("cpu", str(self.device)), (len(state) for state in self.states()), strict=False))
 
 
-def consumed(before: States, after: States) -> bytes:
-    """The states before, one after the other, if random numbers were drawn since; else b""."""
+def consumed(before: Sequence[States], after: States) -> bytes:
+    """The states before each forward pass, one after the other, if the step drew random numbers; else b""."""
     # Comparing bytes is several times cheaper here than torch.equal.
-    old = b"".join([state.numpy().tobytes() for state in before])
-    new = b"".join([state.numpy().tobytes() for state in after])
-    return b"" if old == new else old
+    first, last = _joined(before[0]), _joined(after)
+    return b"" if first == last else b"".join([first, *(_joined(states) for states in before[1:])])
+
+
+def _joined(states: States) -> bytes:
+    return b"".join([state.numpy().tobytes() for state in states])
 
 
 def _all_generator_states() -> dict[str, npt.NDArray[Any]]:

@@ -11,6 +11,14 @@ and supplies what replay has to differentiate:
     collate   [item] -> batch                     default: torch's default_collate
     predict   (model, batch) -> Tensor [B, classes]   scores of the classes; only so that reports can name predictions
 
+A step's gradient is that of sum_i c_i l_i + penalty. What a loop may do beyond a mean of losses has its own place:
+
+    weight    (batch) -> Tensor [B]               what each sample counts in the mean: weights of classes or samples,
+                                                  numbers of tokens; default: 1
+    reduction "mean", "sum", "mean-of-means", "sum-of-means"    default: found from the recorded losses
+    penalty   (model) -> scalar Tensor            a term without samples, such as an L1 norm
+    gradient  {name: Tensor} -> {name: Tensor}    what happens to the gradient before the step: `trajrec.clip_norm`
+
 That the Task describes the recorded training is not taken on trust: the certificate of every replay proves it.
 """
 
@@ -28,14 +36,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from trajrec.checksum import crc32
 from trajrec.errors import TaskError
+from trajrec.gradients import Gradients
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
 Collate = Callable[[list[Any]], Batch]
+REDUCTIONS = ("mean", "mean-of-means", "sum-of-means", "sum")
 
 
 class Task:
@@ -49,6 +60,12 @@ class Task:
         measure: loss of every test sample, [B]; default: `loss`.
         collate: makes a batch of a list of items; default: torch's.
         predict: scores of the classes for every sample, [B, classes]; reports show the highest as the prediction.
+        weight: what each sample of a batch counts in the mean, [B] (a_i below); default ones.
+        reduction: how the loop makes one number of the losses of a step, over all of its samples ("mean":
+            c_i = a_i / sum a; "sum": c_i = a_i) or over its micro-batches, each of which is averaged by itself
+            ("mean-of-means", "sum-of-means"). Default: the one that gives the recorded losses.
+        penalty: a scalar that is added to the loss of every step, without samples.
+        gradient: what the loop does to the gradients between backward() and step(), by parameter name.
     """
 
     def __init__(
@@ -61,7 +78,13 @@ class Task:
         measure: Loss | None = None,
         collate: Collate | None = None,
         predict: Loss | None = None,
+        weight: Callable[[Batch], Tensor] | None = None,
+        reduction: str | None = None,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+        gradient: Callable[[Gradients], Gradients] | None = None,
     ) -> None:
+        if reduction not in (None, *REDUCTIONS):
+            raise TaskError(f"Task.reduction is one of {', '.join(map(repr, REDUCTIONS))}, not {reduction!r}.")
         self._model = model
         self._train = train
         self._test = test
@@ -69,6 +92,10 @@ class Task:
         self.measure = measure or loss
         self.collate: Collate = collate or default_collate
         self.predict = predict
+        self.weight = weight
+        self.reduction = reduction
+        self.penalty = penalty
+        self.gradient = gradient
 
     @classmethod
     def supervised(
@@ -79,11 +106,12 @@ class Task:
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
         collate: Collate | None = None,
+        **options: Any,
     ) -> Task:
         """A task whose batches are pairs (x, y), with criterion(model(x), y) -> [B] as loss and measure.
 
         The default criterion is cross entropy without reduction. Outputs of shape [B, classes] beside integer labels
-        are taken for scores of the classes.
+        are taken for scores of the classes. `options` are those of `Task`.
         """
         score = criterion or nn.CrossEntropyLoss(reduction="none")
 
@@ -95,7 +123,7 @@ class Task:
             outputs: Tensor = model(batch[0])
             return outputs
 
-        return cls(model, train, test, loss=loss, collate=collate, predict=predict)
+        return cls(model, train, test, loss=loss, collate=collate, predict=predict, **options)
 
     def build_model(self) -> nn.Module:
         """A new model.
@@ -203,6 +231,34 @@ def digest(batch: Batch) -> int:
     return _digest(batch, 0)
 
 
+_SMALL, _SAMPLED = 8192, 256
+
+
+def sketch(batch: Batch) -> int | None:
+    """CRC-32 of a sample of a batch's contents, cheap enough for every step; None if nothing of it is in host memory.
+
+    Of every tensor its dtype and shape, all bytes of small ones (labels, say), and of larger ones 256 bytes from the
+    middle of each row along the first dimension, of 64 rows at most.
+    """
+    crc, known = 0, False
+    for value in tree_leaves(batch):
+        if not isinstance(value, Tensor):
+            crc = crc32(_text(value), crc)
+        elif value.device.type == "cpu" and value.layout is torch.strided and value.numel():
+            known = True
+            crc = crc32(_sampled(value.detach()), crc32(f"{value.dtype}{tuple(value.shape)}".encode(), crc))
+    return crc if known else None
+
+
+def _sampled(tensor: Tensor) -> Any:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    if flat.size <= _SMALL:
+        return flat.data
+    rows = flat.reshape(len(tensor), -1)
+    middle = max(0, rows.shape[1] - _SAMPLED) // 2
+    return rows[:: -(-len(rows) // 64), middle : middle + _SAMPLED].tobytes()
+
+
 def _digest(value: Any, crc: int) -> int:
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous()
@@ -215,4 +271,10 @@ def _digest(value: Any, crc: int) -> int:
         for item in value:
             crc = _digest(item, crc)
         return crc
-    return crc32(repr(value).encode(), crc)
+    return crc32(_text(value), crc)
+
+
+def _text(value: Any) -> bytes:
+    """A value's repr; of an object without one (it would show an address) the name of its class."""
+    shown = repr(value)
+    return (type(value).__qualname__ if " object at 0x" in shown else shown).encode()
