@@ -1,0 +1,48 @@
+"""How the loop made one number of the losses of a step: told by the Task, or found from the recorded losses.
+
+The recorder saw the number that backward() was called on. Here the Task's losses at the recorded weights are reduced in
+every known way, and the way that gives that number is taken; whether it is the right one, the certificate proves at
+every step. Over equal micro-batches, "mean" and "mean-of-means" are the same, so a step with unequal ones is asked too.
+Where no way fits (a loss that is scaled and unscaled again for mixed precision, say), it is the mean.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from trajrec.replay.model import LossFunction
+from trajrec.replay.samples import Samples
+from trajrec.replay.trajectory import RecordedRun, make_step, vector_of
+from trajrec.task import REDUCTIONS
+
+_PREFERRED = ("mean-of-means", "mean", "sum-of-means", "sum")
+_TOLERANCE = 1e-3
+_LOOKED_AT = 2000
+
+
+def found_reduction(run: RecordedRun, function: LossFunction, samples: Samples) -> str:
+    """The reduction of REDUCTIONS that gives the recorded losses; leaves `function` with it."""
+    if function.task.reduction is None and run.recorded_weights(1) is None:
+        fits = set(REDUCTIONS)
+        for t in _telling(run):
+            fits &= {name for name in REDUCTIONS if _fits(run, function, samples, t, name)}
+        function.reduction = next((name for name in _PREFERRED if name in fits), _PREFERRED[0])
+    return function.reduction
+
+
+def _telling(run: RecordedRun) -> list[int]:
+    """Step 1, and the first with unequal micro-batches, as far as the weights before it are stored."""
+    steps = range(1, min(run.steps, _LOOKED_AT) + 1)
+    unequal = (t for t in steps if len(set(run.parts(t).tolist())) > 1 and run.stored(t - 1))
+    return sorted({1, next(unequal, 1)})
+
+
+def _fits(run: RecordedRun, function: LossFunction, samples: Samples, t: int, name: str) -> bool:
+    before = vector_of(run.row(t - 1), t - 1, function.layout).to(samples.device, samples.dtype)
+    function.reduction = name
+    with torch.no_grad():
+        computed = float(function.objective(before, samples, make_step(run, t, before, before)).total)
+    recorded = run.loss(t)
+    return math.isnan(recorded) or abs(computed - recorded) <= _TOLERANCE * max(abs(recorded), 1e-12)

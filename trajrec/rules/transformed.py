@@ -1,0 +1,70 @@
+"""A rule whose gradient goes through the loop's own function first: clipping by norm or value, scaling, centring.
+
+    (w_t, s_t) = U(w_{t-1}, s_{t-1}, f(g_t); h_t)
+
+f belongs to the step, so both directions of differentiation go through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trajrec.errors import TaskError
+from trajrec.records import FloatArray, Keyframe
+from trajrec.rules.step import Rule, State
+
+Gradients = dict[str, Tensor]
+
+
+class TransformedRule(Rule):
+    """Another rule behind a function of the gradients by parameter name."""
+
+    def __init__(self, rule: Rule, transform: Callable[[Gradients], Gradients]) -> None:
+        self.rule = rule
+        self.transform = transform
+        self.layout = rule.layout
+        self.names = rule.names
+        self.optimizer_class = rule.optimizer_class
+        self.scalars = rule.scalars
+        self.needs_state = rule.needs_state
+        self.tolerance = rule.tolerance
+        self._order = sorted(rule.layout.params, key=lambda p: p.offset)
+
+    def transformed(self, gradient: Tensor) -> Tensor:
+        """f(g) [P'] of a gradient [P'].
+
+        Raises:
+            TaskError: if it has other names or shapes than the gradients that went in.
+        """
+        given = self.layout.split(gradient)
+        found = self.transform({p.name: given[p.name] for p in self._order})
+        for name, value in given.items():
+            if name not in found or found[name].shape != value.shape:
+                raise TaskError(
+                    f"Task.gradient must return a gradient of shape {tuple(value.shape)} for {name}; pass all names "
+                    "on, changed or not."
+                )
+        return self.layout.join(found)
+
+    def initial_state(self, keyframe: Keyframe, hyper: FloatArray, dtype: torch.dtype, device: torch.device) -> State:
+        """The other rule's."""
+        return self.rule.initial_state(keyframe, hyper, dtype, device)
+
+    def implied_state(self, before: Tensor, after: Tensor, gradient: Tensor, hyper: FloatArray) -> State | None:
+        """The other rule's, of the transformed gradient."""
+        return self.rule.implied_state(before, after, self.transformed(gradient), hyper)
+
+    def placeholder_state(self, weights: Tensor) -> State:
+        """The other rule's."""
+        return self.rule.placeholder_state(weights)
+
+    def step(self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> tuple[Tensor, State]:
+        """(w_t, s_t) from w_{t-1} [P'], s_{t-1}, the loop's g_t [P'] and hyperparameters [G, H]; differentiable."""
+        return self.rule.step(weights, state, self.transformed(gradient), hyper)
+
+    def options(self, hyper: FloatArray, index: int) -> dict[str, object]:
+        """The other rule's."""
+        return self.rule.options(hyper, index)
