@@ -87,7 +87,7 @@ class Session:
         self.device = parse_device(device)
         self.allow_drift = allow_drift
         self.layout = FlatLayout(run.spec)
-        self.rule = rule_for(run.spec, self.layout)
+        self.rule = rule_for(run.spec, self.layout, task.optimizer)
         if task.gradient is not None:
             self.rule = TransformedRule(self.rule, task.gradient)
         self.memory = memory or MEMORY

@@ -23,6 +23,7 @@ _PUBLIC = {
     "clip_value": "trajrec.gradients",
     "open": "trajrec.runfile.reader",
     "record": "trajrec.recorder",
+    "register_rule": "trajrec.rules",
     "set_batch": "trajrec.capture",
     "TrajrecError": "trajrec.errors",
     "replay": "",
@@ -37,6 +38,7 @@ __all__ = [
     "clip_value",
     "open",
     "record",
+    "register_rule",
     "replay",
     "set_batch",
 ]
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from trajrec.gradients import clip_norm as clip_norm
     from trajrec.gradients import clip_value as clip_value
     from trajrec.recorder import record as record
+    from trajrec.rules import register_rule as register_rule
     from trajrec.runfile.reader import Run as Run
     from trajrec.runfile.reader import open as open
     from trajrec.task import Task as Task

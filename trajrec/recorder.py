@@ -28,8 +28,9 @@ from trajrec.capture import BatchLedger, Capture, StepBatch
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery
 from trajrec.errors import RecordingError
+from trajrec.nesting import is_within_step
 from trajrec.records import NO_IDS, FloatArray, Keyframe, StepRecord
-from trajrec.rules import check_recordable
+from trajrec.rules import check_recordable, rehearse
 from trajrec.sink import Sink, Summary
 from trajrec.snapshot import Generators, Snapshot, consumed, copy_row
 from trajrec.task import file_sha256, task_file
@@ -85,6 +86,7 @@ class Recorder:
         self._step = 0
         self._began = 0.0
         self._last_keyframe = -1
+        self._inner_steps = 0
         self._rates: list[float] = []
         self._hyper: FloatArray | None = None
         self._first_batch: StepBatch | None = None
@@ -156,6 +158,10 @@ class Recorder:
         if self.optimizer is not None and optimizer is not self.optimizer:
             self._refuse_second(optimizer)
             return
+        if self._pending is not None and is_within_step(optimizer):
+            self._inner_steps += 1
+            return
+        self._inner_steps = 0
         if any(callable(value) for value in (*arguments[1:], *options.values())):
             raise RecordingError(
                 "optimizer.step(closure) cannot be recorded: the gradient is made inside the step. Call backward() "
@@ -177,6 +183,9 @@ class Recorder:
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._pending is None or optimizer is not self.optimizer or self._snapshot is None:
+            return
+        if self._inner_steps:
+            self._inner_steps -= 1
             return
         start = time.thread_time()
         pending, self._pending = self._pending, None
@@ -204,7 +213,9 @@ class Recorder:
             self._watch_model(self.model)
         batch = self._first_batch = self.ledger.take()
         snapshot = Snapshot(self.model, optimizer)
-        self.sink.open(snapshot.spec(self._describe(batch)))
+        spec = snapshot.spec(self._describe(batch))
+        rehearse(spec, snapshot.hyper())
+        self.sink.open(spec)
         # Only now: a sink that could not be opened must not be closed.
         self._snapshot = snapshot
         self._transfer = self._snapshot.transfer()

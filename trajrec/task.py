@@ -18,6 +18,7 @@ A step's gradient is that of sum_i c_i l_i + penalty. What a loop may do beyond 
     reduction "mean", "sum", "mean-of-means", "sum-of-means"    default: found from the recorded losses
     penalty   (model) -> scalar Tensor            a term without samples, such as an L1 norm
     gradient  {name: Tensor} -> {name: Tensor}    what happens to the gradient before the step: `trajrec.clip_norm`
+    optimizer class                               of the training, where it is not one of torch.optim's
 
 That the Task describes the recorded training is not taken on trust: the certificate of every replay proves it.
 """
@@ -36,6 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
@@ -66,6 +68,7 @@ class Task:
             ("mean-of-means", "sum-of-means"). Default: the one that gives the recorded losses.
         penalty: a scalar that is added to the loss of every step, without samples.
         gradient: what the loop does to the gradients between backward() and step(), by parameter name.
+        optimizer: the class of the training's optimizer, where it is not one of torch.optim's.
     """
 
     def __init__(
@@ -82,9 +85,12 @@ class Task:
         reduction: str | None = None,
         penalty: Callable[[nn.Module], Tensor] | None = None,
         gradient: Callable[[Gradients], Gradients] | None = None,
+        optimizer: type[Optimizer] | None = None,
     ) -> None:
         if reduction not in (None, *REDUCTIONS):
             raise TaskError(f"Task.reduction is one of {', '.join(map(repr, REDUCTIONS))}, not {reduction!r}.")
+        if optimizer is not None and not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+            raise TaskError(f"Task.optimizer is a class of optimizers, not {optimizer!r}.")
         self._model = model
         self._train = train
         self._test = test
@@ -96,6 +102,7 @@ class Task:
         self.reduction = reduction
         self.penalty = penalty
         self.gradient = gradient
+        self.optimizer = optimizer
 
     @classmethod
     def supervised(

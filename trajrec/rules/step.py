@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
@@ -113,6 +114,10 @@ class Rule(ABC):
             optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
         optimizer.step()
         return parameter, {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, Tensor)}
+
+    def rests(self, hyper: FloatArray, index: int) -> bool:
+        """Whether the step passes a group by: its hyperparameters are all NaN."""
+        return hyper.shape[1] > 0 and bool(np.isnan(hyper[index]).all())
 
     def options(self, hyper: FloatArray, index: int) -> dict[str, Any]:
         """Options of one group as the optimizer wants them: booleans and counts as such, tuples, NaN as None."""

@@ -8,6 +8,7 @@ f belongs to the step, so both directions of differentiation go through it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -28,10 +29,26 @@ class TransformedRule(Rule):
         self.layout = rule.layout
         self.names = rule.names
         self.optimizer_class = rule.optimizer_class
-        self.scalars = rule.scalars
         self.needs_state = rule.needs_state
         self.tolerance = rule.tolerance
         self._order = sorted(rule.layout.params, key=lambda p: p.offset)
+
+    @property
+    def scalars(self) -> frozenset[str]:  # type: ignore[override]
+        """The other rule's, which may learn of new ones on the way."""
+        return self.rule.scalars
+
+    def proving(self) -> AbstractContextManager[None]:
+        """The other rule's."""
+        return self.rule.proving()
+
+    def suspects(self) -> str:
+        """The other rule's."""
+        return self.rule.suspects()
+
+    def accept(self) -> None:
+        """Tells the other rule."""
+        self.rule.accept()
 
     def transformed(self, gradient: Tensor) -> Tensor:
         """f(g) [P'] of a gradient [P'].
