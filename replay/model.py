@@ -20,7 +20,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trajrec.errors import ModelMismatchError, NonFiniteError, TaskError
-from trajrec.records import Conditions, Keyframe, RunSpec
+from trajrec.records import Keyframe, RunSpec
+from trajrec.replay.checkpointing import PlainCheckpoints
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import RecordedRun, Step
 from trajrec.rules import FlatLayout
@@ -57,9 +58,14 @@ class Objective:
         return cls(torch.cat([p.losses for p in parts]), torch.cat([p.shares for p in parts]), penalty)
 
 
-def reduced(counts: Sequence[Tensor], reduction: str) -> list[Tensor]:
-    """The c of every micro-batch, from what each sample counts ([B_m] each) and the name of a reduction."""
+def reduced(counts: Sequence[Tensor], reduction: str, usual: int) -> list[Tensor]:
+    """The c of every micro-batch, from what each sample counts ([B_m] each) and the name of a reduction.
+
+    `usual` is the number of micro-batches that a step usually has.
+    """
     match reduction:
+        case "scaled-means":
+            return [count / count.sum() / usual for count in counts]
         case "sum":
             return list(counts)
         case "sum-of-means":
@@ -108,7 +114,9 @@ class LossFunction:
         self._load(self.model, run)
         self.model.to(device=device, dtype=dtype)
         self._module = _LossModule(self.model)
+        self._checkpoints = PlainCheckpoints(self.model)
         self._modes: tuple[str, ...] | None = None
+        self.usual_parts = int(max(len(run.parts(t)) for t in range(1, run.steps + 1)))
         self._even: dict[tuple[int | str, ...], list[Tensor]] = {}
         self.reduction = task.reduction or "mean"
         self._train_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[0]), self.model)
@@ -172,7 +180,7 @@ class LossFunction:
     def parts(self, weights: Tensor, samples: Samples, step: Step) -> Iterator[Objective]:
         """The objective of one micro-batch after the other; they add up to `objective`."""
         self._set_modes(step.conditions.eval_modules)
-        named = self._named(weights, step.conditions)
+        named = self.layout.split(weights)
         batches = [samples.part(step, part) for part in step.parts]
         shares = self._shares(batches, step, weights)
         for part, batch, share in zip(step.parts, batches, shares, strict=True):
@@ -181,14 +189,6 @@ class LossFunction:
             check_finite(losses.detach(), "The training loss", step.t)
             yield Objective(losses, share, self._penalty(named, len(batches)))
 
-    def _named(self, weights: Tensor, conditions: Conditions) -> dict[str, Tensor]:
-        """The parameters by name; those without a gradient in this step are constants."""
-        named = self.layout.split(weights)
-        for name in (*conditions.still, *conditions.frozen):
-            if name in named:
-                named[name] = named[name].detach()
-        return named
-
     def _shares(self, batches: Sequence[Batch], step: Step, like: Tensor) -> Sequence[Tensor]:
         """The c[t,i] of every micro-batch."""
         sizes = [part.span.stop - part.span.start for part in step.parts]
@@ -196,10 +196,10 @@ class LossFunction:
             return torch.split(step.shares, sizes)
         if self.task.weight is not None:
             counts = [self._weights(batch, size, like) for batch, size in zip(batches, sizes, strict=True)]
-            return reduced(counts, self.reduction)
+            return reduced(counts, self.reduction, self.usual_parts)
         key = (*sizes, self.reduction)
         if key not in self._even:
-            self._even = {key: reduced([like.new_ones(size) for size in sizes], self.reduction)}
+            self._even = {key: reduced([like.new_ones(size) for size in sizes], self.reduction, self.usual_parts)}
         return [share.detach() for share in self._even[key]]
 
     def _weights(self, batch: Batch, size: int, like: Tensor) -> Tensor:
@@ -215,7 +215,9 @@ class LossFunction:
             return None
         penalty = self.task.penalty
         value = self._evaluate(lambda model, _: penalty(model), named, None)
-        return value if self.reduction.startswith("sum") else value / parts
+        if self.reduction.startswith("sum"):
+            return value
+        return value / (self.usual_parts if self.reduction == "scaled-means" else parts)
 
     def measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
         """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""
@@ -234,7 +236,7 @@ class LossFunction:
     def _evaluate(self, function: Loss, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
         named = {f"model.{name}": value for name, value in parameters.items()}
         # The fused attention kernels have no second derivative; the plain one has.
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), self._checkpoints.active():
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 The recorder saw the number that backward() was called on. Here the Task's losses at the recorded weights are reduced in
 every known way, and the way that gives that number is taken; whether it is the right one, the certificate proves at
-every step. Over equal micro-batches, "mean" and "mean-of-means" are the same, so a step with unequal ones is asked too.
+every step. Over equal micro-batches "mean" and "mean-of-means" are the same, so a step with unequal ones, and one with
+more or fewer, are asked too.
 Where no way fits (a loss that is scaled and unscaled again for mixed precision, say), it is the mean.
 """
 
@@ -17,7 +18,7 @@ from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import RecordedRun, make_step, vector_of
 from trajrec.task import REDUCTIONS
 
-_PREFERRED = ("mean-of-means", "mean", "sum-of-means", "sum")
+_PREFERRED = ("mean-of-means", "mean", "scaled-means", "sum-of-means", "sum")
 _TOLERANCE = 1e-3
 _LOOKED_AT = 2000
 
@@ -33,10 +34,11 @@ def found_reduction(run: RecordedRun, function: LossFunction, samples: Samples) 
 
 
 def _telling(run: RecordedRun) -> list[int]:
-    """Step 1, and the first with unequal micro-batches, as far as the weights before it are stored."""
-    steps = range(1, min(run.steps, _LOOKED_AT) + 1)
+    """Step 1, and the first with other micro-batches, as far as the weights before them are stored."""
+    steps, first = range(1, min(run.steps, _LOOKED_AT) + 1), run.parts(1).tolist()
     unequal = (t for t in steps if len(set(run.parts(t).tolist())) > 1 and run.stored(t - 1))
-    return sorted({1, next(unequal, 1)})
+    fewer = (t for t in steps if len(run.parts(t)) != len(first) and run.stored(t - 1))
+    return sorted({1, next(unequal, 1), next(fewer, 1)})
 
 
 def _fits(run: RecordedRun, function: LossFunction, samples: Samples, t: int, name: str) -> bool:

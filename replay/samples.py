@@ -19,10 +19,20 @@ from torch.utils.data import default_collate
 from trajrec.errors import DataMismatchError
 from trajrec.records import IntArray
 from trajrec.replay.trajectory import Part, Step
-from trajrec.task import Batch, Collate
+from trajrec.seeding import find_seeded
+from trajrec.task import Batch, Collate, sketch
 
 _BLOCK = 512
 _LIMIT = 2 << 30
+_CHECK_EVERY = 16
+
+
+class OtherInputs(Exception):  # noqa: N818
+    """The inputs of step t are not those that the training loop received."""
+
+    def __init__(self, t: int) -> None:
+        super().__init__(t)
+        self.t = t
 
 
 class Samples:
@@ -33,18 +43,30 @@ class Samples:
         collate: makes a batch of a list of items.
         dtype: floating tensors of a batch are cast to it.
         device: where batches go.
+        first_pass: the pass over the data that the run's epoch 0 was, as `trajrec.seeded` counts.
         limit: bytes up to which the collated data set is held in memory.
     """
 
     def __init__(
-        self, dataset: Any, collate: Collate, dtype: torch.dtype, device: torch.device, limit: int = _LIMIT
+        self,
+        dataset: Any,
+        collate: Collate,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        first_pass: int = 0,
+        limit: int = _LIMIT,
     ) -> None:
         self.dataset = dataset
         self.collate = collate
         self.dtype = dtype
         self.device = device
+        self.first_pass = first_pass
+        self.checks_inputs = False
+        self._seeded = find_seeded(dataset)
         self._stack: Batch | None = None
-        self._may_stack = collate is default_collate
+        self._is_raw = False
+        self._may_stack = collate is default_collate and self._seeded is None
         self._limit = limit
 
     def __len__(self) -> int:
@@ -59,14 +81,40 @@ class Samples:
         if self._may_stack and self._stack is None:
             self._stack = self._collate_all()
             self._may_stack = self._stack is not None
+            self._is_raw = self._stack is not None and self.device.type == "cpu" and self._keeps_types()
         if self._stack is not None:
             index = torch.as_tensor(ids, device=self.device)
             return tree_map(lambda values: values[index], self._stack)
         return self._place(self.raw(ids))
 
     def part(self, step: Step, part: Part) -> Batch:
-        """The batch of one micro-batch of a step."""
-        return self.batch(step.ids[part.span])
+        """The batch of one micro-batch of a step.
+
+        Raises:
+            OtherInputs: if `checks_inputs` is set and the training loop received something else.
+        """
+        ids = step.ids[part.span]
+        self._tell_epoch(step)
+        batch = self.batch(ids)
+        if self.checks_inputs and part.digest is not None:
+            self._check(step.t, ids, batch, part.digest)
+        return batch
+
+    def raw_step(self, step: Step) -> Batch:
+        """All samples of a step as one batch, as the training loop received it."""
+        self._tell_epoch(step)
+        return self.raw(step.ids)
+
+    def _tell_epoch(self, step: Step) -> None:
+        if self._seeded is not None:
+            self._seeded.set_epoch(step.epoch + self.first_pass)
+
+    def _check(self, t: int, ids: IntArray, batch: Batch, recorded: int) -> None:
+        # Where batches are cast or moved, the loader's own is made anew, which is slow: at some steps only.
+        if not self._is_raw and t % _CHECK_EVERY:
+            return
+        if sketch(batch if self._is_raw else self.raw(ids)) != recorded:
+            raise OtherInputs(t)
 
     def _place(self, batch: Batch) -> Batch:
         def place(value: Any) -> Any:
@@ -91,6 +139,10 @@ class Samples:
             except RuntimeError:  # items of different shapes
                 return None
         return _concatenate(blocks)
+
+    def _keeps_types(self) -> bool:
+        """Whether nothing of a batch is cast."""
+        return all(v.dtype == self.dtype for v in tree_leaves(self.raw(np.arange(1))) if v.is_floating_point())
 
     def labels(self, ids: IntArray) -> list[Any] | None:
         """The labels of these samples where a batch is a pair (inputs, integer labels [B]); else None."""

@@ -17,17 +17,18 @@ from torch import Tensor
 from trajrec.errors import DataMismatchError, DriftError, ReplayError
 from trajrec.replay.adjoint import initial_state
 from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChecks, drift_error
-from trajrec.replay.history import as_seen
+from trajrec.replay.history import RegroupedRun, as_seen
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.recompute import KeyframeChecks, RebuiltTrajectory, RecomputedTrajectory
 from trajrec.replay.reduction import found_reduction
-from trajrec.replay.samples import Samples
+from trajrec.replay.samples import OtherInputs, Samples
 from trajrec.replay.targets import Targets, target_gradients
 from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, Trajectory, make_step, vector_of
 from trajrec.rules import FlatLayout, rule_for
 from trajrec.rules.selftest import self_test
 from trajrec.rules.transformed import TransformedRule
+from trajrec.seeding import find_seeded
 from trajrec.task import Task, digest
 
 MEMORY = 1 << 30
@@ -92,7 +93,7 @@ class Session:
             self.rule = TransformedRule(self.rule, task.gradient)
         self.memory = memory or MEMORY
         self.function = LossFunction(task, run, self.layout, self.dtype, self.device)
-        self.train = Samples(task.train, task.collate, self.dtype, self.device)
+        self.train = self._training_samples(self.dtype)
         self._check_trainable()
         self.train.check_ids(self._largest_id(), "training")
         self.reduction = found_reduction(run, self.function, self.train)
@@ -103,6 +104,10 @@ class Session:
         self._check_data()
         self._test_rule()
         self._finish_buffers()
+
+    def _training_samples(self, dtype: torch.dtype) -> Samples:
+        first_pass = int(self.run.spec.data.get("seeded_from", 0))
+        return Samples(self.task.train, self.task.collate, dtype, self.device, first_pass=first_pass)
 
     @property
     def test(self) -> Samples:
@@ -116,19 +121,31 @@ class Session:
 
     def _check_data(self) -> None:
         recorded = self.run.spec.data.get("first_batch_crc32")
-        self.data_changed = recorded is not None and digest(self.train.raw(self.run.sample_ids(1))) != recorded
+        self.data_changed = recorded is not None and digest(self.train.raw_step(self._step_at_start())) != recorded
         # Other data that give the same first loss (inputs prepared elsewhere, say) are the same to the mathematics.
         if self.data_changed and not self.allow_drift and not self._same_first_loss():
             raise DataMismatchError(
                 "The training data changed since the recording: the first batch has other contents (CRC-32 "
                 f"{recorded:08x} recorded), and the first loss is another. Give the Task the data set that the run "
-                "was trained on, or go on with --allow-drift."
+                f"was trained on, or go on with --allow-drift. {self._about_augmentation()}"
             )
+        self.train.checks_inputs = not (self.data_changed or self.allow_drift)
+
+    def _about_augmentation(self) -> str:
+        was, is_now = "seeded_from" in self.run.spec.data, find_seeded(self.task.train) is not None
+        if was != is_now:
+            return f"It was {'' if was else 'not '}recorded with trajrec.seeded(...), and the Task's is{' not' * was}."
+        return "Items with random augmentation come back only if both are wrapped in trajrec.seeded(...)."
+
+    def _step_at_start(self) -> Step:
+        """Step 1, with the weights before it on both sides."""
+        before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
+        return make_step(self.run, 1, before, before)
 
     def _check_trainable(self) -> None:
-        """Parameters without a gradient at the first step are held constant; they must have been."""
+        """Parameters that the optimizer never stepped are held constant; they must have been."""
         if not self.layout.params:
-            raise ReplayError("No parameter had a gradient at the first recorded step: there is nothing to replay.")
+            raise ReplayError("No parameter ever had a gradient in this recording: there is nothing to replay.")
         last = self.run.steps if self.run.stored(self.run.steps) else self.run.keyframe_steps[-1]
         first_row, last_row = self.run.row(0), self.run.row(last)
         moved = [
@@ -136,16 +153,15 @@ class Session:
         ]
         if moved and not self.allow_drift:
             raise DriftError(
-                f"Parameter {moved[0]} had no gradient at step 1 and was changed by step {last}. Parameters that join "
-                "the training later (unfreezing) are not replayed: record from the step on at which all take part."
+                f"Parameter {moved[0]} is not in the optimizer and was changed by step {last}. Weights that change "
+                "outside the optimizer are not replayed: an exponential average of weights, say, belongs into a copy."
             )
 
     def _test_rule(self) -> None:
         """Lets the rule prove itself at the first step."""
-        before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
-        step = make_step(self.run, 1, before, before)
+        step = self._step_at_start()
         gradient = gradient_of(self.function, self.train, step)
-        self_test(self.rule, before, initial_state(self.trajectory, self.rule), gradient, step.hyper)
+        self_test(self.rule, step.before, initial_state(self.trajectory, self.rule), gradient, step.hyper)
 
     def _finish_buffers(self) -> None:
         """Makes the running statistics at the end of a run that was cut off after its last keyframe."""
@@ -157,8 +173,7 @@ class Session:
                 self._loss(step)
 
     def _same_first_loss(self) -> bool:
-        before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
-        recorded, computed = self.run.loss(1), self._loss(make_step(self.run, 1, before, before))
+        recorded, computed = self.run.loss(1), self._loss(self._step_at_start())
         return abs(recorded - computed) <= 1e-4 * abs(recorded)
 
     def _loss(self, step: Step) -> float:
@@ -177,14 +192,15 @@ class Session:
 
     def _trajectory(self, checks: StepChecks) -> Trajectory:
         stored = StoredTrajectory(self.run, self.layout, self.dtype, self.device)
-        if not self._keyframed and not self.rule.needs_state:
+        # Where groups rest now and then, the weights do not imply the states.
+        if not self._keyframed and not self.rule.needs_state and not isinstance(self.run, RegroupedRun):
             return stored
         native = DTYPES[self.run.spec.dtype]
         # A model of its own: a forward pass changes running statistics.
         function = LossFunction(self.task, self.run, self.layout, native, self.device)
         function.reduction = self.function.reduction
         same = native == self.dtype
-        samples = self.train if same else Samples(self.task.train, self.task.collate, native, self.device)
+        samples = self.train if same else self._training_samples(native)
         of_rows = checks if isinstance(checks, KeyframeChecks) else None
         recomputed = RecomputedTrajectory(
             self.run, self.layout, function, samples, self.rule, self.dtype, of_rows, self.memory
@@ -230,6 +246,24 @@ class Session:
             return work()
         except Drifted as drifted:
             raise self.explain(drifted) from None
+        except OtherInputs as other:
+            raise DriftError(
+                f"Replay drifted at step {self._first_other_inputs(other.t)}: the inputs of its batch are not those "
+                "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
+                f"{self._about_augmentation()} Mend the Task, or go on with --allow-drift."
+            ) from None
+
+    def _first_other_inputs(self, seen_at: int) -> int:
+        """The first step whose inputs differ from the recorded ones, `seen_at` being one."""
+        before = torch.empty(0)
+        for t in range(1, seen_at):
+            step = make_step(self.run, t, before, before)
+            try:
+                for part in step.parts:
+                    self.train.part(step, part)
+            except OtherInputs:
+                return t
+        return seen_at
 
     def target_gradients(self, targets: Targets) -> Tensor:
         """Grad l_j(w_T) of every target, [M, P']."""

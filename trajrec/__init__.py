@@ -24,6 +24,7 @@ _PUBLIC = {
     "open": "trajrec.runfile.reader",
     "record": "trajrec.recorder",
     "register_rule": "trajrec.rules",
+    "seeded": "trajrec.seeding",
     "set_batch": "trajrec.capture",
     "TrajrecError": "trajrec.errors",
     "replay": "",
@@ -40,6 +41,7 @@ __all__ = [
     "record",
     "register_rule",
     "replay",
+    "seeded",
     "set_batch",
 ]
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from trajrec.rules import register_rule as register_rule
     from trajrec.runfile.reader import Run as Run
     from trajrec.runfile.reader import open as open
+    from trajrec.seeding import seeded as seeded
     from trajrec.task import Task as Task
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from trajrec.errors import UnknownBatchError
 from trajrec.records import FloatArray, IntArray
+from trajrec.seeding import find_seeded
 from trajrec.task import digest, sketch
 
 States = tuple[Tensor, ...]
@@ -46,7 +47,7 @@ class MicroBatch:
         content: the batch itself, where it is kept.
         sketch: checksum of the content, or None.
         used_in_training_mode: None if no forward pass with gradients was seen.
-        rng: generator states at the start of that pass.
+        passes: sizes of what went into the model's forward passes with gradients, and generator states before them.
     """
 
     ids: IntArray | None
@@ -55,7 +56,15 @@ class MicroBatch:
     content: Any = None
     sketch: int | None = None
     used_in_training_mode: bool | None = None
-    rng: States | None = None
+    passes: list[tuple[int, States]] = field(default_factory=list)
+
+    def cut(self) -> list[tuple[int, States | None]]:
+        """Sizes and generator states of the pieces that went through the model one by one; most often only one."""
+        assert self.ids is not None
+        sizes = [size for size, _ in self.passes]
+        if len(sizes) > 1 and sum(sizes) == len(self.ids):
+            return list(self.passes)
+        return [(len(self.ids), self.passes[0][1] if self.passes else None)]
 
 
 @dataclass(slots=True)
@@ -157,10 +166,15 @@ class BatchLedger:
         self._given_is_open = False
         self._losses: list[Tensor] = []
         self._passes: dict[int, int] = {}
-        self._passes_before = 0
+        self.passes_before = 0  # over the training data, before the one that the first step was in
         self._loose_rng: States | None = None
         self._first = True
+        self._accumulates: Callable[[], bool] = lambda: True
         self.keeps_contents = False
+
+    def ask_for_gradients(self, accumulates: Callable[[], bool]) -> None:
+        """Gives the ledger a way to know whether gradients of an earlier backward pass are still there."""
+        self._accumulates = accumulates
 
     def watches(self, loader: Any) -> bool:
         """Whether batches of this loader can be training batches."""
@@ -170,6 +184,8 @@ class BatchLedger:
         """A new pass over a loader has begun."""
         key = id(loader.dataset)
         self._passes[key] = self._passes.get(key, 0) + 1
+        if (seeded := find_seeded(loader.dataset)) is not None:
+            seeded.set_epoch(self._passes[key] - 1)
 
     def draw(self, loader: Any, ids: Any, content: Any) -> None:
         """The loop has received a batch."""
@@ -189,25 +205,28 @@ class BatchLedger:
         self._given.append(MicroBatch(ids, weights=weights))
         self._given_is_open = True
 
-    def forward(self, gradients: bool, training: bool, states: Callable[[], States]) -> None:
-        """The model is being called, with or without gradients, in training mode or not.
+    def forward(self, gradients: bool, training: bool, size: int, states: Callable[[], States]) -> None:
+        """The model is being called on `size` samples, with or without gradients, in training mode or not.
 
-        `states` reads the generators: their states belong to the batch's first use, so that other random numbers drawn
+        `states` reads the generators: their states belong to the batch that is used, so that other random numbers drawn
         before it (shuffling, an evaluation) do not count.
         """
         if not gradients:
             return
         if self._given_is_open:
-            self._given[-1].rng = self._given[-1].rng or states()
-        if not self._drawn:
+            self._given[-1].passes.append((size, states()))
+        used = self._drawn[-1] if self._drawn else self._made_step[-1] if self._made_step else None
+        if used is None:
             self._loose_rng = self._loose_rng or states()
             return
-        batch = self._drawn[-1]
-        batch.used_in_training_mode = training
-        batch.rng = batch.rng or states()
+        used.used_in_training_mode = training
+        used.passes.append((size, states()))
 
     def backward(self, loss: Any) -> None:
         """A backward pass has begun: what was used so far belongs to the next step."""
+        if self._made_step and not self._accumulates():
+            # The gradients of earlier passes were thrown away without a step: a scaler that skipped it, say.
+            self._made_step, self._losses = [], []
         self._made_step += self._training_batches()
         self._drawn = []
         self._given_is_open = False
@@ -252,8 +271,8 @@ class BatchLedger:
         passes = self._passes.get(id(self.dataset), 1)
         if self._first:
             # A look at the data before training (`next(iter(loader))`) is no epoch.
-            self._passes_before = passes - 1
-        self.epochs = passes - self._passes_before
+            self.passes_before = passes - 1
+        self.epochs = passes - self.passes_before
 
     def _check_known(self, batches: Sequence[MicroBatch]) -> None:
         if not batches:
@@ -266,16 +285,17 @@ class BatchLedger:
 def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States | None) -> StepBatch:
     """The step that these micro-batches made; `loose` are generator states of a pass that belongs to none of them."""
     ids = [batch.ids for batch in batches if batch.ids is not None]
-    rng = [batch.rng or batches[0].rng or loose for batch in batches]
-    states = [state for state in rng if state is not None]
+    pieces = [piece for batch in batches for piece in batch.cut()]
+    states = [state or pieces[0][1] or loose for _, state in pieces]
+    known = [state for state in states if state is not None]
     sketches = [batch.sketch for batch in batches if batch.sketch is not None]
     return StepBatch(
         ids[0] if len(ids) == 1 else np.concatenate(ids),
         _given_weights(batches),
         losses,
-        tuple([len(part) for part in ids]),
-        tuple(states) if len(states) == len(batches) else None,
-        tuple(sketches) if len(sketches) == len(batches) else None,
+        tuple([size for size, _ in pieces]),
+        tuple(known) if len(known) == len(pieces) else None,
+        tuple(sketches) if len(sketches) == len(pieces) else None,
     )
 
 
@@ -309,6 +329,14 @@ def _as_ids(drawn: Any) -> IntArray | None:
     if ids.dtype.kind not in "iu":
         return None
     return ids.astype(np.int64, copy=False).reshape(-1)
+
+
+def samples_in(inputs: tuple[Any, ...]) -> int:
+    """How many samples a forward pass is called on: the length of its first tensor; 0 if it has none."""
+    for value in inputs:
+        if isinstance(value, Tensor):
+            return len(value) if value.dim() else 0
+    return 0
 
 
 class Capture:

@@ -13,6 +13,7 @@ recorded only for steps that consumed randomness. What the recorder itself cost 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +25,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
-from trajrec.capture import BatchLedger, Capture, StepBatch
+from trajrec.capture import BatchLedger, Capture, StepBatch, samples_in
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery
 from trajrec.errors import RecordingError
 from trajrec.nesting import is_within_step
 from trajrec.records import NO_IDS, FloatArray, Keyframe, StepRecord
 from trajrec.rules import check_recordable, rehearse
+from trajrec.seeding import find_seeded
 from trajrec.sink import Sink, Summary
 from trajrec.snapshot import Generators, Snapshot, consumed, copy_row
 from trajrec.task import file_sha256, task_file
@@ -44,6 +46,24 @@ class Pending:
     hyper: FloatArray
     rng: bytes = b""
     changes: bytes = b""
+
+
+class ForwardHook:
+    """Stands in the model's forward hooks; copies and pickles of the model must not take the recorder along."""
+
+    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Before a forward pass."""
+        self._call(module, inputs)
+
+    def __deepcopy__(self, _: Any) -> ForwardHook:
+        return self
+
+    def __reduce__(self) -> Any:
+        # A hook that hands the inputs on as they are, and needs nothing of ours where the model is loaded.
+        return getattr, ({}, "get")
 
 
 class Recorder:
@@ -147,11 +167,15 @@ class Recorder:
 
     def _watch_model(self, model: nn.Module) -> None:
         self._generators = Generators(next(model.parameters()).device)
-        self._handles.append(model.register_forward_pre_hook(self._on_forward))
+        self._handles.append(model.register_forward_pre_hook(ForwardHook(self._on_forward)))
+        watched = list(model.parameters())
+        self.ledger.ask_for_gradients(lambda: any(p.grad is not None for p in watched))
 
-    def _on_forward(self, module: nn.Module, _: Any) -> None:
+    def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if module is not self.model:
+            return  # a copy (an average of weights, say) brings its hooks along
         start = time.thread_time()
-        self.ledger.forward(torch.is_grad_enabled(), module.training, self._generators.states)
+        self.ledger.forward(torch.is_grad_enabled(), module.training, samples_in(inputs), self._generators.states)
         self._spent += time.thread_time() - start
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -233,6 +257,8 @@ class Recorder:
         # Without a data set (ids named by the user) N is not known yet; the Task's data set tells it at replay.
         length = len(dataset) if hasattr(dataset, "__len__") else 0
         data: dict[str, Any] = {"dataset": type(dataset).__name__, "length": length}
+        if find_seeded(dataset) is not None:
+            data["seeded_from"] = self.ledger.passes_before
         if (crc := batch.digest()) is not None:
             data["first_batch_crc32"] = crc
         file = None if self.task is None else task_file(self.task)

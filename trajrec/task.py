@@ -15,7 +15,8 @@ A step's gradient is that of sum_i c_i l_i + penalty. What a loop may do beyond 
 
     weight    (batch) -> Tensor [B]               what each sample counts in the mean: weights of classes or samples,
                                                   numbers of tokens; default: 1
-    reduction "mean", "sum", "mean-of-means", "sum-of-means"    default: found from the recorded losses
+    reduction "mean", "sum", and for micro-batches "mean-of-means", "scaled-means", "sum-of-means";
+              default: found from the recorded losses
     penalty   (model) -> scalar Tensor            a term without samples, such as an L1 norm
     gradient  {name: Tensor} -> {name: Tensor}    what happens to the gradient before the step: `trajrec.clip_norm`
     optimizer class                               of the training, where it is not one of torch.optim's
@@ -48,7 +49,7 @@ from trajrec.gradients import Gradients
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
 Collate = Callable[[list[Any]], Batch]
-REDUCTIONS = ("mean", "mean-of-means", "sum-of-means", "sum")
+REDUCTIONS = ("mean", "mean-of-means", "scaled-means", "sum-of-means", "sum")
 
 
 class Task:
@@ -64,8 +65,9 @@ class Task:
         predict: scores of the classes for every sample, [B, classes]; reports show the highest as the prediction.
         weight: what each sample of a batch counts in the mean, [B] (a_i below); default ones.
         reduction: how the loop makes one number of the losses of a step, over all of its samples ("mean":
-            c_i = a_i / sum a; "sum": c_i = a_i) or over its micro-batches, each of which is averaged by itself
-            ("mean-of-means", "sum-of-means"). Default: the one that gives the recorded losses.
+            c_i = a_i / sum a; "sum": c_i = a_i) or over its micro-batches, each of which is averaged by itself:
+            "mean-of-means" divides by how many there are, "scaled-means" by how many there usually are (an
+            epoch's last step may have fewer), "sum-of-means" adds. Default: the one that gives the recorded losses.
         penalty: a scalar that is added to the loss of every step, without samples.
         gradient: what the loop does to the gradients between backward() and step(), by parameter name.
         optimizer: the class of the training's optimizer, where it is not one of torch.optim's.

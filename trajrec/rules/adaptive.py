@@ -16,6 +16,7 @@ writes with `out=`, or over a value that is needed again, its own differentiable
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,31 +103,39 @@ class AdaptiveRule(Rule):
         Raises:
             ReplayError: if parameters of one group are at different steps.
         """
-        options = [self._defaults | self.options(hyper, index) for index in range(len(self.layout.groups))]
+        options = [self._begins_with(hyper, index) for index in range(len(self.layout.groups))]
         state: State = {}
         for name in self._vectors():
-            row = keyframe.arrays.get(f"optimizer/{name}")
-            values = self._first_vector(name, options) if row is None else torch.tensor(self.layout.select(row))
-            state[name] = values.to(device, dtype)
+            state[name] = self._vector(name, keyframe, options).to(device, dtype)
         for name in self.kept.scalars:
             state[name] = self._scalar(name, keyframe, options)
         return state
 
-    def _first_vector(self, name: str, options: list[dict[str, Any]]) -> Tensor:
-        values = torch.empty(self.layout.size, dtype=torch.float64)
-        for span, group in zip(self.layout.groups, options, strict=True):
-            values[span] = _first(self.kept.vectors[name], group)
+    def _begins_with(self, hyper: FloatArray, index: int) -> dict[str, Any]:
+        """Options of one group; the defaults where a step passes it by."""
+        return self._defaults | {k: v for k, v in self.options(hyper, index).items() if v is not None}
+
+    def _vector(self, name: str, keyframe: Keyframe, options: list[dict[str, Any]]) -> Tensor:
+        """A recorded vector; the class's first value for groups that it has kept nothing of yet."""
+        row = keyframe.arrays.get(f"optimizer/{name}")
+        present = keyframe.arrays.get(f"optimizer/{name}.present")
+        recorded = None if row is None else torch.tensor(self.layout.select(row))
+        values = torch.empty(self.layout.size, dtype=torch.float64 if recorded is None else recorded.dtype)
+        for index, (span, group) in enumerate(zip(self.layout.groups, options, strict=True)):
+            kept = recorded is not None and (present is None or any(present[i] for i in self.layout.places(index)))
+            values[span] = recorded[span] if kept and recorded is not None else _first(self.kept.vectors[name], group)
         return values
 
     def _scalar(self, name: str, keyframe: Keyframe, options: list[dict[str, Any]]) -> Tensor:
         recorded = keyframe.arrays.get(f"optimizer/{name}.scalar")
         values = []
         for index, group in enumerate(options):
-            found = set() if recorded is None else {float(recorded[i]) for i in self.layout.places(index)}
+            known = [] if recorded is None else [float(recorded[i]) for i in self.layout.places(index)]
+            found = {value for value in known if not math.isnan(value)}
             if len(found) > 1:
                 raise ReplayError(
-                    f"The parameters of group {index} are at different {name} counts ({sorted(found)[:3]}): parameters "
-                    "that joined the training later are not replayed yet."
+                    f"The parameters of group {index} are at different {name} counts ({sorted(found)[:3]}): "
+                    "their history before the recording differs. Record from the first step on."
                 )
             values.append(found.pop() if found else _first(self.kept.scalars[name], group))
         # Powers of betas by the step count are taken in double precision by the plain paths; other scalars are kept in
@@ -137,8 +146,11 @@ class AdaptiveRule(Rule):
         """(w_t, s_t) from w_{t-1} [P'], s_{t-1}, g_t [P'] and hyperparameters [G, H]; differentiable."""
         stepped, states = [], []
         for index, span in enumerate(self.layout.groups):
-            part = {n: v[index] if n in self.scalars else self._floored(n, v[span]) for n, v in state.items()}
-            w, s = self._step_group(index, weights[span], part, gradient[span], self.options(hyper, index))
+            part = {n: v[index] if n in self.scalars else v[span] for n, v in state.items()}
+            w, s = weights[span], part
+            if not self.rests(hyper, index):
+                floored = {n: self._floored(n, v) for n, v in part.items()}
+                w, s = self._step_group(index, w, floored, gradient[span], self.options(hyper, index))
             stepped.append(w)
             states.append(s)
         joined = {n: torch.stack([s[n] for s in states]) if n in self.scalars else _join(states, n) for n in state}

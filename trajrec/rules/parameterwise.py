@@ -62,6 +62,10 @@ class ParameterRule(Rule):
         stepped, states = {}, State()
         for place, param in self._table:
             own = {name: state[f"{name}/{place}"] for name in self.first_state(param)}
+            if self.rests(hyper, param.group):
+                stepped[param.name] = w[param.name]
+                states |= {f"{name}/{place}": value for name, value in own.items()}
+                continue
             options = self.complete(self.options(hyper, param.group), param)
             stepped[param.name], after = self._step_parameter(param, w[param.name], own, g[param.name], options)
             states |= {f"{name}/{place}": value for name, value in after.items()}

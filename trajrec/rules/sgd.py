@@ -41,6 +41,10 @@ class SGDRule(Rule):
         buffer = torch.zeros_like(weights) if fresh else state[BUFFER]
         stepped, buffers = [], []
         for index, span in enumerate(self.layout.groups):
+            if self.rests(hyper, index):
+                stepped.append(weights[span])
+                buffers.append(buffer[span])
+                continue
             options = self.options(hyper, index)
             if fresh:
                 options["dampening"] = 0.0
@@ -57,6 +61,8 @@ class SGDRule(Rule):
         """s_t from w_{t-1}, w_t and g_t [P'], or None where a learning rate of zero hides it."""
         parts = []
         for index, span in enumerate(self.layout.groups):
+            if self.rests(hyper, index):
+                return None
             o = self.options(hyper, index)
             if o["lr"] == 0 and o["momentum"] != 0:
                 return None
