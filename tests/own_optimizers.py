@@ -194,6 +194,14 @@ class Late(Own):
             p.data.mul_(0.9)
 
 
+class Noisy(Own):
+    """Draws a number that it never uses."""
+
+    def __init__(self, params, **options):
+        torch.rand(3)
+        super().__init__(params, **options)
+
+
 class Demanding(Own):
     """Its constructor wants more than its defaults hold."""
 

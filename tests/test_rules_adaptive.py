@@ -7,9 +7,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.memory_run import MemoryRun
+from tests.rule_point import rule_of
 from trajrec.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.rules import RULES
+from trajrec.rules.adaptive import KEPT
 from trajrec.sink import MemorySink
 from trajrec.task import Task
 
@@ -141,3 +143,78 @@ def test_a_wrong_task_is_refused_for_adam_too():
     task.loss = lambda model, batch: per_sample(model, batch) + (model(batch[0]) ** 2).sum(1)
     with pytest.raises(DriftError, match="drifted at step 1"):
         contributions(run, task)
+
+
+def one_weight(optimizer, gradient, state=None, **options):
+    """A rule at one weight of 0.5, with a state other than the optimizer's own."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, 0.5)
+    rule, w, first, g, hyper = rule_of(optimizer(model.parameters(), **options), model, [torch.tensor([[gradient]])])
+    changed = {k: torch.tensor([v], dtype=torch.float64) for k, v in (state or {}).items()}
+    return rule, w, first | changed, g, hyper
+
+
+def along(point, d=0.0, k=0.0, **r):
+    """Tangents (w, s) of a step along a direction of weight, gradient and state."""
+    rule, w, state, g, hyper = point
+    d, k = torch.tensor([[d]], dtype=torch.float64), torch.tensor([[k]], dtype=torch.float64)
+    moved, s = rule.push(w, state, g, hyper, d, {n: torch.tensor([[v]], dtype=torch.float64) for n, v in r.items()}, k)
+    pulled = rule.pull(w, state, g, hyper, torch.ones_like(d), {})
+    back = float(pulled[0] * d + pulled[2] * k + sum(pulled[1][n][0] * v for n, v in r.items()))
+    assert float(moved) == pytest.approx(back, rel=1e-12, abs=1e-300)
+    return float(moved), {n: float(v) for n, v in s.items()}
+
+
+def test_radam_switches_by_its_step_count_and_only_then_sees_second_moments():
+    """rho_t > 5 from step 6 on: the count is a constant, so nothing is differentiated through the switch."""
+    state = {"exp_avg": 0.2, "exp_avg_sq": 0.3}
+    before, after = (one_weight(torch.optim.RAdam, 0.1, state | {"step": t - 1.0}, lr=0.1) for t in (5, 6))
+    assert along(before, exp_avg_sq=1.0)[0] == 0
+    moved = along(after, exp_avg_sq=1.0)[0]
+    rule, w, s, g, hyper = after
+    ahead, behind = (rule.step(w, s | {"exp_avg_sq": s["exp_avg_sq"] + h}, g, hyper)[0] for h in (1e-6, -1e-6))
+    assert moved == pytest.approx(float(ahead - behind) / 2e-6, rel=1e-6) != 0
+    assert recorded("RAdam")[0].steps > 6
+
+
+@pytest.mark.parametrize(("held", "share"), [(0.2, 1.0), (0.4, 0.0), (None, 0.5)])
+def test_amsgrad_at_a_tie_gives_half_to_each_side(held, share):
+    """max(held, v): all to v where it is larger, nothing where the held one is, half of each at a tie."""
+    v, g = 0.3, 0.1
+    tie = 0.999 * v + (1 - 0.999) * g * g
+    state = {"exp_avg": 0.2, "exp_avg_sq": v, "max_exp_avg_sq": tie if held is None else held, "step": 3.0}
+    point = one_weight(torch.optim.Adam, g, state, lr=0.1, amsgrad=True)
+    # In double precision, as torch adds it up.
+    if held is None:
+        point[2]["max_exp_avg_sq"] = point[0].step(*point[1:3], *point[3:])[1]["exp_avg_sq"]
+    assert along(point, exp_avg_sq=1.0)[1]["max_exp_avg_sq"] == pytest.approx(0.999 * share)
+    assert along(point, max_exp_avg_sq=1.0)[1]["max_exp_avg_sq"] == pytest.approx(1 - share)
+
+
+def test_adamax_at_a_tie_gives_half_to_each_side():
+    """max(beta_2 u, |g| + eps), in numbers that binary fractions hold."""
+    state = {"exp_avg": 0.25, "exp_inf": 1.0, "step": 3.0}
+    point = one_weight(torch.optim.Adamax, 0.25, state, lr=0.1, betas=(0.5, 0.5), eps=0.25)
+    assert along(point, k=1.0)[1]["exp_inf"] == 0.5
+    assert along(point, exp_inf=1.0)[1]["exp_inf"] == 0.25
+
+
+@pytest.mark.parametrize(("gradient", "prev"), [(0.1, 0.2), (0.1, -0.2), (0.0, 0.2), (0.1, 0.0)])
+def test_rprop_sees_signs_and_their_derivative_is_zero(gradient, prev):
+    point = one_weight(torch.optim.Rprop, gradient, {"prev": prev, "step_size": 0.1, "step": 3.0}, lr=0.1)
+    moved, state = along(point, k=1.0, prev=1.0)
+    assert (moved, state["step_size"]) == (0.0, 0.0)
+    assert along(point, d=1.0)[0] == 1.0
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RMSprop", "Adagrad"])
+def test_second_moments_of_zero_have_the_derivative_of_a_step_without_them(name):
+    """m / (sqrt(v) + eps) at m = v = 0: dm / eps, whatever dv."""
+    kept = [n for n in ("exp_avg_sq", "square_avg", "sum") if n in KEPT[name].vectors]
+    point = one_weight(getattr(torch.optim, name), 0.0, lr=0.1, eps=1e-3, weight_decay=0.0)
+    moved, _ = along(point, k=1e-9)
+    rule, w, s, _, hyper = point
+    tiny = torch.tensor([1e-12], dtype=torch.float64)
+    slope = float(rule.step(w, s, tiny, hyper)[0] - rule.step(w, s, -tiny, hyper)[0]) / 2e-12
+    assert moved == pytest.approx(1e-9 * slope, rel=1e-3)
+    assert along(point, **dict.fromkeys(kept, 1.0))[0] == 0.0

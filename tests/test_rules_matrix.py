@@ -1,6 +1,6 @@
 """Optimizers that see a parameter as a matrix: Muon and Adafactor, against a second writing of their equations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
@@ -10,17 +10,17 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
+import trajrec
 from tests import reference
 from tests.memory_run import MemoryRun
+from tests.rule_point import rule_of
 from trajrec.errors import DriftError, UnsupportedOptimizerError
 from trajrec.recorder import Recorder
-from trajrec.records import Keyframe
 from trajrec.replay import contributions
-from trajrec.rules import FlatLayout, rule_for
+from trajrec.rules import RoundedRule, registry
 from trajrec.rules.muon import MuonRule
 from trajrec.rules.selftest import self_test
 from trajrec.sink import MemorySink
-from trajrec.snapshot import Snapshot
 from trajrec.task import Task
 
 CASES = {
@@ -189,6 +189,26 @@ def test_the_derivative_of_muon_is_the_slope_of_the_staircase_over_many_stairs()
     assert torch.cosine_similarity(slope.flatten(), derivative.flatten(), 0) > 0.98
 
 
+class OwnMuon(torch.optim.Muon):
+    """Somebody's own class that rounds inside."""
+
+
+def test_a_users_class_that_rounds_on_purpose_is_followed_as_torchs_is(monkeypatch):
+    """Two ways to one result: torch's code with nothing rounded, and the formula."""
+    monkeypatch.setattr(registry, "_registered", {})
+    trajrec.register_rule(OwnMuon, RoundedRule)
+    t = train("Muon")
+    expected = contributions(t.run, t.task, "each", exact=True).values
+    t.run.spec = replace(t.run.spec, optimizer="OwnMuon", optimizer_module="somewhere")
+    for mode in ("adjoint", "tangent"):
+        c = contributions(t.run, t.task, "each", exact=True, mode=mode)
+        assert c.certificate.verdict == "bit-exact"
+        np.testing.assert_allclose(c.values, expected, rtol=1e-7, atol=1e-12)
+    trajrec.register_rule(OwnMuon)
+    with pytest.raises(UnsupportedOptimizerError, match=r"rounds to bfloat16 .* trajrec\.rules\.RoundedRule"):
+        contributions(t.run, t.task)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_made_again_bit_for_bit(name, dtype):
@@ -217,26 +237,6 @@ def test_an_input_that_is_always_zero_does_no_harm(name, unrounded):
     eps[3] = h
     slope = (t.value(eps) - t.value(-eps)) / (2 * h)
     assert np.abs(-slope.numpy() / N - values["adjoint"][3]).max() < 1e-5 * np.abs(values["adjoint"]).max()
-
-
-def rule_of(optimizer, model, g):
-    """A rule at the point where a model is, with its state there and hyperparameters."""
-    for p, value in zip(model.parameters(), g, strict=True):
-        p.grad = value.to(p.dtype)
-    snapshot = Snapshot(model, optimizer)
-    spec = snapshot.spec({"samples": 1})
-    layout = FlatLayout(spec)
-    rule = rule_for(spec, layout)
-    state = rule.initial_state(Keyframe(0, snapshot.keyframe(False)), snapshot.hyper(), spec_dtype(spec), CPU)
-    w = layout.join({k: p.detach() for k, p in model.named_parameters()})
-    return rule, w, state, layout.join({k: p.grad for k, p in model.named_parameters()}), snapshot.hyper()
-
-
-CPU = torch.device("cpu")
-
-
-def spec_dtype(spec):
-    return getattr(torch, spec.dtype)
 
 
 def test_without_a_gradient_a_step_of_muon_is_smooth_and_steep(unrounded):
@@ -268,6 +268,18 @@ def test_weights_of_zero_and_ties_of_adafactor_have_a_finite_derivative():
     rule, w, state, g, hyper = rule_of(torch.optim.Adafactor(model.parameters()), model, [torch.zeros(4, 3), g[12:]])
     gamma = rule.pull(w, state, g, hyper, lam, {})[2]
     assert gamma[0, 12:].abs().max() < 1e-12
+
+
+def test_the_epsilon_of_adafactor_is_that_of_the_training_where_a_replay_computes_in_another_dtype():
+    """Gradients so small that it counts."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    rule, w, state, g, hyper = rule_of(optimizer, model, [1e-5 * torch.randn(4, 3), 1e-9 * torch.randn(4)])
+    double = rule.step(w.double(), {k: v.double() for k, v in state.items()}, g.double(), hyper)[0] - w
+    optimizer.step()
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - w
+    torch.testing.assert_close(double, moved.double(), rtol=1e-3, atol=1e-7)
 
 
 class WrongPolynomial(MuonRule):

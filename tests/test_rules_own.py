@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import trajrec
 from tests import own_optimizers as own
-from tests.own_optimizers import N, given, recorded, train
+from tests.own_optimizers import N, given, per_sample, recorded, train
+from tests.reference import Plan
+from tests.reference import contributions as naive
 from trajrec.errors import TaskError, UnsupportedOptimizerError
 from trajrec.recorder import Recorder
 from trajrec.replay import contributions
@@ -192,15 +196,50 @@ def test_a_constructor_that_wants_more_is_helped_by_a_rule():
     assert contributions(run, task).certificate.verdict == "bit-exact"
 
 
-def test_recording_draws_no_random_numbers_and_hears_no_steps_but_the_trainings():
-    """With hooks on all optimizers, as under `trajrec record`, whose steps on copies would be recorded too."""
+def test_recording_draws_no_random_numbers():
+    """The order of the second epoch's samples is that of a training that is not recorded."""
+    trajrec.register_rule(own.Noisy)
+    assert (train(own.Noisy)[0] == train(own.Noisy, sink=MemorySink(interval=4))[0]).all()
+
+
+def test_hooks_on_all_optimizers_hear_the_steps_of_the_training_alone():
+    """As the recorder's own under `trajrec record`, which would record the steps on copies."""
     trajrec.register_rule(own.Belief)
-    run, _ = recorded(own.Belief, named=False)
-    same, _ = recorded(own.Belief)
-    plain = train(own.Belief)[0]
-    assert run.steps == same.steps == 6
-    assert (run.row(6) == same.row(6)).all()
-    assert (plain == train(own.Belief, sink=MemorySink(interval=4))[0]).all()
+    heard = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: heard.append(optimizer))
+    try:
+        run, task = recorded(own.Belief, named=False)
+        contributions(run, task, mode="tangent")
+    finally:
+        handle.remove()
+    assert len(heard) == run.steps == 6
+    assert (run.row(6) == recorded(own.Belief)[0].row(6)).all()
+
+
+def lars(p, state, g, o):
+    """The step of `Lars`, once more."""
+    t, velocity = (1, 0.0) if state is None else (state[0] + 1, state[1])
+    g = g + o["weight_decay"] * p
+    velocity = o["momentum"] * velocity + g * p.square().sum().sqrt() / g.square().sum().sqrt()
+    return p - o["lr"] / t**0.5 * velocity, (t, velocity)
+
+
+def test_contributions_are_those_of_naive_autograd_through_the_whole_training():
+    trajrec.register_rule(own.Lars)
+    run, task = recorded(own.Lars)
+    model, layout = task.build_model(), run.spec.params
+    start = {p.name: torch.tensor(run.row(0)[p.span]).reshape(p.shape).requires_grad_() for p in layout}
+    groups = [[p.name for p in layout if p.group == g] for g in (0, 1)]
+    options = [{"momentum": 0.9, "weight_decay": 0.01, "lr": lr} for lr in (0.05, 0.02)]
+    plan = Plan([torch.as_tensor(run.sample_ids(t)) for t in range(1, 7)], [options] * 6, groups, step=lars)
+    x, y, _ = task.test.tensors
+
+    def target(params):
+        return per_sample(lambda a: functional_call(model, params, (a,)), (x, y))
+
+    expected = naive(model, start, task.train.tensors[:2], per_sample, plan, N, target)
+    found = contributions(run, task, "each", exact=True).values
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-8, atol=1e-12)
 
 
 def test_a_step_within_a_step_is_one_step():

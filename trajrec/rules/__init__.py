@@ -3,6 +3,17 @@
 from trajrec.rules.flat import FlatLayout
 from trajrec.rules.own import OwnRule
 from trajrec.rules.registry import RULES, check_recordable, register_rule, rehearse, rule_for
+from trajrec.rules.rounded import RoundedRule
 from trajrec.rules.step import Rule
 
-__all__ = ["RULES", "FlatLayout", "OwnRule", "Rule", "check_recordable", "register_rule", "rehearse", "rule_for"]
+__all__ = [
+    "RULES",
+    "FlatLayout",
+    "OwnRule",
+    "RoundedRule",
+    "Rule",
+    "check_recordable",
+    "register_rule",
+    "rehearse",
+    "rule_for",
+]

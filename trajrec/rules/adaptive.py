@@ -8,7 +8,9 @@ decided on purpose:
   0 * inf = NaN. The update m / (sqrt(v) + eps) is smooth there: the derivative through sqrt is multiplied by m = 0.
   A floor far below rounding (1e-36, or 1e-300 in float64) under v has just that derivative and leaves the step itself
   as it is, to the bit.
-* max of Adamax and amsgrad at a tie: torch's subgradient, half to each side. sign of Rprop: derivative zero.
+* max of Adamax and amsgrad at a tie: torch's subgradient, half to each side.
+* sign of Rprop: derivative zero, so all its contributions are. That is right, and of no use.
+* the switch of RAdam (rho_t > 5) depends on the step count alone, a constant: nothing is differentiated through it.
 
 A class keeps its plain code path where autograd can follow it: that is the path of the training, to the bit. Where it
 writes with `out=`, or over a value that is needed again, its own differentiable path is taken, equal up to rounding.

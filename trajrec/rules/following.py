@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+ROUNDS = "rounds"
 _NUMBERS = frozenset({"item", "tolist", "numpy", "__float__", "__int__", "__array__", "__complex__"})
 _ROOTS = frozenset({"sqrt", "sqrt_"})
 _POWERS = frozenset({"pow", "pow_", "__pow__", "__ipow__", "float_power"})
@@ -100,14 +101,15 @@ def _leak(name: str, func: Any, args: Any, result: Any) -> str | None:
         return "cuts the graph by .detach()"
     if torch.is_inference_mode_enabled():
         return "runs in inference mode"
-    return _rounding(args[0], result)
+    rounded = coarser_dtype(args[0], result)
+    return None if rounded is None else f"{ROUNDS} to {str(rounded).removeprefix('torch.')}"
 
 
-def _rounding(values: Tensor, result: Any) -> str | None:
-    if not (isinstance(result, Tensor) and result.is_floating_point() and values.is_floating_point()):
+def coarser_dtype(values: Any, result: Any) -> torch.dtype | None:
+    """The result's dtype if it is a tensor of coarser numbers than the values; else None."""
+    if not all(isinstance(v, Tensor) and v.is_floating_point() for v in (values, result)):
         return None
-    coarser = torch.finfo(result.dtype).eps > torch.finfo(values.dtype).eps
-    return f"rounds to {str(result.dtype).removeprefix('torch.')}" if coarser else None
+    return result.dtype if torch.finfo(result.dtype).eps > torch.finfo(values.dtype).eps else None
 
 
 def _tensors(args: Any) -> list[Tensor]:

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from trajrec.records import ParamSpec
 from trajrec.rules.parameterwise import ParameterRule
+from trajrec.rules.rounded import Unrounded
 from trajrec.rules.step import State
 
 BUFFER = "momentum_buffer"
@@ -63,7 +63,7 @@ class MuonRule(ParameterRule):
     @contextmanager
     def proving(self) -> Iterator[None]:
         """The class itself, with its rounding left out: that is what the derivative is of."""
-        with _Unrounded():
+        with Unrounded():
             yield
 
 
@@ -82,12 +82,3 @@ def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: 
 def _scale(shape: torch.Size, kind: str | None) -> float:
     rows, columns = shape
     return 0.2 * sqrt(max(rows, columns)) if kind == "match_rms_adamw" else sqrt(max(1, rows / columns))
-
-
-class _Unrounded(TorchFunctionMode):
-    """Makes `.bfloat16()` a copy in full precision."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.bfloat16:
-            return args[0].clone()
-        return func(*args, **(kwargs or {}))

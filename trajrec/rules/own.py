@@ -34,7 +34,7 @@ from torch.optim import optimizer as hooks
 from trajrec.errors import TrajrecError, UnsupportedOptimizerError
 from trajrec.records import FloatArray, Keyframe, Row, RunSpec
 from trajrec.rules.flat import FlatLayout
-from trajrec.rules.following import Following, Leak
+from trajrec.rules.following import ROUNDS, Following, Leak
 from trajrec.rules.parameterwise import recorded_state
 from trajrec.rules.step import Rule, State
 
@@ -57,9 +57,7 @@ class OwnRule(Rule):
         self._dtypes: dict[str, tuple[torch.dtype, torch.Size]] = {}
         self._leaks: dict[Leak, None] = {}
         self._accepted: frozenset[Leak] | None = None
-        # Recording must not draw from the training's generator.
-        with torch.random.fork_rng(devices=[]):
-            self._try(getattr(torch, spec.dtype))
+        self._try(getattr(torch, spec.dtype))
 
     def build(self, groups: list[dict[str, Any]]) -> Optimizer:
         """An instance for parameter groups, with the defaults of the training."""
@@ -238,7 +236,15 @@ class OwnRule(Rule):
         if not self._leaks:
             return f"Exact replay would be wrong. {self._way_out()}"
         seen = "; ".join(f"it {leak}" for leak in self._leaks)
-        return f"What autograd cannot follow: {seen}. Exact replay would be wrong. {self._way_out()}"
+        return (
+            f"What autograd cannot follow: {seen}. Exact replay would be wrong. {self._on_purpose()}{self._way_out()}"
+        )
+
+    def _on_purpose(self) -> str:
+        if not any(leak.what.startswith(ROUNDS) for leak in self._leaks):
+            return ""
+        name = self.optimizer_class.__name__
+        return f"If it rounds on purpose, as Muon does: trajrec.register_rule({name}, trajrec.rules.RoundedRule). "
 
     def _way_out(self) -> str:
         name = self.optimizer_class.__name__

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trajrec.records import FloatArray, Keyframe, ParamSpec, Row, RunSpec
 from trajrec.rules.flat import FlatLayout
-from trajrec.rules.step import Rule, State, is_differentiated
+from trajrec.rules.step import Rule, State, is_differentiated, with_derivative
 
 STEP = "step"
 
@@ -79,13 +79,8 @@ class ParameterRule(Rule):
         if not is_differentiated(weights, gradient, *state.values()):
             return stepped, after
         followed, followed_state = self.formula(weights, state, gradient, options)
-        after |= {name: _with_derivative(after[name], value) for name, value in followed_state.items()}
-        return _with_derivative(stepped, followed), after
-
-
-def _with_derivative(value: Tensor, followed: Tensor) -> Tensor:
-    """A value with the derivative of another."""
-    return value + (followed - followed.detach())
+        after |= {name: with_derivative(after[name], value) for name, value in followed_state.items()}
+        return with_derivative(stepped, followed), after
 
 
 def recorded_state(keyframe: Keyframe, place: int, param: ParamSpec) -> dict[str, Row]:

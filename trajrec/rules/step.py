@@ -187,6 +187,11 @@ def is_differentiated(*values: Tensor) -> bool:
     return any((v.requires_grad and torch.is_grad_enabled()) or wrapped(v) for v in values)
 
 
+def with_derivative(value: Tensor, followed: Tensor) -> Tensor:
+    """A value with the derivative of another."""
+    return value + (followed - followed.detach())
+
+
 def pull_batched(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
     """Vjp of `outputs` with respect to `inputs` for K cotangents at once, [K, ...] each; zero where independent."""
     if len(cotangents[0]) == 1:
