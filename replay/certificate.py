@@ -99,7 +99,7 @@ class Certifier:
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """Checks a step whose state is known. Returns the state after it."""
         made, new_state = self.rule.step(step.before, state, gradient, step.hyper)
-        self._compare(step, made, 1.0)
+        self._compare(step, made, 1.0, state)
         return new_state
 
     def backwards(self, step: Step, gradient: Tensor) -> None:
@@ -128,7 +128,7 @@ class Certifier:
         made, _ = self.rule.step(step.before, state, gradient, step.hyper)
         self._compare(step, made, growth)
 
-    def _compare(self, step: Step, made: Tensor, growth: float) -> None:
+    def _compare(self, step: Step, made: Tensor, growth: float, state: State | None = None) -> None:
         error = float((made - step.after).abs().max())
         moved = float((step.after - step.before).abs().max())
         rounding = self._rounding * growth * float(step.after.abs().max())
@@ -141,7 +141,7 @@ class Certifier:
         if not within:
             self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
             if not self.allow_drift:
-                raise Drifted(step.t, drift, step, step.t)
+                raise Drifted(step.t, drift, step, step.t, state, step.after)
 
     def certificate(self) -> Certificate:
         """What has been proved so far."""
@@ -167,14 +167,26 @@ class Drifted(Exception):  # noqa: N818
         drift: drift_t.
         probe: a step at recorded weights whose loss can be held against the recorded loss.
         seen_at: the step at which it was seen; later than t where only keyframes are stored.
+        state: the optimizer's state before the probe, where it is known.
+        recorded: the weights [P'] after step `seen_at`.
     """
 
-    def __init__(self, t: int, drift: float, probe: Step, seen_at: int) -> None:
+    def __init__(
+        self,
+        t: int,
+        drift: float,
+        probe: Step,
+        seen_at: int,
+        state: State | None = None,
+        recorded: Tensor | None = None,
+    ) -> None:
         super().__init__(t)
         self.t = t
         self.drift = drift
         self.probe = probe
         self.seen_at = seen_at
+        self.state = state
+        self.recorded = recorded
 
 
 class StepChecks(Protocol):
@@ -200,13 +212,13 @@ def _growth(before: FloatArray, after: FloatArray, rule: Rule) -> float:
     return max([1.0, *(abs(a / b) for a, b in rates)])
 
 
-def drift_error(first: Drifted, recorded_loss: float, computed_loss: float, tolerance: float, data: str) -> DriftError:
-    """The refusal, with the first bad step and what the losses tell about the cause."""
+def drift_error(first: Drifted, recorded_loss: float, computed_loss: float, tolerance: float, cause: str) -> DriftError:
+    """The refusal, with the first bad step and its cause, or what the losses tell about it where none was found."""
     where = "" if first.seen_at == first.t else f" (measured at the keyframe of step {first.seen_at})"
     return DriftError(
         f"Replay drifted at step {first.t}: the recomputed weights differ from the recorded ones by "
         f"{first.drift:.1e} of what they moved{where}, tolerance {tolerance:.0e}. "
-        f"{_cause(recorded_loss, computed_loss)}{data} Mend the Task, or go on with --allow-drift."
+        f"{cause or _cause(recorded_loss, computed_loss)} Mend the Task, or go on with --allow-drift."
     )
 
 

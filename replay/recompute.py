@@ -78,7 +78,7 @@ class KeyframeChecks:
             self._first_bad = min(first, self._first_bad or first)
             if not self.allow_drift:
                 probe = make_step(self.run, start.t + 1, start.weights, start.weights)
-                raise Drifted(first, drift, probe, made.t)
+                raise Drifted(first, drift, probe, made.t, start.state, recorded)
 
     def certificate(self) -> Certificate:
         """What has been proved so far."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from trajrec.errors import DataMismatchError, DriftError, ReplayError
 from trajrec.replay.adjoint import initial_state
 from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChecks, drift_error
+from trajrec.replay.diagnosis import Diagnosis
 from trajrec.replay.history import RegroupedRun, as_seen
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
@@ -179,7 +180,7 @@ class Session:
     def _loss(self, step: Step) -> float:
         """The loss of a step by the Task."""
         with torch.no_grad():
-            return float(self.function.objective(step.before, self.train, step).total)
+            return float(self.function.objective(step.before.to(self.dtype), self.train, step).total)
 
     @property
     def _keyframed(self) -> bool:
@@ -236,9 +237,12 @@ class Session:
     def explain(self, drifted: Drifted) -> DriftError:
         """The refusal to raise for a drift: names the first bad step and the likely cause."""
         first = self.find_drift() or drifted
-        data = " The first batch also differs from the recorded one." if self.data_changed else ""
         tolerance = self._checks(allow_drift=True).certificate().tolerance
-        return drift_error(first, self.run.loss(first.probe.t), self._loss(first.probe), tolerance, data)
+        found = Diagnosis(self.run, self.function, self.train, self.rule, first).cause()
+        cause = found.sentence if found else ""
+        if self.data_changed:
+            cause += " The first batch also differs from the recorded one."
+        return drift_error(first, self.run.loss(first.probe.t), self._loss(first.probe), tolerance, cause)
 
     def guarded(self, work: Callable[[], Any]) -> Any:
         """Does the work; a drift in it becomes an explained refusal."""

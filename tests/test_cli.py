@@ -157,7 +157,7 @@ BAD = [
     (["replay", "RUN", "--task", "short_data.py"], 2, "the task's training set has only 20 samples"),
     (["replay", "RUN", "--task", "changed_labels.py"], 2, "The training data changed since the recording"),
     (["replay", "RUN", "--task", "summed_loss.py"], 3, "Replay drifted at step 1"),
-    (["replay", "RUN", "--task", "summed_loss.py"], 3, "(ratio 8)"),
+    (["replay", "RUN", "--task", "summed_loss.py"], 3, "gradient is 0.125 times the Task's"),
     (["replay", "RUN", "--task", "mean_loss.py"], 2, "must return one value for each of the 8 samples"),
     (["replay", "RUN", "--task", "no_test.py"], 2, "the Task has no test set"),
     (["replay", "RUN", "--task", "no_data_set.py"], 2, "Task.train must be a map-style data set"),
