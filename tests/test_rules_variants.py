@@ -6,9 +6,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import trajrec
+from tests import own_optimizers
 from tests.memory_run import MemoryRun
 from trajrec.recorder import Recorder
 from trajrec.replay import contributions
+from trajrec.rules import registry
 from trajrec.sink import MemorySink
 from trajrec.task import Task
 
@@ -102,16 +105,13 @@ def test_matrix_rules_replay_on_cuda(name):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["Belief", "Lars", "Slow"])
-def test_own_classes_replay_on_cuda(name):
-    from tests import own_optimizers as own
-
-    cls = getattr(own, name)
+def test_own_classes_replay_on_cuda(name, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    cls = getattr(own_optimizers, name)
+    trajrec.register_rule(cls)
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(12, 4), torch.randint(0, 3, (12,)))
     model, sink = build().cuda(), MemorySink(interval=4)
-    import trajrec
-
-    trajrec.register_rule(cls)
     optimizer, loader = cls(model.parameters()), DataLoader(data, 5)
     with Recorder(sink, model=model, optimizer=optimizer, loader=loader):
         for _ in range(2):

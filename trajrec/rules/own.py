@@ -89,7 +89,10 @@ class OwnRule(Rule):
             for name, value in recorded_state(keyframe, place, param).items():
                 key = f"{name}/{place}"
                 restored = self._restored(key, value)
-                state[key] = restored if key in self.scalars else restored.to(device, dtype)
+                if key in self.scalars:  # a count stays on the host, where any device can use it
+                    state[key] = restored if restored.ndim == 0 else restored.to(device)
+                else:
+                    state[key] = restored.to(device, dtype)
         return state
 
     def _restored(self, key: str, value: Row) -> Tensor:
