@@ -36,7 +36,7 @@ class Snapshot:
     """Reads a model and its optimizer: the spec, rows, hyperparameters and keyframes of a run."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model = model
+        self.model = model = uncompiled(model)
         self.optimizer = optimizer
         self.parameters = dict(model.named_parameters())
         self._groups = _groups_of(optimizer)
@@ -258,6 +258,12 @@ class Snapshot:
                     arrays[f"{path}/{index}"] = value.detach().cpu().numpy().copy()
             offset += p.numel()
         return arrays
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was called on, whose parameters have the names that a Task's model has."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _groups_of(optimizer: Optimizer) -> dict[int, int]:
