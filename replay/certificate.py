@@ -31,6 +31,10 @@ from trajrec.rules import Rule
 from trajrec.rules.step import State
 
 _ROUNDING = 16
+_COMPILED = (
+    " The step drew random numbers: a compiled model draws others for its dropout than the model itself, unless "
+    "torch._inductor.config.fallback_random is set before training."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,21 @@ class Certifier:
         self._worst, self._worst_step = 0.0, 0
         self._first_bad: int | None = None
         self._exact = True
-        self._waiting: tuple[Step, Tensor] | None = None
+        self._waiting: tuple[Step, Tensor | None] | None = None
+        self.stride = 1
+
+    def due(self, t: int) -> bool:
+        """Whether a step is to be checked: the first, the last and every `stride`-th."""
+        return t in (1, self.run.steps) or t % self.stride == 0
+
+    def wants(self, step: Step) -> bool:
+        """Whether `backwards` needs the gradient of this step: to check it, or for the state of the one after."""
+        return self.due(step.t) or (self.due(step.t + 1) and not self._rows_suffice(step))
+
+    def _rows_suffice(self, step: Step) -> bool:
+        """Whether the rows alone imply the state after a step."""
+        nesterov = "nesterov" in self.rule.names and step.hyper[:, self.rule.names.index("nesterov")].any()
+        return step.state is not None or (self.rule.constant and not nesterov)
 
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """Checks a step whose state is known. Returns the state after it."""
@@ -102,26 +120,37 @@ class Certifier:
         self._compare(step, made, 1.0, state)
         return new_state
 
-    def backwards(self, step: Step, gradient: Tensor) -> None:
+    def backwards(self, step: Step, gradient: Tensor | None) -> None:
         """Takes a step going backwards, and checks the one that waited for it; or the step itself, state known."""
         if step.state is not None:
-            self._check(step, gradient, step.state, 1.0)
+            if gradient is not None:
+                self._check(step, gradient, step.state, 1.0)
             return
-        if self._waiting is not None:
-            state = self._state_after(step, gradient)
-            if state is not None:
-                self._check(*self._waiting, state, _growth(step.hyper, self._waiting[0].hyper, self.rule))
+        self._check_waiting(step, gradient)
         self._waiting = (step, gradient)
+
+    def _check_waiting(self, before: Step, gradient: Tensor | None) -> None:
+        """Checks the step that waited, if it can be; `before` is the step before it, with its gradient."""
+        if self._waiting is None or self._waiting[1] is None or not (self.due(before.t + 1) or gradient is not None):
+            return
+        step, own = self._waiting
+        state = self._state_after(before, gradient)
+        if state is not None:
+            self._check(step, own, state, _growth(before.hyper, step.hyper, self.rule))
 
     def finish_backwards(self, initial: State) -> None:
         """Checks the first step, whose state is the one that training began with."""
-        if self._waiting is not None:
+        if self._waiting is not None and self._waiting[1] is not None:
             self._check(*self._waiting, initial, 1.0)
-            self._waiting = None
+        self._waiting = None
 
-    def _state_after(self, step: Step, gradient: Tensor) -> State | None:
+    def _state_after(self, step: Step, gradient: Tensor | None) -> State | None:
         if step.t in self.run.keyframe_steps:
             return self.rule.initial_state(self.run.keyframe(step.t), step.hyper, step.before.dtype, step.before.device)
+        if gradient is None:
+            if not self._rows_suffice(step):
+                return None
+            gradient = step.before  # any: it is not looked at
         return self.rule.implied_state(step.before, step.after, gradient, step.hyper)
 
     def _check(self, step: Step, gradient: Tensor, state: State, growth: float) -> None:
@@ -142,6 +171,30 @@ class Certifier:
             self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
             if not self.allow_drift:
                 raise Drifted(step.t, drift, step, step.t, state, step.after)
+
+    def progress(self) -> dict[str, Any]:
+        """What has been found so far, JSON-ready."""
+        return {
+            "checked": sorted(self._checked),
+            "worst": [self._worst, self._worst_step],
+            "first_bad": self._first_bad,
+            "exact": self._exact,
+        }
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        """Takes up what another certifier has found."""
+        self._checked = set(progress["checked"])
+        self._worst, self._worst_step = progress["worst"]
+        self._first_bad, self._exact = progress["first_bad"], progress["exact"]
+
+    @property
+    def waiting(self) -> tuple[Step, Tensor | None] | None:
+        """A step that waits for the one before it, going backwards, with its gradient."""
+        return self._waiting
+
+    @waiting.setter
+    def waiting(self, waiting: tuple[Step, Tensor | None] | None) -> None:
+        self._waiting = waiting
 
     def certificate(self) -> Certificate:
         """What has been proved so far."""
@@ -190,12 +243,34 @@ class Drifted(Exception):  # noqa: N818
 
 
 class StepChecks(Protocol):
-    """Checks the steps that a replay makes again."""
+    """Checks the steps that a replay makes again.
+
+    Attributes:
+        stride: check the first, the last and every so many steps; 1 checks all.
+    """
+
+    stride: int
+
+    @property
+    def waiting(self) -> tuple[Step, Tensor | None] | None:
+        """A step that waits for the one before it, going backwards, with its gradient."""
+
+    @waiting.setter
+    def waiting(self, waiting: tuple[Step, Tensor | None] | None) -> None: ...
+
+    def progress(self) -> dict[str, Any]:
+        """What has been found so far, JSON-ready."""
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        """Takes up what another has found."""
 
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """Takes a step going forwards, with the optimizer's state before it. Returns the state after it."""
 
-    def backwards(self, step: Step, gradient: Tensor) -> None:
+    def wants(self, step: Step) -> bool:
+        """Whether `backwards` needs the gradient of this step."""
+
+    def backwards(self, step: Step, gradient: Tensor | None) -> None:
         """Takes a step going backwards."""
 
     def finish_backwards(self, initial: State) -> None:
@@ -215,10 +290,12 @@ def _growth(before: FloatArray, after: FloatArray, rule: Rule) -> float:
 def drift_error(first: Drifted, recorded_loss: float, computed_loss: float, tolerance: float, cause: str) -> DriftError:
     """The refusal, with the first bad step and its cause, or what the losses tell about it where none was found."""
     where = "" if first.seen_at == first.t else f" (measured at the keyframe of step {first.seen_at})"
+    if not cause:
+        cause = _cause(recorded_loss, computed_loss) + _COMPILED * any(part.rng for part in first.probe.parts)
     return DriftError(
         f"Replay drifted at step {first.t}: the recomputed weights differ from the recorded ones by "
         f"{first.drift:.1e} of what they moved{where}, tolerance {tolerance:.0e}. "
-        f"{cause or _cause(recorded_loss, computed_loss)} Mend the Task, or go on with --allow-drift."
+        f"{cause} Mend the Task, or go on with --allow-drift."
     )
 
 

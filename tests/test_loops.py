@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import trajrec
 from tests import loops
-from tests.loops import CLASSES, Loop, N, Objective, cut, sgd
+from tests.loops import CLASSES, Loop, N, Objective, cut, mlp, sgd
 from trajrec.errors import DriftError
 from trajrec.replay import contributions
 
@@ -499,3 +499,76 @@ def test_changed_data_are_caught_at_their_batch():
         with pytest.raises(DriftError, match="the inputs of its batch are not those that the training loop") as caught:
             contributions(made.run, made.task, exact=True, mode=mode)
         assert f"at step {first}:" in str(caught.value)
+
+
+# -- compiled models and mixed precision -------------------------------------------------------------------------------
+
+
+def in_place(model):
+    model.compile(backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="aot_eager"), in_place])
+def test_compiled_models(wrap):
+    made = check(Loop(build=dropout, wrap=wrap, epochs=2))
+    assert [p.name for p in made.run.spec.params] == [name for name, _ in dropout().named_parameters()]
+
+
+@pytest.mark.long
+def test_a_model_compiled_to_machine_code():
+    made = loops.train(Loop(wrap=torch.compile))
+    c = contributions(made.run, made.task, exact=True)
+    assert c.certificate.verdict in ("bit-exact", "within rounding")
+
+
+def autocast_loss(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(batch[0])
+    return F.cross_entropy(outputs.float(), batch[1], reduction="none")
+
+
+def test_autocast_in_half_precision_with_weights_in_single():
+    """Against naive autograd through the whole training, in the same mixed precision."""
+    loop = Loop(loss=autocast_loss, objective=Objective(autocast_loss), optimizer=plain_sgd, dtype=torch.float32)
+    made = loops.train(loop)
+    c = contributions(made.run, made.task, "each", exact=True)
+    assert c.certificate.verdict in ("bit-exact", "within rounding")
+    expected = through_the_training(made, autocast_loss)
+    assert relative(c.values, expected) < 0.02
+    assert relative(contributions(made.run, made.task, "each", exact=True, mode="tangent").values, expected) < 0.02
+
+
+def plain_sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.8)
+
+
+def through_the_training(made, loss):
+    """C(i, j) by autograd through all steps of momentum SGD, lr 0.2, momentum 0.8."""
+    eps = torch.zeros(N, requires_grad=True)
+    names = [p.name for p in made.run.spec.params]
+    row, model = torch.from_numpy(made.run.row(0).copy()), mlp()
+    weights = {p.name: row[p.span].view(p.shape).requires_grad_() for p in made.run.spec.params}
+    velocity = dict.fromkeys(names, 0.0)
+    data = [torch.stack(column) for column in zip(*made.task.train, strict=True)]
+    for t in range(1, made.run.steps + 1):
+        ids = torch.as_tensor(made.run.sample_ids(t))
+        batch = [column[ids] for column in data]
+        losses = torch.func.functional_call(LossOf(model, loss), {f"model.{k}": v for k, v in weights.items()}, batch)
+        total = (losses * (1 + N * eps[ids])).mean()
+        grads = torch.autograd.grad(total, list(weights.values()), create_graph=True)
+        velocity = {n: 0.8 * velocity[n] + g for n, g in zip(names, grads, strict=True)}
+        weights = {n: weights[n] - 0.2 * velocity[n] for n in names}
+    test = [torch.stack(column) for column in zip(*made.task.test, strict=True)]
+    values = torch.func.functional_call(LossOf(model, loss), {f"model.{k}": v for k, v in weights.items()}, test)
+    rows = [torch.autograd.grad(v, eps, retain_graph=True)[0] for v in values]
+    return -torch.stack(rows, 1).numpy() / N
+
+
+class LossOf(nn.Module):
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *batch):
+        return self.loss(self.model, batch)
