@@ -553,13 +553,13 @@ def through_the_training(made, loss):
     data = [torch.stack(column) for column in zip(*made.task.train, strict=True)]
     for t in range(1, made.run.steps + 1):
         ids = torch.as_tensor(made.run.sample_ids(t))
-        batch = [column[ids] for column in data]
+        batch = tuple(column[ids] for column in data)
         losses = torch.func.functional_call(LossOf(model, loss), {f"model.{k}": v for k, v in weights.items()}, batch)
         total = (losses * (1 + N * eps[ids])).mean()
         grads = torch.autograd.grad(total, list(weights.values()), create_graph=True)
         velocity = {n: 0.8 * velocity[n] + g for n, g in zip(names, grads, strict=True)}
         weights = {n: weights[n] - 0.2 * velocity[n] for n in names}
-    test = [torch.stack(column) for column in zip(*made.task.test, strict=True)]
+    test = tuple(torch.stack(column) for column in zip(*made.task.test, strict=True))
     values = torch.func.functional_call(LossOf(model, loss), {f"model.{k}": v for k, v in weights.items()}, test)
     rows = [torch.autograd.grad(v, eps, retain_graph=True)[0] for v in values]
     return -torch.stack(rows, 1).numpy() / N
