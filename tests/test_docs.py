@@ -209,3 +209,15 @@ def test_links_of_the_readme_lead_somewhere():
 def test_the_page_of_measurements_is_what_the_results_say():
     script = ROOT / "benchmarks" / "tables.py"
     assert subprocess.run([sys.executable, str(script), "--check"], timeout=60).returncode == 0
+
+
+def test_every_test_that_a_page_names_exists():
+    """`tests/NAME.py::test_name[case]`: the case as it stands in the file."""
+    named = {name for page in PAGES for name in re.findall(r"`(tests/\w+\.py(?:::[^`]+)?)`", (ROOT / page).read_text())}
+    assert len(named) > 30
+    for name in named:
+        path, _, test = name.partition("::")
+        function, _, case = test.partition("[")
+        text = (ROOT / path).read_text()
+        assert not function or f"def {function}(" in text, name
+        assert not case or f'"{case.removesuffix("]")}"' in text, name
