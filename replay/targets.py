@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trajrec.errors import SampleRangeError, TaskError
-from trajrec.records import IntArray
+from trajrec.records import FloatArray, IntArray
 from trajrec.replay.model import LossFunction, check_finite
 from trajrec.replay.samples import Samples
 from trajrec.rules.step import pull_batched
@@ -104,6 +104,25 @@ def target_gradients(targets: Targets, function: LossFunction, samples: Samples,
         return torch.stack([_mean_gradient(group, function, samples, weights) for group in targets.groups])
     finally:
         function.train_mode()
+
+
+def target_values(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> FloatArray:
+    """The target losses l_j [M] at weights [P'].
+
+    Raises:
+        NonFiniteError: if one is NaN or infinite.
+    """
+    function.eval_mode()
+    try:
+        with torch.no_grad():
+            return np.array([_mean_loss(group, function, samples, weights) for group in targets.groups])
+    finally:
+        function.train_mode()
+
+
+def _mean_loss(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> float:
+    blocks = [ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK)]
+    return sum(float(_losses(block, function, samples, weights).double().sum()) for block in blocks) / len(ids)
 
 
 def predictions(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> list[int] | None:

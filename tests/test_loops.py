@@ -4,6 +4,7 @@ The independent route is the loop itself: central differences of whole trainings
 little, in float64. Adjoint and tangent must both give that, exactly; without the Hessian they must agree.
 """
 
+import copy
 import random
 
 import numpy as np
@@ -572,3 +573,48 @@ class LossOf(nn.Module):
 
     def forward(self, *batch):
         return self.loss(self.model, batch)
+
+
+# -- what recording must leave alone -----------------------------------------------------------------------------------
+
+
+def test_a_step_that_the_scaler_skips_is_no_step():
+    """Its batch is dropped with its gradients, and does not count for the next step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+
+    def step(optimizer):
+        scaler.step(optimizer)
+        scaler.update()
+
+    def loud(model, batch):
+        return 8 * loops.per_sample(model, batch)
+
+    loop = Loop(
+        loss=loud,
+        objective=Objective(loud),
+        backward=lambda loss: scaler.scale(loss).backward(),
+        step=step,
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.01),
+        dtype=torch.float32,
+        epochs=4,
+    )
+    made = loops.train(loop)
+    assert made.run.steps < 12
+    assert all(len(made.run.parts(t)) == 1 for t in range(1, made.run.steps + 1))
+    assert contributions(made.run, made.task, exact=True).certificate.first_bad_step is None
+
+
+def test_copies_and_pickles_of_the_model_are_free_of_the_recorder(tmp_path):
+    copies = []
+
+    def keep(model, optimizer, t):
+        if t == 2:
+            torch.save(model, tmp_path / "model.pt")
+            copies.append(copy.deepcopy(model))
+
+    made = loops.train(Loop(after_step=keep))
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    torch.testing.assert_close(loaded(x), copies[0](x))
+    assert b"trajrec" not in (tmp_path / "model.pt").read_bytes()
+    assert made.run.steps == 9
