@@ -116,6 +116,7 @@ class LossFunction:
         self._module = _LossModule(self.model)
         self._checkpoints = PlainCheckpoints(self.model)
         self._modes: tuple[str, ...] | None = None
+        self._free: tuple[tuple[str, ...], Tensor] | None = None
         self.usual_parts = int(max(len(run.parts(t)) for t in range(1, run.steps + 1)))
         self._even: dict[tuple[int | str, ...], list[Tensor]] = {}
         self.reduction = task.reduction or "mean"
@@ -188,6 +189,24 @@ class LossFunction:
                 losses = self._call(self.task.loss, "loss", named, batch, part.span.stop - part.span.start)
             check_finite(losses.detach(), "The training loss", step.t)
             yield Objective(losses, share, self._penalty(named, len(batches)))
+
+    def free(self, values: Tensor, step: Step) -> Tensor:
+        """Values [..., P'] with zeros at weights that were frozen in a step, and stepped with a gradient of zeros."""
+        frozen = step.conditions.frozen
+        if not frozen:
+            return values
+        if self._free is None or self._free[0] != frozen:
+            parts = {p.name: torch.full(p.shape, float(p.name not in frozen)) for p in self.layout.params}
+            self._free = frozen, self.layout.join(parts).to(values.device, values.dtype)
+        return values * self._free[1]
+
+    def single_loss(self, weights: Tensor, batch: Batch) -> Tensor:
+        """The training loss [] of a batch of one at weights [P'], differentiable and neither checked nor seeded."""
+        return self._call(self.task.loss, "loss", self.layout.split(weights), batch, 1)[0]
+
+    def shares(self, samples: Samples, step: Step) -> Tensor:
+        """The c[t,i] [B] of a step."""
+        return torch.cat(list(self._shares([samples.part(step, part) for part in step.parts], step, step.before)))
 
     def _shares(self, batches: Sequence[Batch], step: Step, like: Tensor) -> Sequence[Tensor]:
         """The c[t,i] of every micro-batch."""
