@@ -1,0 +1,111 @@
+r"""The Gauss-Newton form of the Hessian: the curvature of the loss in the model's outputs, without that of the model.
+
+With z(w) the outputs of the model in a step, J = dz/dw, and the step's objective as a function of z,
+
+    G = J^T (d^2 objective / dz^2) J + hess R           R the Task's penalty, which sees the weights alone
+
+G is positive semi-definite where the loss is convex in the outputs (cross entropy, squared error). It leaves out the
+second derivatives of the model, which are zero almost everywhere in a ReLU network and blow up at its kinks: a
+middle way between the exact form and none at all (Martens 2020, "New insights and perspectives on the natural gradient
+method", section 8). Gradients and inner products are those of the exact form.
+
+The outputs are what `model(...)` returns inside the Task's loss, of every call. A loss that uses the weights beside the
+model's outputs has no curvature by them.
+
+Letters: K directions, P' trainable weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from trajrec.errors import ReplayError
+from trajrec.replay.model import LossFunction, Objective
+from trajrec.replay.samples import Samples
+from trajrec.replay.trajectory import Step
+
+
+class GaussNewton:
+    """G of a step at w_{t-1}.
+
+    Args:
+        function: per-sample losses.
+        samples: the training set.
+        step: where.
+
+    Raises:
+        ReplayError: if the loss does not call the model.
+    """
+
+    def __init__(self, function: LossFunction, samples: Samples, step: Step) -> None:
+        self._weights = step.before.detach().requires_grad_()
+        with torch.enable_grad(), _cut(function.model) as cuts:
+            objective = function.objective(self._weights, samples, step)
+            if not cuts:
+                raise ReplayError("curvature='ggn' needs a Task.loss that calls the model: its outputs were not seen.")
+            self._outputs = [output for output, _ in cuts]
+            self._leaves = [leaf for _, leaf in cuts]
+            self._slopes = _gradients(_weighted(objective), self._leaves)
+            # J^T v is linear in v, so its derivative by v along a direction is J direction, whatever v is.
+            self._dummies = [torch.zeros_like(output, requires_grad=True) for output in self._outputs]
+            (self._pulled,) = torch.autograd.grad(
+                self._outputs, self._weights, self._dummies, create_graph=True, materialize_grads=True
+            )
+            self._penalty = None if objective.penalty is None else _gradients(objective.penalty, [self._weights])[0]
+
+    def products(self, directions: Tensor) -> Tensor:
+        """G direction [K, P'] for directions [K, P']."""
+        return torch.stack([self._product(direction) for direction in directions])
+
+    def _product(self, direction: Tensor) -> Tensor:
+        pushed = torch.autograd.grad(self._pulled, self._dummies, direction, retain_graph=True, materialize_grads=True)
+        curved = _along(self._slopes, self._leaves, pushed)
+        (product,) = torch.autograd.grad(
+            self._outputs, self._weights, curved, retain_graph=True, materialize_grads=True
+        )
+        if self._penalty is None:
+            return product
+        return product + _along([self._penalty], [self._weights], [direction])[0]
+
+
+def _weighted(objective: Objective) -> Tensor:
+    return torch.dot(objective.shares.detach(), objective.losses)
+
+
+def _gradients(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The gradients of a scalar, ready to be differentiated again."""
+    return list(torch.autograd.grad(value, inputs, create_graph=True, materialize_grads=True))
+
+
+def _along(gradients: list[Tensor], inputs: list[Tensor], directions: Any) -> list[Tensor]:
+    """The Hessian-vector product of whatever has these gradients; zero where they are constant."""
+    pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(value) for value in inputs]
+    outputs, cotangents = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
+
+
+@contextmanager
+def _cut(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside, floating-point outputs of the model are cut from it; gives the pairs (output, what stands in for it)."""
+    cuts: list[tuple[Tensor, Tensor]] = []
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        leaf = value.detach().requires_grad_()
+        cuts.append((value, leaf))
+        return leaf
+
+    handle = model.register_forward_hook(lambda module, inputs, output: tree_map(cut, output))
+    try:
+        yield cuts
+    finally:
+        handle.remove()
