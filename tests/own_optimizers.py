@@ -106,6 +106,15 @@ class Subclassed(torch.optim.AdamW):
         super().step()
 
 
+class Squaring(Own):
+    """Multiplies a tensor in place by itself, of which torch's own forward mode gives a wrong derivative."""
+
+    def update(self, p, state, group):
+        size = state.setdefault("size", torch.ones_like(p))
+        size.mul_(size).add_(p.grad.square()).sqrt_()
+        p.sub_(p.grad / size * group["lr"])
+
+
 class OnData(Own):
     def update(self, p, state, group):
         p.data.add_(p.grad.data, alpha=-group["lr"])
@@ -114,6 +123,17 @@ class OnData(Own):
 class OfNumbers(Own):
     def update(self, p, state, group):
         p.add_(p.grad, alpha=-group["lr"] / (1 + p.grad.norm().item()))
+
+
+class AsAlpha(Own):
+    def update(self, p, state, group):
+        p.add_(p.grad, alpha=-group["lr"] / p.grad.norm())
+
+
+class ByName(Own):
+    def update(self, p, state, group):
+        self.state["calls"]["all"] = self.state["calls"].get("all", 0) + 1
+        p.add_(p.grad, alpha=-group["lr"] / self.state["calls"]["all"])
 
 
 class Detaching(Own):
@@ -178,10 +198,22 @@ class InGroup(Own):
         group["momentum"] = 0.9 * group["momentum"] + float(p.grad.square().sum())
 
 
+class Counting(Own):
+    """Keeps its count in the parameter groups, where its first step puts it, and a state that is None."""
+
+    def update(self, p, state, group):
+        if "count" not in group:
+            group["count"] = 0
+        if p is group["params"][0]:
+            group["count"] += 1
+        state.setdefault("compensation", None)
+        p.sub_(p.grad * group["lr"] / (state.setdefault("scale", 2.0) * group["count"] * p.grad.norm()))
+
+
 class MadeInGroup(Own):
     def update(self, p, state, group):
-        group["count"] = group.get("count", 0) + 1
-        p.add_(p.grad, alpha=-group["lr"] / group["count"])
+        group.setdefault("history", []).append(1)
+        p.add_(p.grad, alpha=-group["lr"] / len(group["history"]))
 
 
 class Late(Own):

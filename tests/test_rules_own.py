@@ -19,10 +19,12 @@ from trajrec.rules import OwnRule, check_recordable, registry
 from trajrec.rules.sgd import SGDRule
 from trajrec.sink import MemorySink
 
-GOOD = [own.Own, own.Belief, own.Lars, own.Clipped, own.Slow, own.Subclassed]
+GOOD = [own.Own, own.Belief, own.Lars, own.Clipped, own.Slow, own.Subclassed, own.Counting, own.Squaring]
 BAD = {
     own.OnData: r"failed its self-test.* it works on \.data \(own_optimizers.py:\d+\)",
     own.OfNumbers: r"failed its self-test.* it takes a number out of a tensor by \.item\(\) \(own_optimizers.py:\d+\)",
+    own.AsAlpha: "AsAlpha.step.*alpha= or value= is a number taken out of it: multiply by it instead",
+    own.ByName: r"ByName keeps 'calls' in optimizer\.state, where a parameter was expected",
     own.Detaching: r"failed its self-test.* it cuts the graph by \.detach\(\) \(own_optimizers.py:\d+\)",
     own.Rounding: r"failed its self-test.* it rounds to bfloat16 \(own_optimizers.py:\d+\)",
     own.Inferring: "Inferring.* inference",
@@ -33,7 +35,7 @@ BAD = {
     own.Remembering: "failed its self-test.* it takes a number out of a tensor",
     own.Listing: "Listing keeps 'history' in its state, a list",
     own.InGroup: "InGroup keeps 'momentum' in its parameter groups, and it depends on the gradient",
-    own.MadeInGroup: r"MadeInGroup keeps 'count' in its parameter groups, and it is made inside step\(\)",
+    own.MadeInGroup: "MadeInGroup keeps 'group:history' in its state, a list",
 }
 
 
@@ -278,13 +280,15 @@ def test_states_rebuilt_from_keyframes_are_the_same():
     assert (whole.values == little.values).all()
 
 
+@pytest.mark.parametrize("cls", [own.Belief, own.Counting])
 @pytest.mark.parametrize("keep", ["all", 3])
-def test_a_file_is_recorded_and_replayed(tmp_path, keep):
-    trajrec.register_rule(own.Belief)
+def test_a_file_is_recorded_and_replayed(tmp_path, keep, cls):
+    """What `Counting` keeps in its groups is in the keyframes too."""
+    trajrec.register_rule(cls)
     torch.manual_seed(0)
     model, path = own.build(), tmp_path / "run.h5"
-    _, task = train(own.Belief, dtype=torch.float32)
-    optimizer = own.Belief(model.parameters(), lr=0.02)
+    _, task = train(cls, dtype=torch.float32)
+    optimizer = cls(model.parameters(), lr=0.02)
     loader = torch.utils.data.DataLoader(task.train, 4, shuffle=True)
     with trajrec.record(
         path, model=model, optimizer=optimizer, loader=loader, **({} if keep == "all" else {"keep": 3})
@@ -296,7 +300,7 @@ def test_a_file_is_recorded_and_replayed(tmp_path, keep):
                 optimizer.step()
     with trajrec.open(path) as run:
         for mode in ("adjoint", "tangent"):
-            c = contributions(run, given(task, own.Belief), "each", exact=True, mode=mode)
+            c = contributions(run, given(task, cls), "each", exact=True, mode=mode)
             assert (c.certificate.verdict, c.certificate.steps_checked) == ("bit-exact", 6)
 
 

@@ -200,7 +200,8 @@ class Keyframe:
         arrays: path to array: "weights" [P] where rows of every step are not kept; "optimizer/NAME" [P] in
             row layout for state shaped like the parameter, "optimizer/NAME.present" [params] uint8 (which parameters
             have it), "optimizer/NAME.scalar" [params] for values of one number (NaN where absent),
-            "optimizer/NAME/INDEX" for state of any other shape; "buffers/NAME"; "rng/python", "rng/numpy",
+            "optimizer/NAME/INDEX" for state of any other shape; "optimizer/group:NAME.scalar" for an option that the
+            optimizer put into its groups inside a step; "buffers/NAME"; "rng/python", "rng/numpy",
             "rng/cpu", "rng/cuda:0". All paths but "weights" have one or two slashes.
     """
 

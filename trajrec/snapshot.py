@@ -28,6 +28,8 @@ from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
 from trajrec.records import BufferSpec, Conditions, FloatArray, ParamSpec, Row, RunSpec
 
+# What an optimizer makes inside its steps, in a parameter group instead of its state.
+GROUP_STATE = "group:"
 # How torch computes a step, not what: they have no place in the mathematics of a replay.
 _IMPLEMENTATION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr"})
 
@@ -257,6 +259,18 @@ class Snapshot:
                 elif isinstance(value, Tensor) and value.shape != p.shape:
                     arrays[f"{path}/{index}"] = value.detach().cpu().numpy().copy()
             offset += p.numel()
+        return arrays | self._late_options(count)
+
+    def _late_options(self, count: int) -> dict[str, npt.NDArray[Any]]:
+        """Numbers that the optimizer put into its groups on the way, as state of each of the group's parameters."""
+        known = _IMPLEMENTATION_OPTIONS | {key for key, _ in self._keys}
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for index, p in enumerate(self.parameters.values()):
+            group = self.optimizer.param_groups[self._groups[id(p)]] if id(p) in self._groups else {}
+            for key, value in group.items():
+                if key not in known and isinstance(value, bool | int | float):
+                    path = f"optimizer/{GROUP_STATE}{key}.scalar"
+                    arrays.setdefault(path, np.full(count, np.nan))[index] = value
         return arrays
 
 

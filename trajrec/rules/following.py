@@ -9,6 +9,7 @@ Such a step runs under `torch.no_grad()` and changes tensors in place. Within th
 
 What leaves the graph is not mended but noted, with the line of the user's code: `.data`, numbers taken out of tensors
 (`.item()`), `.detach()`, rounding to a coarser dtype, inference mode. Whether it does harm is for the self-test to say.
+(A tensor as `alpha=` or `value=` is a number taken out of it as well, and one that torch refuses where it has a graph.)
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def _call(name: str, func: Any, args: Any, kwargs: Any) -> Any:
     out = kwargs.get("out")
     if isinstance(out, Tensor):
         return out.copy_(func(*args, **{key: value for key, value in kwargs.items() if key != "out"}))
+    if name.endswith("_") and any(value is args[0] for value in args[1:]):
+        # x.mul_(x): torch's forward mode changes the tangent of x while it still needs it.
+        args = (args[0], *(value.clone() if value is args[0] else value for value in args[1:]))
     if name in _NUMBERS:
         return func(args[0].detach(), *args[1:], **kwargs)
     if name in _ROOTS or (name in _POWERS and _is_half(args, kwargs)):

@@ -20,16 +20,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import allow_mutation_on_saved_tensors
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
+from torch.utils._pytree import tree_map
 
 from trajrec.errors import TrajrecError, UnsupportedOptimizerError
 from trajrec.records import FloatArray, Keyframe, Row, RunSpec
@@ -37,6 +38,7 @@ from trajrec.rules.flat import FlatLayout
 from trajrec.rules.following import ROUNDS, Following, Leak
 from trajrec.rules.parameterwise import recorded_state
 from trajrec.rules.step import Rule, State
+from trajrec.snapshot import GROUP_STATE
 
 _PLAIN_PATH = {"foreach": False, "fused": None, "capturable": False, "differentiable": False}
 
@@ -49,7 +51,7 @@ class OwnRule(Rule):
 
     def __init__(self, spec: RunSpec, layout: FlatLayout) -> None:
         self._table = layout.table(spec)
-        self._names = {place: param.name for place, param in self._table}
+        self._params = dict(self._table)
         super().__init__(spec, layout)
         (self._optimizer,) = self._optimizers
         self._options = [_without_params(group) for group in self._optimizer.param_groups]
@@ -93,7 +95,11 @@ class OwnRule(Rule):
                     state[key] = restored if restored.ndim == 0 else restored.to(device)
                 else:
                     state[key] = restored.to(device, dtype)
-        return state
+        # None is not recorded: it belongs to whatever has a state.
+        begun = {key.rpartition("/")[2] for key in state}
+        nothing = torch.tensor(torch.nan, dtype=torch.float64)
+        empty = [key for key, kind in self._numbers.items() if kind is type(None) and key.rpartition("/")[2] in begun]
+        return dict.fromkeys(empty, nothing) | state
 
     def _restored(self, key: str, value: Row) -> Tensor:
         if key not in self._dtypes:
@@ -118,13 +124,17 @@ class OwnRule(Rule):
         """
         w, g = self.layout.split(weights), self.layout.split(gradient)
         clones = {name: value.clone() for name, value in w.items()}
-        self._optimizer.state = defaultdict(dict)
+        self._optimizer.state.clear()
         for group, first, now in zip(self._optimizer.param_groups, self._options, options, strict=True):
             group.clear()
             group |= copy.deepcopy(first) | (now or {}) | {"params": []}
         for key, value in state.items():
             name, _, place = key.rpartition("/")
-            self._optimizer.state[clones[self._names[int(place)]]][name] = self._handed(key, value)
+            param = self._params[int(place)]
+            if name.startswith(GROUP_STATE):
+                self._optimizer.param_groups[param.group][name.removeprefix(GROUP_STATE)] = self._handed(key, value)
+            else:
+                self._optimizer.state[clones[param.name]][name] = self._handed(key, value)
         for _, param in self._table:
             if options[param.group] is not None:
                 clones[param.name].grad = g[param.name].clone()
@@ -133,6 +143,8 @@ class OwnRule(Rule):
 
     def _handed(self, key: str, value: Tensor) -> Any:
         kind = self._numbers.get(key)
+        if kind is type(None):
+            return None
         return value.clone() if kind is None else kind(value.item())
 
     def _run(self) -> None:
@@ -143,29 +155,43 @@ class OwnRule(Rule):
             raise
         except Exception as error:
             name = self.optimizer_class.__name__
+            if "must be Number, not Tensor" in str(error):
+                why = "A tensor as alpha= or value= is a number taken out of it: multiply by it instead."
+            else:
+                why = (
+                    "A class that evaluates the loss inside its step takes several gradients a step, and cannot be "
+                    "replayed."
+                )
             raise UnsupportedOptimizerError(
-                f"{name}.step() cannot be repeated on copies of the weights, without a closure ({_short(error)}). A "
-                "class that evaluates the loss inside its step takes several gradients a step, and cannot be replayed. "
-                f"{self.suspects()}"
+                f"{name}.step() cannot be repeated on copies of the weights, without a closure ({_short(error)}). "
+                f"{why} {self.suspects()}"
             ) from error
 
     def _read(self, clones: dict[str, Tensor]) -> State:
         found: State = {}
+        self._check_keys(list(clones.values()))
         for place, param in self._table:
-            for name, value in self._optimizer.state.get(clones[param.name], {}).items():
+            for name, value in self._kept(clones[param.name], param.group).items():
                 key = f"{name}/{place}"
                 found[key] = value if isinstance(value, Tensor) else self._number(key, value)
         return found
 
+    def _kept(self, clone: Tensor, index: int) -> dict[str, Any]:
+        """What the optimizer keeps of a parameter, with the options that its steps have put into the group."""
+        made = self._optimizer.param_groups[index].keys() - self._options[index].keys() - {"params"}
+        options = {f"{GROUP_STATE}{key}": self._optimizer.param_groups[index][key] for key in made}
+        kept: dict[str, Any] = self._optimizer.state.get(clone, {})
+        return kept | options
+
     def _number(self, key: str, value: Any) -> Tensor:
-        if not isinstance(value, bool | int | float):
+        if not isinstance(value, bool | int | float | None):
             raise UnsupportedOptimizerError(
                 f"{self.optimizer_class.__name__} keeps {key.rpartition('/')[0]!r} in its state, a "
                 f"{type(value).__name__}. A recording holds tensors and numbers. {self._way_out()}"
             )
         self._numbers[key] = type(value)
         self.scalars |= {key}
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(torch.nan if value is None else float(value), dtype=torch.float64)
 
     # -- trying --------------------------------------------------------------------------------------------------
 
@@ -209,16 +235,23 @@ class OwnRule(Rule):
                 f"own), or draws random numbers. {self._way_out()}"
             )
 
-    def _check_options(self, after: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -> None:
-        for first, one, two in zip(self._options, after, elsewhere, strict=True):
-            for key in one:
-                if key in first and _same(one[key], two[key]):
-                    continue
-                how = "depends on the gradient" if key in first else "is made inside step()"
+    def _check_keys(self, clones: list[Tensor]) -> None:
+        known = {id(clone) for clone in clones}
+        for key in self._optimizer.state:
+            if id(key) not in known:
                 raise UnsupportedOptimizerError(
-                    f"{self.optimizer_class.__name__} keeps {key!r} in its parameter groups, and it {how}. Recordings "
-                    f"hold options as they were before a step: keep it in optimizer.state. {self._way_out()}"
+                    f"{self.optimizer_class.__name__} keeps {key!r} in optimizer.state, where a parameter was expected"
+                    f": a recording holds the state of parameters. {self._way_out()}"
                 )
+
+    def _check_options(self, after: list[dict[str, Any]], elsewhere: list[dict[str, Any]]) -> None:
+        for one, two in zip(after, elsewhere, strict=True):
+            for key in one:
+                if not _same(one[key], two.get(key)):
+                    raise UnsupportedOptimizerError(
+                        f"{self.optimizer_class.__name__} keeps {key!r} in its parameter groups, and it depends on the "
+                        f"gradient. Options are not differentiated: keep it in optimizer.state. {self._way_out()}"
+                    )
 
     # -- the proof -----------------------------------------------------------------------------------------------
 
@@ -256,8 +289,8 @@ class OwnRule(Rule):
     def pull(
         self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, lam: Tensor, sigma: State
     ) -> tuple[Tensor, State, Tensor]:
-        """The vjp of U; a step may change tensors in place that the backward pass needs."""
-        with allow_mutation_on_saved_tensors():
+        """The vjp of U; what the backward pass needs is copied, as the step may change it in place."""
+        with saved_tensors_hooks(torch.clone, lambda kept: kept):
             return super().pull(weights, state, gradient, hyper, lam, sigma)
 
     def push(
@@ -292,7 +325,9 @@ def _argument_names(kind: type) -> set[str]:
 
 
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:
-    return copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+    options = {key: value for key, value in group.items() if key != "params"}
+    # A tensor of a graph cannot be copied deeply.
+    return copy.deepcopy(tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, options))
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
