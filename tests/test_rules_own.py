@@ -15,7 +15,7 @@ from tests.reference import contributions as naive
 from trajrec.errors import TaskError, UnsupportedOptimizerError
 from trajrec.recorder import Recorder
 from trajrec.replay import contributions
-from trajrec.rules import OwnRule, check_recordable, registry
+from trajrec.rules import OwnRule, RoundedRule, check_recordable, registry
 from trajrec.rules.sgd import SGDRule
 from trajrec.sink import MemorySink
 
@@ -270,6 +270,17 @@ def test_after_a_step_that_failed_inside_the_next_is_recorded():
             else:
                 optimizer.step()
     assert [record.ids.tolist() for record in sink.records[1:]] == [[0, 1], [4, 5]]
+
+
+@pytest.mark.parametrize("cls", [own.Belief, own.Rounding])
+def test_a_function_of_the_gradients_goes_before_an_own_rule(cls):
+    """What the rule knows of itself (its constants, its rounding) is known through the other as well."""
+    trajrec.register_rule(cls, RoundedRule if cls is own.Rounding else None)
+    run, task = recorded(cls)
+    plain = contributions(run, task, "each", exact=True).values
+    task.gradient = lambda gradients: gradients
+    for mode in ("adjoint", "tangent"):
+        np.testing.assert_allclose(contributions(run, task, "each", exact=True, mode=mode).values, plain, rtol=1e-7)
 
 
 def test_states_rebuilt_from_keyframes_are_the_same():
