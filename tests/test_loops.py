@@ -618,3 +618,15 @@ def test_copies_and_pickles_of_the_model_are_free_of_the_recorder(tmp_path):
     torch.testing.assert_close(loaded(x), copies[0](x))
     assert b"trajrec" not in (tmp_path / "model.pt").read_bytes()
     assert made.run.steps == 9
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+def test_a_state_that_was_reset_on_the_way_is_refused(optimizer):
+    def reset(model, optimizer, t):
+        if t == 5:
+            optimizer.state.clear()
+
+    made = loops.train(Loop(optimizer=optimizer, after_step=reset))
+    for mode in ("adjoint", "tangent"):
+        with pytest.raises(DriftError, match=r"drifted at step (6|8)"):
+            contributions(made.run, made.task, exact=True, mode=mode)
