@@ -103,6 +103,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("gaps", ", ".join(f"steps {a} to {b}" for a, b in run.gaps) or "none"),
         ("keeps", "every step" if run.keep == "steps" else "keyframes; the steps between are recomputed"),
         ("keyframes", f"{len(run.keyframe_steps)}"),
+        ("inputs", "stored" if run.spec.inputs == "store" else "checksums"),
         ("weights", f"{spec.row_length:,} {spec.dtype} in {len(spec.params)} parameters, {trainable:,} trainable"),
         ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),
         ("loss", f"{run.loss(1):.4g} at step 1, {run.loss(run.steps):.4g} at step {run.steps:,}" if run.steps else "-"),

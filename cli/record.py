@@ -59,6 +59,10 @@ def record(
     on_full: Annotated[
         str, typer.Option(metavar="wait|stop-recording|raise", help="What to do when the disk is full.")
     ] = "wait",
+    inputs: Annotated[
+        str,
+        typer.Option(metavar="digest|store", help="Checksums of the batches, or the batches themselves."),
+    ] = "digest",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out names.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing run.")] = False,
 ) -> int:
@@ -74,6 +78,7 @@ def record(
     path.parent.mkdir(parents=True, exist_ok=True)
     reference = _task_reference(task, script if module is None else None)
     options: dict[str, Any] = {"keep": _keep(keep), "compression": compression, "budget": budget, "on_full": on_full}
+    options["inputs"] = inputs
     try:
         recorder: Recorder = make_recorder(path, task=reference, force=force, resume=resume, **options)
     except ValueError as error:

@@ -108,7 +108,9 @@ class Session:
 
     def _training_samples(self, dtype: torch.dtype) -> Samples:
         first_pass = int(self.run.spec.data.get("seeded_from", 0))
-        return Samples(self.task.train, self.task.collate, dtype, self.device, first_pass=first_pass)
+        return Samples(
+            self.task.train, self.task.collate, dtype, self.device, first_pass=first_pass, stored=self.run.inputs
+        )
 
     @property
     def test(self) -> Samples:

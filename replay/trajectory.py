@@ -20,6 +20,7 @@ from trajrec.errors import NonFiniteError
 from trajrec.records import Conditions, FloatArray, IntArray, Keyframe, Row, RunSpec
 from trajrec.rules import FlatLayout
 from trajrec.rules.step import State
+from trajrec.task import Batch
 
 
 class RecordedRun(Protocol):
@@ -49,6 +50,7 @@ class RecordedRun(Protocol):
     def hyper(self, t: int) -> FloatArray: ...  # noqa: D102
     def loss(self, t: int) -> float: ...  # noqa: D102
     def rng(self, t: int) -> bytes: ...  # noqa: D102
+    def inputs(self, t: int) -> list[Batch] | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)

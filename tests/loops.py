@@ -98,8 +98,8 @@ class Trained:
     model: nn.Module
 
 
-def train(loop, eps=None, interval=4):
-    """Trains; records if eps is None."""
+def train(loop, eps=None, interval=4, **options):
+    """Trains; records if eps is None, with these options of the recorder."""
     recorded = eps is None
     eps = torch.zeros(N, dtype=torch.float64) if eps is None else eps
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def train(loop, eps=None, interval=4):
     loader = DataLoader(data, loop.batch_size, shuffle=True)
     sink = MemorySink(interval)
     if recorded:
-        with Recorder(sink, model=used, optimizer=optimizer, loader=loader):
+        with Recorder(sink, model=used, optimizer=optimizer, loader=loader, **options):
             _fit(loop, model, used, optimizer, loader, eps)
     else:
         _fit(loop, model, used, optimizer, loader, eps)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from trajrec.contents import batches_of
 from trajrec.records import Conditions
 from trajrec.sink import MemorySink
 
@@ -60,3 +61,6 @@ class MemoryRun:
 
     def rng(self, t):
         return self.sink.records[t].rng
+
+    def inputs(self, t):
+        return batches_of(self.sink.stored[t].arrays) if self.spec.inputs == "store" else None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
-from trajrec.records import NO_IDS, BufferSpec, Conditions, Keyframe, ParamSpec, RunSpec, StepRecord
+from trajrec.contents import arrays_of, contents_of
+from trajrec.records import NO_IDS, BufferSpec, Conditions, Inputs, Keyframe, ParamSpec, RunSpec, StepRecord
 from trajrec.sink import Sink, Summary
 
 
-def spec(values: int = 1000, dtype: str = "float32", rng: int = 0, samples: int = 500) -> RunSpec:
+def spec(
+    values: int = 1000, dtype: str = "float32", rng: int = 0, samples: int = 500, inputs: str = "digest"
+) -> RunSpec:
     half = values // 2
     params = (
         ParamSpec("layer.weight", (half,), dtype, 0, 0, True),
@@ -30,6 +35,7 @@ def spec(values: int = 1000, dtype: str = "float32", rng: int = 0, samples: int 
         hyperparameters=("lr", "momentum"),
         groups=2,
         samples=samples,
+        inputs=inputs,
         rng=(("cpu", rng),) if rng else (),
         versions={"trajrec": "0.1.0"},
         command=("train.py", "--name", "r\u00fcn"),
@@ -52,6 +58,7 @@ class MadeUpRun:
     batch: int = 7
     with_weights: bool = True
     with_parts: bool = False
+    pixels: int = 20
 
     def row(self, t: int) -> np.ndarray:
         start, direction = _line(self.seed, self.spec.row_length, self.spec.dtype)
@@ -92,9 +99,21 @@ class MadeUpRun:
         }
         return Keyframe(t, ({"weights": self.row(t)} if with_weights else {}) | arrays)
 
+    def batches(self, t: int) -> list:
+        """What the loader made for step t: one micro-batch, or two."""
+        random = torch.Generator().manual_seed(1000 * self.seed + t)
+        sizes = (3, self.batch - 3) if t % 2 else (self.batch,)
+        pairs = [[torch.randn(size, self.pixels, generator=random), torch.arange(size) + t] for size in sizes]
+        return [(pair, {"scale": t / 7, "names": ["a"]}) for pair in pairs]
+
+    def inputs(self, t: int) -> Inputs:
+        return Inputs(t, arrays_of([contents_of(batch) for batch in self.batches(t)]))
+
     def feed(self, sink: Sink, last: int, first: int = 0) -> None:
         """Commits steps first..last, with the keyframes that the sink asks for."""
         for t in range(first, last + 1):
+            if self.spec.inputs == "store" and t:
+                sink.inputs(self.inputs(t))
             row = sink.reserve()
             if row is not None:
                 row[:] = self.row(t)
@@ -116,6 +135,19 @@ def assert_same_run(run: object, made: MadeUpRun, last: int) -> None:
         assert row.tobytes() == made.row(t).tobytes()
     for t in range(1, last + 1):
         assert_same_step(run, made.record(t))
+    assert_same_inputs(run, made, range(1, last + 1))
+
+
+def assert_same_inputs(run: object, made: MadeUpRun, steps: Iterable[int]) -> None:
+    for t in steps:
+        found = run.inputs(t)
+        if made.spec.inputs == "digest":
+            assert found is None
+            return
+        assert len(found) == len(made.batches(t))
+        for a, b in zip(found, made.batches(t), strict=True):
+            assert a[1] == b[1]
+            assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a[0], b[0], strict=True))
 
 
 def assert_same_step(run: object, record: StepRecord) -> None:

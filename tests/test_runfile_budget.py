@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import trajrec
-from tests.runfile_cases import MadeUpRun, assert_same_keyframe, spec
+from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, spec
 from trajrec.errors import RecordingError
 from trajrec.runfile import geometry
 from trajrec.runfile.budget import parse_size
@@ -72,6 +72,18 @@ def test_the_limit_is_never_exceeded(tmp_path, budget, last):
         for t in run.keyframe_steps:
             assert run.row(t).tobytes() == MADE.row(t).tobytes()
             assert_same_keyframe(run.keyframe(t), MADE.keyframe(t, with_weights=run.keep == "keyframes"))
+
+
+@pytest.mark.parametrize(("pixels", "last"), [(100, 600), (2000, 600)])
+def test_inputs_count(tmp_path, caplog, pixels, last):
+    made = MadeUpRun(spec(2000, inputs="store"), pixels=pixels)
+    watch = Watch(tmp_path)
+    summary = made.write(RunFileSink(tmp_path / "run.h5", budget=12_000_000, keyframe_every=16), last)
+    assert 0 < watch.stop() <= 12_000_000
+    assert verify(summary.path) == []
+    assert (summary.steps < last) == ("The budget of" in caplog.text) == (pixels == 2000)
+    with trajrec.open(summary.path) as run:
+        assert_same_inputs(run, made, range(1, run.steps + 1))
 
 
 def test_a_short_run_keeps_every_step_and_a_long_one_does_not(tmp_path):

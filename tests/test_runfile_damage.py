@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 import trajrec
-from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_run, assert_same_step, spec
+from tests.runfile_cases import (
+    MadeUpRun,
+    assert_same_inputs,
+    assert_same_keyframe,
+    assert_same_run,
+    assert_same_step,
+    spec,
+)
 from trajrec.errors import DamagedRunError, TrajrecError
 from trajrec.runfile import folder as folder_module
 from trajrec.runfile import geometry
@@ -25,6 +32,8 @@ from trajrec.runfile.verify import verify
 MADE = MadeUpRun(spec(40, rng=16))
 LAST = 40
 WHOLE = MadeUpRun(spec(3000, rng=16))
+STORED = MadeUpRun(spec(40, inputs="store"))
+WITH_INPUTS = MadeUpRun(spec(3000, rng=16, inputs="store"))
 
 
 @pytest.fixture(scope="module", params=["zstd", "none"])
@@ -36,15 +45,32 @@ def small(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def small_stored(tmp_path_factory):
+    """A packed run that holds its inputs."""
+    path = tmp_path_factory.mktemp("stored") / "run.h5"
+    STORED.write(RunFileSink(path, keyframe_every=20), LAST)
+    return path
+
+
+@pytest.fixture(scope="module")
 def cut_off(tmp_path_factory):
     """A folder with two segments, a ring and raw keyframes, as a power cut would meet it."""
-    path = tmp_path_factory.mktemp("cut") / "run.h5"
+    return make_cut_off(tmp_path_factory.mktemp("cut") / "run.h5", WHOLE)
+
+
+@pytest.fixture(scope="module")
+def cut_off_stored(tmp_path_factory):
+    """The same with raw inputs."""
+    return make_cut_off(tmp_path_factory.mktemp("cut") / "run.h5", WITH_INPUTS)
+
+
+def make_cut_off(path: Path, made: MadeUpRun) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "SEGMENT_BYTES", 2**20)
         patch.setattr(geometry, "ARENA_BYTES", 2**18)
         sink = RunFileSink(path, keyframe_every=50)
-        sink.open(WHOLE.spec)
-        WHOLE.feed(sink, 230)
+        sink.open(made.spec)
+        made.feed(sink, 230)
         while len(sink.folder.segments()) < 3:
             sink._wait_for_writer()
         sink._writer._process.kill()
@@ -90,12 +116,12 @@ def read_or_refuse(path: Path, made: MadeUpRun, last: int, keyframes: tuple[int,
     return True
 
 
-def fuzz(small: Path, target: Path, trials: int, seed: int) -> None:
+def fuzz(small: Path, target: Path, trials: int, seed: int, made: MadeUpRun = MADE) -> None:
     data, chance = small.read_bytes(), random.Random(seed)
     for _ in range(trials):
         other = mangled(data, chance)
         target.write_bytes(other)
-        read_or_refuse(target, MADE, LAST, (0, 20, 40))
+        read_or_refuse(target, made, LAST, (0, 20, 40))
         if other != data:
             assert_found(target)
 
@@ -109,13 +135,22 @@ def test_fuzzed_files_are_refused_or_right(small, tmp_path):
     fuzz(small, tmp_path / "f.h5", 100, random.randrange(2**32))
 
 
+def test_fuzzed_files_with_inputs_are_refused_or_right(small_stored, tmp_path):
+    fuzz(small_stored, tmp_path / "f.h5", 30, random.randrange(2**32), STORED)
+
+
+@pytest.mark.long
+def test_hundreds_of_fuzzed_files_with_inputs(small_stored, tmp_path):
+    fuzz(small_stored, tmp_path / "f.h5", 500, 0, STORED)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_thousands_of_fuzzed_files(small, tmp_path, seed):
     fuzz(small, tmp_path / "f.h5", 1000, seed)
 
 
-def fuzz_folder(cut_off: Path, work: Path, trials: int, seed: int) -> None:
+def fuzz_folder(cut_off: Path, work: Path, trials: int, seed: int, made: MadeUpRun = WHOLE) -> None:
     """Files of a folder, one at a time; a damaged ring or keyframe may only shorten the run."""
     chance = random.Random(seed)
     names = [p.name for p in cut_off.iterdir() if p.name not in ("lock", "writer.log")]
@@ -125,17 +160,22 @@ def fuzz_folder(cut_off: Path, work: Path, trials: int, seed: int) -> None:
         (work / name).write_bytes(mangled((cut_off / name).read_bytes(), chance))
         try:
             with trajrec.open(work) as run:
-                assert all(row.tobytes() == WHOLE.row(t).tobytes() for t, row in run.walk(0, run.steps))
+                assert all(row.tobytes() == made.row(t).tobytes() for t, row in run.walk(0, run.steps))
                 for t in range(1, run.steps + 1):
-                    assert_same_step(run, WHOLE.record(t))
+                    assert_same_step(run, made.record(t))
+                assert_same_inputs(run, made, range(1, run.steps + 1))
                 for t in run.keyframe_steps:
-                    assert_same_keyframe(run.keyframe(t), WHOLE.keyframe(t))
+                    assert_same_keyframe(run.keyframe(t), made.keyframe(t))
         except TrajrecError:
             continue
 
 
 def test_fuzzed_folders_are_refused_or_right(cut_off, tmp_path):
     fuzz_folder(cut_off, tmp_path / "run.h5.rec", 40, random.randrange(2**32))
+
+
+def test_fuzzed_folders_with_inputs_are_refused_or_right(cut_off_stored, tmp_path):
+    fuzz_folder(cut_off_stored, tmp_path / "run.h5.rec", 20, random.randrange(2**32), WITH_INPUTS)
 
 
 @pytest.mark.long
@@ -177,6 +217,23 @@ def test_verify_names_file_dataset_and_step(small, tmp_path, dataset, found):
     assert len(problems) == 1
     assert problems[0].startswith(f"{path}: ")
     assert found in problems[0]
+
+
+@pytest.mark.parametrize("leaf", ["0/0", "structure", None])
+def test_verify_names_the_step_of_damaged_inputs(small_stored, tmp_path, leaf):
+    path = Path(shutil.copy(small_stored, tmp_path))
+    with h5py.File(path, "r+") as file:
+        if leaf is None:
+            del file["inputs/0000000017"]
+        else:
+            values = file[f"inputs/0000000017/{leaf}"]
+            values[0] = values[0] + 1
+    (problem,) = verify(path)
+    assert str(problem).startswith(f"{path}: /inputs, step 17: ")
+    with trajrec.open(path) as run:
+        with pytest.raises(DamagedRunError, match=r"/inputs/0000000017"):
+            run.inputs(17)
+        assert_same_inputs(run, STORED, (16, 18))
 
 
 def test_a_stored_chunk_that_cannot_be_decoded_is_named(small, tmp_path):
@@ -234,18 +291,30 @@ def test_power_cut(cut_off, folder, seed):
     assert_prefix(folder)
 
 
-def assert_prefix(folder: Folder) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_power_cut_with_inputs(cut_off_stored, tmp_path, seed):
+    """A step whose raw inputs did not reach the disk, and those after it, are gone; so is nothing before it."""
+    folder, chance = Folder(shutil.copytree(cut_off_stored, tmp_path / "run.h5.rec")), random.Random(seed)
+    lost = chance.choice(list(folder.raw_inputs()))
+    path = folder.inputs(lost)
+    chance.choice([path.unlink, lambda: path.write_bytes(b""), lambda: path.write_bytes(bytes(999))])()
+    with trajrec.open(folder.path) as run:
+        assert run.steps == lost - 1
+    assert_prefix(folder, WITH_INPUTS)
+
+
+def assert_prefix(folder: Folder, made: MadeUpRun = WHOLE) -> None:
     """Whatever is left is a beginning of the run, with all sealed steps, and can be packed."""
     sealed = folder.segments()[-1].stop - 1
     with trajrec.open(folder.path) as run:
         steps = run.steps
         assert sealed <= steps <= 230
-        assert_same_run(run, WHOLE, steps)
+        assert_same_run(run, made, steps)
     with trajrec.open(pack(folder.path)) as run:
-        assert_same_run(run, WHOLE, steps)
+        assert_same_run(run, made, steps)
         assert run.state == "recovered"
         for t in run.keyframe_steps:
-            assert_same_keyframe(run.keyframe(t), WHOLE.keyframe(t))
+            assert_same_keyframe(run.keyframe(t), made.keyframe(t))
 
 
 @pytest.mark.parametrize("size", [0, 100, PAGE + 17, None])

@@ -114,6 +114,22 @@ def test_raise_stops_training_with_a_clear_error(disk):
     assert verify(disk / "run.h5") == []
 
 
+def test_no_room_for_inputs(disk, caplog):
+    made = MadeUpRun(spec(VALUES, inputs="store"), pixels=2000)
+    sink = RunFileSink(disk / "run.h5", on_full="stop-recording", keyframe_every=10_000, compression="none")
+    with caplog.at_level(logging.WARNING, "trajrec"):
+        summary = made.write(sink, steps_that_fit())
+    assert summary.path == disk / "run.h5.rec"
+    assert 10 < summary.steps < steps_that_fit()
+    assert summary.gaps == ((summary.steps + 1, steps_that_fit()),)
+    assert_no_half_file(disk)
+    assert verify(disk / "run.h5") == []
+    (disk / "ballast").unlink()
+    pack(disk / "run.h5")
+    with trajrec.open(disk / "run.h5") as run:
+        assert_same_run(run, made, summary.steps)
+
+
 def test_no_room_for_a_keyframe(disk):
     sink = RunFileSink(disk / "run.h5", on_full="raise", keep=1)
     sink.open(MADE.spec)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import trajrec
-from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_step, spec
+from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_step, spec
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import holder
 from trajrec.runfile.packing import pack
@@ -31,12 +31,12 @@ ROOT = Path(__file__).parents[1]
 class Trial:
     """A trainer process and its writer, recording."""
 
-    def __init__(self, folder: Path, keep: str = "steps") -> None:
+    def __init__(self, folder: Path, keep: str = "steps", inputs: str = "digest") -> None:
         self.run = folder / "run.h5"
         self.folder = Folder.of(self.run)
         self.progress = folder / "progress"
         self.progress.write_bytes(np.int64(-1).tobytes())
-        command = [sys.executable, "-m", "tests.runfile_trainer", self.run, self.progress, str(VALUES), keep]
+        command = [sys.executable, "-m", "tests.runfile_trainer", self.run, self.progress, str(VALUES), keep, inputs]
         self.trainer = subprocess.Popen(command, cwd=ROOT)
         self._until(lambda: self.done >= 0)
 
@@ -69,8 +69,8 @@ class Trial:
             time.sleep(0.01)
 
 
-def assert_nothing_is_lost(path: Path, done: int, keep: str = "steps") -> int:
-    made = MadeUpRun(spec(VALUES, rng=100))
+def assert_nothing_is_lost(path: Path, done: int, keep: str = "steps", inputs: str = "digest") -> int:
+    made = MadeUpRun(spec(VALUES, rng=100, inputs=inputs))
     with trajrec.open(path) as run:
         assert done <= run.steps <= done + 1
         assert run.state in ("recovered", "recording")
@@ -79,39 +79,40 @@ def assert_nothing_is_lost(path: Path, done: int, keep: str = "steps") -> int:
                 assert row.tobytes() == made.row(t).tobytes()
         for t in range(1, run.steps + 1):
             assert_same_step(run, made.record(t))
+        assert_same_inputs(run, made, range(1, run.steps + 1))
         for t in run.keyframe_steps:
             assert_same_keyframe(run.keyframe(t), made.keyframe(t, with_weights=keep != "steps"))
         return run.steps
 
 
-def kill_trainer(folder: Path, keep: str = "steps") -> None:
-    trial = Trial(folder, keep)
+def kill_trainer(folder: Path, keep: str = "steps", inputs: str = "digest") -> None:
+    trial = Trial(folder, keep, inputs)
     time.sleep(random.uniform(0, 1.5 if keep == "steps" else 0.3))
     trial.kill(trial.trainer.pid)
     trial.trainer.wait()
     if random.random() < 0.5:
         trial.wait_for_orphan()
-    assert_nothing_is_lost(trial.run, trial.done, keep)
+    assert_nothing_is_lost(trial.run, trial.done, keep, inputs)
     trial.wait_for_orphan()
-    steps = assert_nothing_is_lost(trial.run, trial.done, keep)
+    steps = assert_nothing_is_lost(trial.run, trial.done, keep, inputs)
     assert verify(trial.run) == []
     assert pack(trial.run) == trial.run
-    assert assert_nothing_is_lost(trial.run, trial.done, keep) == steps
+    assert assert_nothing_is_lost(trial.run, trial.done, keep, inputs) == steps
     assert [p.name for p in folder.iterdir() if p.name.startswith("run")] == ["run.h5"]
 
 
-def kill_both(folder: Path, keep: str = "steps") -> None:
-    trial = Trial(folder, keep)
+def kill_both(folder: Path, keep: str = "steps", inputs: str = "digest") -> None:
+    trial = Trial(folder, keep, inputs)
     time.sleep(random.uniform(0, 1.5 if keep == "steps" else 0.3))
     pids = [trial.trainer.pid, trial.writer]
     random.shuffle(pids)
     trial.kill(*pids)
     trial.trainer.wait()
     trial.wait_for_orphan()
-    steps = assert_nothing_is_lost(trial.run, trial.done, keep)
+    steps = assert_nothing_is_lost(trial.run, trial.done, keep, inputs)
     assert verify(trial.run) == []
     pack(trial.run)
-    assert assert_nothing_is_lost(trial.run, trial.done, keep) == steps
+    assert assert_nothing_is_lost(trial.run, trial.done, keep, inputs) == steps
     assert verify(trial.run) == []
 
 
@@ -147,6 +148,12 @@ def test_a_handful_of_kills(tmp_path, kind, trial):
 
 def test_kills_between_keyframes(tmp_path):
     kill_both(tmp_path, keep="10")
+
+
+@pytest.mark.parametrize("keep", ["steps", "10"])
+@pytest.mark.parametrize("kill", [kill_trainer, kill_both])
+def test_kills_while_inputs_are_stored(tmp_path, kill, keep):
+    kill(tmp_path, keep, inputs="store")
 
 
 @pytest.mark.long

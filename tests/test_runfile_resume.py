@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import trajrec
-from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_run, spec
+from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_run, spec
 from trajrec.errors import RecordingError
 from trajrec.runfile import geometry
 from trajrec.runfile.recording import RunFileSink
@@ -22,24 +22,24 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(geometry, "ARENA_BYTES", 2**20)
 
 
-def restart(path, at: int, last: int, complete: bool = True, **options) -> None:
+def restart(path, at: int, last: int, complete: bool = True, made: MadeUpRun = MADE, **options) -> None:
     """What a recorder does when training begins with the weights of step `at`."""
     sink = RunFileSink(path, resume=True, **options)
-    sink.open(MADE.spec)
+    sink.open(made.spec)
     row = sink.reserve()
     if row is not None:
-        row[:] = MADE.row(at)
-    sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(at).crc32))
+        row[:] = made.row(at)
+    sink.commit(dataclasses.replace(made.record(0), crc32=made.record(at).crc32))
     assert sink.resumed_at == at
-    MADE.feed(sink, last, first=at + 1)
+    made.feed(sink, last, first=at + 1)
     sink.close(complete)
 
 
-def cut_off(path, last: int, **options) -> None:
+def cut_off(path, last: int, made: MadeUpRun = MADE, **options) -> None:
     """A recording whose trainer and writer were killed."""
     sink = RunFileSink(path, **options)
-    sink.open(MADE.spec)
-    MADE.feed(sink, last)
+    sink.open(made.spec)
+    made.feed(sink, last)
     sink._writer._process.kill()
     sink._writer.close()
     sink._lock.release()
@@ -57,6 +57,26 @@ def test_a_recording_goes_on_from_any_step(tmp_path, begin, at):
         assert (run.state, run.resumed) == ("complete", (at,))
         assert run.keyframe_steps == (0, 64, 128, 192, 256, 320)
         assert_same_keyframe(run.keyframe(192), MADE.keyframe(192))
+
+
+@pytest.mark.parametrize("at", [0, 63, 100, 300])
+@pytest.mark.parametrize("packed", [True, False])
+def test_inputs_go_on_too(tmp_path, packed, at):
+    path, made = tmp_path / "run.h5", MadeUpRun(spec(2000, inputs="store"))
+    made.write(RunFileSink(path), 300) if packed else cut_off(path, 300, made)
+    other = dataclasses.replace(made, pixels=30)  # batches of another shape, so that old ones would be seen
+    restart(path, at, 320, made=other)
+    assert verify(path) == []
+    with trajrec.open(path) as run:
+        assert_same_inputs(run, made, range(1, at + 1))
+        assert_same_inputs(run, other, range(at + 1, 321))
+
+
+def test_other_inputs_are_refused(tmp_path):
+    path = tmp_path / "run.h5"
+    MADE.write(RunFileSink(path), 50)
+    with pytest.raises(RecordingError, match='It has inputs="digest", and would now have inputs="store"'):
+        restart(path, 50, 60, made=MadeUpRun(dataclasses.replace(MADE.spec, inputs="store")))
 
 
 def test_twice_and_shorter(tmp_path):

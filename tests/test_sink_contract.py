@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import trajrec
-from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_run, spec
+from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_run, spec
+from trajrec.runfile import recording
 from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.verify import verify
 from trajrec.sink import MemorySink
 
 LAST = 150
@@ -81,6 +83,30 @@ def test_round_trip_bit_for_bit(tmp_path, compression, values, dtype, rng, last)
         assert run.state == "complete"
         for t in run.keyframe_steps:
             assert_same_keyframe(run.keyframe(t), made.keyframe(t))
+
+
+@pytest.mark.parametrize("keep", ["steps", 10])
+@pytest.mark.parametrize("pixels", [5, 5000])
+def test_inputs_come_back_bit_for_bit(tmp_path, keep, pixels):
+    made = MadeUpRun(spec(inputs="store"), pixels=pixels)
+    made.write(RunFileSink(tmp_path / "run.h5", keep=keep), 70)
+    assert verify(tmp_path / "run.h5") == []
+    with trajrec.open(tmp_path / "run.h5") as run:
+        assert_same_inputs(run, made, range(1, 71))
+
+
+def test_large_inputs_are_taken_into_segments_before_these_are_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "INPUT_BYTES", 2**20)
+    made = MadeUpRun(spec(inputs="store"), pixels=5000)
+    sink = RunFileSink(tmp_path / "run.h5", keep=50)
+    sink.open(made.spec)
+    for t in range(120):
+        made.feed(sink, t, first=t)
+        assert sum(path.stat().st_size for path in sink.folder.raw_inputs().values()) < 1.5 * 2**20
+    assert_same_inputs(trajrec.open(tmp_path / "run.h5"), made, range(1, 120))
+    sink.close(complete=True)
+    with trajrec.open(tmp_path / "run.h5") as run:
+        assert_same_inputs(run, made, range(1, 120))
 
 
 @pytest.mark.parametrize("keep", [1, 10])

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from trajrec.errors import UnknownBatchError
+from trajrec.contents import Contents, contents_of
+from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.records import FloatArray, IntArray
 from trajrec.seeding import find_seeded
 from trajrec.task import digest, sketch
@@ -44,8 +46,9 @@ class MicroBatch:
         ids: [B]; None if they cannot be told.
         loader: where it came from; None if the user named it.
         weights: [B] the c that the user has given, or None.
-        content: the batch itself, where it is kept.
-        sketch: checksum of the content, or None.
+        contents: a copy of the batch, where it is kept, or why there can be none.
+        digest: checksum of the whole content, made until the first step.
+        sketch: checksum of a sample of the content, or None.
         used_in_training_mode: None if no forward pass with gradients was seen.
         passes: sizes of what went into the model's forward passes with gradients, and generator states before them.
     """
@@ -53,7 +56,8 @@ class MicroBatch:
     ids: IntArray | None
     loader: Any = None
     weights: FloatArray | None = None
-    content: Any = None
+    contents: Contents | RecordingError | None = None
+    digest: int | None = None
     sketch: int | None = None
     used_in_training_mode: bool | None = None
     passes: list[tuple[int, States]] = field(default_factory=list)
@@ -65,6 +69,22 @@ class MicroBatch:
         if len(sizes) > 1 and sum(sizes) == len(self.ids):
             return list(self.passes)
         return [(len(self.ids), self.passes[0][1] if self.passes else None)]
+
+    def cut_contents(self) -> list[Contents]:
+        """The copies of these pieces; none where there is no copy.
+
+        Raises:
+            RecordingError: if the batch could not be copied.
+        """
+        if self.contents is None or self.ids is None:
+            return []
+        if isinstance(self.contents, RecordingError):
+            raise self.contents
+        sizes = [size for size, _ in self.cut()]
+        if len(sizes) == 1:
+            return [self.contents]
+        edges = [0, *accumulate(sizes)]
+        return [self.contents.rows(slice(a, b), len(self.ids)) for a, b in pairwise(edges)]
 
 
 @dataclass(slots=True)
@@ -78,7 +98,8 @@ class StepBatch:
         parts: [A] sizes of the micro-batches.
         rng: [A] generator states at the start of their forward passes; None if there was none.
         sketches: [A] CRC-32 of the batches as the loader made them, or None.
-        contents: the batches themselves, where they are kept.
+        contents: [A] copies of the micro-batches; none where they are not kept, or no loader made them.
+        digest: CRC-32 of the whole batch as the loader made it; None after the first step, or where no loader did.
     """
 
     ids: IntArray
@@ -87,17 +108,13 @@ class StepBatch:
     parts: tuple[int, ...] = ()
     rng: tuple[States, ...] | None = None
     sketches: tuple[int, ...] | None = None
-    contents: tuple[Any, ...] = ()
+    contents: tuple[Contents, ...] = ()
+    digest: int | None = None
 
     @property
     def loss(self) -> float:
         """The loss as the loop computed it (sum over backward passes); NaN if there was none."""
         return sum([value.item() for value in self.losses]) if self.losses else float("nan")
-
-    def digest(self) -> int | None:
-        """CRC-32 of the whole batch as the loader made it, or None where no loader made it."""
-        known = len(self.contents) == 1 and self.contents[0] is not None
-        return digest(self.contents[0]) if known else None
 
 
 class SamplerTap:
@@ -153,10 +170,12 @@ class BatchLedger:
     Args:
         loaders: the training loaders, or None to watch every loader and take the training set to be the data set
             whose batch made the first step.
+        keeps_contents: whether batches are copied as the loop receives them.
     """
 
-    def __init__(self, loaders: Sequence[Any] | None) -> None:
+    def __init__(self, loaders: Sequence[Any] | None, keeps_contents: bool = False) -> None:
         self.loaders = loaders
+        self.keeps_contents = keeps_contents
         self.dataset: Any = None if loaders is None else loaders[0].dataset
         self.epochs = 0
         self.seconds = 0.0  # CPU time spent on watching
@@ -170,7 +189,6 @@ class BatchLedger:
         self._loose_rng: States | None = None
         self._first = True
         self._accumulates: Callable[[], bool] = lambda: True
-        self.keeps_contents = False
 
     def ask_for_gradients(self, accumulates: Callable[[], bool]) -> None:
         """Gives the ledger a way to know whether gradients of an earlier backward pass are still there."""
@@ -190,13 +208,24 @@ class BatchLedger:
     def draw(self, loader: Any, ids: Any, content: Any) -> None:
         """The loop has received a batch."""
         for batch in self._drawn:
-            batch.content = None
-        # Data is held only until the first step has been digested, and ids of an evaluation loop do not pile up.
-        batch = MicroBatch(_as_ids(ids), loader, content=content if self._first or self.keeps_contents else None)
+            if batch.used_in_training_mode is None:
+                batch.contents = None
+        batch = MicroBatch(_as_ids(ids), loader)
         if self.dataset is None or loader.dataset is self.dataset:
-            batch.sketch = sketch(content)
+            self._look_at(batch, content)
         self._drawn.append(batch)
-        del self._drawn[:-64]
+        del self._drawn[:-64]  # ids of an evaluation loop do not pile up
+
+    def _look_at(self, batch: MicroBatch, content: Any) -> None:
+        """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place."""
+        batch.sketch = sketch(content)
+        if self.keeps_contents:
+            try:
+                batch.contents = contents_of(content)
+            except RecordingError as error:
+                batch.contents = error  # to be raised only if the batch makes a step
+        elif self._first:
+            batch.digest = digest(content)
 
     def give(self, ids: IntArray, weights: FloatArray | None) -> None:
         """The user has named the samples of the next step, or of its next micro-batch."""
@@ -257,14 +286,15 @@ class BatchLedger:
         self._made_step, self._losses, self._drawn, self._loose_rng = [], [], [], None
         self._given, self._given_is_open = [], False
         if given:
+            if len(given) == len(batches):
+                for named, drawn in zip(given, batches, strict=True):
+                    named.contents = drawn.contents
+            self._first = False
             return _joined(given, losses, loose)
         self._check_known(batches)
         self._count_epoch(batches[-1])
-        step = _joined(batches, losses, loose)
-        if self._first or self.keeps_contents:
-            step.contents = tuple([batch.content for batch in batches])
         self._first = False
-        return step
+        return _joined(batches, losses, loose)
 
     def _count_epoch(self, batch: MicroBatch) -> None:
         self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
@@ -289,6 +319,7 @@ def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States |
     states = [state or pieces[0][1] or loose for _, state in pieces]
     known = [state for state in states if state is not None]
     sketches = [batch.sketch for batch in batches if batch.sketch is not None]
+    contents = [part for batch in batches for part in batch.cut_contents()]
     return StepBatch(
         ids[0] if len(ids) == 1 else np.concatenate(ids),
         _given_weights(batches),
@@ -296,6 +327,8 @@ def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States |
         tuple([size for size, _ in pieces]),
         tuple(known) if len(known) == len(pieces) else None,
         tuple(sketches) if len(sketches) == len(pieces) else None,
+        tuple(contents) if len(contents) == len(pieces) else (),
+        batches[0].digest if len(batches) == 1 else None,
     )
 
 

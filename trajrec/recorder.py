@@ -26,11 +26,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.data import DataLoader
 
 from trajrec.capture import BatchLedger, Capture, StepBatch, samples_in
+from trajrec.contents import arrays_of
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery
 from trajrec.errors import RecordingError
 from trajrec.nesting import is_within_step
-from trajrec.records import NO_IDS, FloatArray, Keyframe, StepRecord
+from trajrec.records import NO_IDS, FloatArray, Inputs, Keyframe, StepRecord
 from trajrec.rules import check_recordable, rehearse
 from trajrec.seeding import find_seeded
 from trajrec.sink import Sink, Summary
@@ -75,6 +76,7 @@ class Recorder:
         optimizer: its optimizer; None to take the first one that steps.
         loader: the training loader or loaders; None to watch all.
         task: "FILE.py:ATTR" to be noted in the recording.
+        inputs: "store" to keep what the loader yielded, "digest" to keep checksums of it.
     """
 
     def __init__(
@@ -85,7 +87,11 @@ class Recorder:
         optimizer: Optimizer | None = None,
         loader: Any = None,
         task: str | None = None,
+        inputs: Literal["digest", "store"] = "digest",
     ) -> None:
+        if inputs not in ("digest", "store"):
+            raise ValueError(f'inputs is "digest" or "store"; found {inputs!r}.')
+        self.inputs = inputs
         self.sink = sink
         self.model = model
         self.optimizer = optimizer
@@ -97,7 +103,7 @@ class Recorder:
         for given in loaders or ():
             if not isinstance(given, DataLoader):
                 raise RecordingError(f"loader= takes the DataLoader of the training, not {type(given).__name__}.")
-        self.ledger = BatchLedger(loaders)
+        self.ledger = BatchLedger(loaders, keeps_contents=inputs == "store")
         self._capture = Capture(self.ledger)
         self._discovery = Discovery(self.ledger) if model is None else None
         self._handles: list[Any] = []
@@ -263,11 +269,12 @@ class Recorder:
         data: dict[str, Any] = {"dataset": type(dataset).__name__, "length": length}
         if find_seeded(dataset) is not None:
             data["seeded_from"] = self.ledger.passes_before
-        if (crc := batch.digest()) is not None:
-            data["first_batch_crc32"] = crc
+        if batch.digest is not None:
+            data["first_batch_crc32"] = batch.digest
         file = None if self.task is None else task_file(self.task)
         return {
             "samples": length,
+            "inputs": self.inputs,
             "data": data,
             "task": self.task,
             "task_sha256": None if file is None else file_sha256(file),
@@ -286,13 +293,25 @@ class Recorder:
     def _commit(self, pending: Pending) -> None:
         assert self._snapshot is not None
         if self._transfer is None:
+            self._store_inputs(pending.batch)
             row = self.sink.reserve()
             self._keeps_rows = row is not None
             self.sink.commit(self._record(pending, pending.batch.loss, self._snapshot.copy(row)))
             return
         self._flush()
+        self._store_inputs(pending.batch)
         self._transfer.start(self._snapshot.flat(), pending.batch.losses)
         self._travelling = self._record(pending, float("nan"), 0)
+
+    def _store_inputs(self, batch: StepBatch) -> None:
+        if self.inputs != "store" or self._step == 0:
+            return
+        if not batch.contents:
+            raise RecordingError(
+                f'inputs="store" keeps the batches of a DataLoader, but those of step {self._step} came from none. '
+                'Pass inputs="digest".'
+            )
+        self.sink.inputs(Inputs(self._step, arrays_of(batch.contents)))
 
     def _record(self, pending: Pending, loss: float, crc32: int) -> StepRecord:
         batch = pending.batch
@@ -354,6 +373,7 @@ def record(
     on_full: Literal["wait", "stop-recording", "raise"] = "wait",
     resume: bool = False,
     keyframe_every: int = 64,
+    inputs: Literal["digest", "store"] = "digest",
 ) -> Recorder:
     """A recorder, to be used as a context manager around a training loop.
 
@@ -373,6 +393,8 @@ def record(
         on_full: what to do when the disk is full: "wait" for room, "stop-recording" or "raise".
         resume: go on with an existing recording at the step whose weights training starts with.
         keyframe_every: steps between keyframes with keep="steps".
+        inputs: "digest" keeps a checksum of every batch, "store" the batches themselves, as the loader yielded them:
+            then a replay needs no data set but for its length, and random augmentation comes back as it was.
 
     Raises:
         OutputExistsError: if the output exists and `force` is False.
@@ -390,4 +412,4 @@ def record(
         budget=budget,
         keyframe_every=keyframe_every,
     )
-    return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task)
+    return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task, inputs=inputs)

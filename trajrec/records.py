@@ -76,6 +76,7 @@ class RunSpec:
             is split ("betas.0", "betas.1"). A missing value (None) is NaN.
         groups: G.
         samples: N, the length of the training set; 0 where the recorder saw no data set (`set_batch`).
+        inputs: "store" where the batches of every step are in the recording, "digest" where their CRC-32 is.
         rng: names and lengths in bytes of the random generator states whose concatenation is `StepRecord.rng`.
         eval_modules: names of modules that were in eval mode during the first training forward pass.
         task: "FILE.py:ATTR" as recorded, or None; `task_sha256` of that file.
@@ -97,6 +98,7 @@ class RunSpec:
     hyperparameters: tuple[str, ...]
     groups: int
     samples: int
+    inputs: str = "digest"
     rng: tuple[tuple[str, int], ...] = ()
     eval_modules: tuple[str, ...] = ()
     task: str | None = None
@@ -189,6 +191,19 @@ class Conditions:
         joined = tuple((str(name), int(group)) for name, group in values.get("joined", ()))
         names = {key: tuple(values.get(key, ())) for key in ("eval_modules", "still", "frozen")}
         return cls(**names, joined=joined)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The batches of a step as the loader made them, one for every micro-batch.
+
+    Attributes:
+        step: t, from 1.
+        arrays: "structure" (JSON as uint8) and "MICRO-BATCH/LEAF" to array: see `trajrec.contents`.
+    """
+
+    step: int
+    arrays: Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ A sink hands out the row that the next step's weights are to be copied into, so 
     sink.commit(record)               # record.step = 0 first (weights before training)
     t = sink.resumed_at + 1           # 1, or later where an earlier recording of this run goes on
     ...
+    sink.inputs(inputs)               # where spec.inputs is "store": those of step t, before its row is reserved
     if sink.wants_keyframe(t):        # after the commit of step t
         sink.keyframe(keyframe)       # with "weights" where reserve() gives None
     summary = sink.close(complete=True)
@@ -20,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trajrec.records import Keyframe, Row, RunSpec, StepRecord
+from trajrec.records import Inputs, Keyframe, Row, RunSpec, StepRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,9 @@ class Sink(Protocol):
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""
 
+    def inputs(self, inputs: Inputs) -> None:
+        """Takes the inputs of the step that is committed next, before its row is reserved."""
+
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step (also of steps it did not ask for)."""
 
@@ -70,6 +74,7 @@ class MemorySink:
         self.rows: list[Row] = []
         self.records: list[StepRecord] = []
         self.keyframes: list[Keyframe] = []
+        self.stored: dict[int, Inputs] = {}
         self.complete: bool | None = None
         self._row: Row | None = None
 
@@ -92,6 +97,10 @@ class MemorySink:
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""
         return step % self.interval == 0
+
+    def inputs(self, inputs: Inputs) -> None:
+        """Takes the inputs of the step that is committed next."""
+        self.stored[inputs.step] = inputs
 
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step."""

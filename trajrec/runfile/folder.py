@@ -5,6 +5,7 @@
     ring.bin                          steps that are not sealed yet (ring.py)
     segment-FIRST-LAST.h5             sealed steps; complete, because renamed only after fsync
     keyframe-STEP.bin                 raw keyframes (keyfile.py)
+    inputs-STEP.bin                   inputs of steps that are not sealed yet (keyfile.py)
     record-STEP.bin                   a record too large for the ring
     writer.log                        what the writer process said
     *.tmp, *.part                     unfinished; deleted by whoever comes next
@@ -33,6 +34,7 @@ FORMAT = "trajrec recording"
 VERSION = 1
 _SEGMENT = re.compile(r"segment-(\d{10})-(\d{10})\.h5")
 _KEYFRAME = re.compile(r"keyframe-(\d{10})\.bin")
+_INPUTS = re.compile(r"inputs-(\d{10})\.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,10 @@ class Folder:
         """Path of a keyframe."""
         return self.path / f"keyframe-{step:010d}.bin"
 
+    def inputs(self, step: int) -> Path:
+        """Path of the inputs of a step."""
+        return self.path / f"inputs-{step:010d}.bin"
+
     def segments(self) -> list[Segment]:
         """The sealed segments in order.
 
@@ -125,15 +131,22 @@ class Folder:
 
     def keyframes(self) -> dict[int, Path]:
         """The raw keyframes by step, in order."""
-        found = [(p, _KEYFRAME.fullmatch(p.name)) for p in self._entries()]
+        return self._by_step(_KEYFRAME)
+
+    def raw_inputs(self) -> dict[int, Path]:
+        """The raw inputs by step, in order."""
+        return self._by_step(_INPUTS)
+
+    def _by_step(self, name: re.Pattern[str]) -> dict[int, Path]:
+        found = [(p, name.fullmatch(p.name)) for p in self._entries()]
         return {int(m[1]): p for p, m in sorted(found, key=lambda x: x[0].name) if m}
 
     def _entries(self) -> list[Path]:
         return list(self.path.iterdir()) if self.path.is_dir() else []
 
     def size(self) -> int:
-        """Bytes of what is recorded: segments and keyframes."""
-        paths = [s.path for s in self.segments()] + list(self.keyframes().values())
+        """Bytes of what is recorded: segments, keyframes and inputs."""
+        paths = [s.path for s in self.segments()] + [*self.keyframes().values(), *self.raw_inputs().values()]
         return sum(_size(path) for path in paths)
 
     def write_manifest(self, manifest: Manifest) -> None:

@@ -1,11 +1,13 @@
-"""A keyframe as a raw file, written by the training process without HDF5 and folded into the run file later.
+"""A keyframe or the inputs of a step as a raw file, written by the training process without HDF5.
+
+It is folded into the run file later.
 
     "TRAJKEY1" | uint32 length of the header | uint32 CRC-32 of the header | header | arrays
 
 The header is JSON: {"step": t, "arrays": [[path, dtype, shape, start, bytes, CRC-32], ...]} with starts counted from
 the end of the header. Arrays are C-contiguous and little-endian, of booleans and numbers only. A file is
 written under another name and renamed, so one that has its name is whole, unless power was cut: the writer fsyncs
-it later, and the checksums tell.
+keyframes later, and takes inputs into its next segment; the checksums tell.
 """
 
 from __future__ import annotations
@@ -20,21 +22,24 @@ import numpy.typing as npt
 
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
-from trajrec.records import Keyframe
+from trajrec.records import Inputs, Keyframe, RunSpec
 
 MAGIC = b"TRAJKEY1"
 _HEAD = struct.Struct("<8sII")
 
 
-def write_keyframe(path: Path, keyframe: Keyframe) -> int:
-    """Writes a keyframe (not synced) and returns the file's size in bytes.
+_Arrays = dict[str, npt.NDArray[Any]]
+
+
+def write_arrays(path: Path, value: Keyframe | Inputs) -> int:
+    """Writes the arrays of a step (not synced) and returns the file's size in bytes.
 
     Raises:
         OSError: no room (ENOSPC); no half file is left.
         TypeError: an array of objects.
     """
-    arrays = {name: _plain(name, value) for name, value in keyframe.arrays.items()}
-    head = _header(keyframe.step, arrays)
+    arrays = {name: _plain(name, array) for name, array in value.arrays.items()}
+    head = _header(value.step, arrays)
     part = path.with_suffix(".part")
     try:
         with part.open("wb", buffering=0) as file:
@@ -55,23 +60,46 @@ def read_keyframe(path: Path, only: str | None = None) -> Keyframe:
     Raises:
         DamagedRunError: truncated, or a checksum does not match.
     """
+    return Keyframe(*_read(path, "this keyframe is", only))
+
+
+def read_inputs(path: Path) -> Inputs:
+    """The inputs in a file.
+
+    Raises:
+        DamagedRunError: truncated, or a checksum does not match.
+    """
+    return Inputs(*_read(path, "these inputs are", None))
+
+
+def has_inputs(path: Path, spec: RunSpec, step: int) -> bool:
+    """Whether the inputs of a step are in a file and intact, or none are recorded."""
+    if spec.inputs != "store" or step == 0:
+        return True
+    try:
+        read_inputs(path)
+    except (FileNotFoundError, DamagedRunError):
+        return False
+    return True
+
+
+def _read(path: Path, what: str, only: str | None) -> tuple[int, _Arrays]:
     data = path.read_bytes()
     try:
         step, entries, start = _parse(data)
-        arrays = {e[0]: _array(data, start, e) for e in entries if only in (None, e[0])}
+        return step, {e[0]: _array(data, start, e) for e in entries if only in (None, e[0])}
     except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
-        raise DamagedRunError(f"{path}: this keyframe is damaged ({error}).") from error
-    return Keyframe(step, arrays)
+        raise DamagedRunError(f"{path}: {what} damaged ({error}).") from error
 
 
 def _plain(name: str, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     array = np.asarray(value, order="C")
     if array.dtype.kind not in "biufc":
-        raise TypeError(f"a keyframe holds arrays of numbers; {name} has dtype {array.dtype}")
+        raise TypeError(f"arrays of numbers can be kept; {name} has dtype {array.dtype}")
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def _header(step: int, arrays: dict[str, npt.NDArray[Any]]) -> bytes:
+def _header(step: int, arrays: _Arrays) -> bytes:
     entries, start = [], 0
     for name, array in arrays.items():
         entries.append([name, array.dtype.str, array.shape, start, array.nbytes, crc32(array.data)])

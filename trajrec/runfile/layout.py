@@ -9,6 +9,7 @@ is step 0, the weights before training, so that `weights[t]` and `steps/loss[t]`
     /steps        step, epoch, loss, time, crc32, record_crc32 (n); hyper (n, G, H)
     /batches      ids, weights, rng, parts, digests, changes: flat; NAME_offsets (n + 1)
     /keyframes    the step as ten digits: the keyframe's arrays by their paths, each with its CRC-32 (packed runs)
+    /inputs       the same of the inputs of every step from 1 on, where the spec says that they are stored
 
 What finds a damaged byte: the file format's own checksums for structure and attributes (hence libver v110 and
 strings of fixed length), the CRC-32 of its step for a row, that of the record for the columns, an attribute for an
@@ -76,6 +77,8 @@ def begin(path: Path, head: Head, spec: RunSpec, cache: int | None = None) -> h5
         file.attrs[name] = np.bytes_(value)
     file.attrs["first"] = np.int64(head.first)
     file.create_group("keyframes")  # always there, so that one that cannot be found is a fault
+    if spec.inputs == "store":
+        file.create_group("inputs")
     group = file.create_group("spec")
     for name, value in spec.to_json().items():
         group.attrs[name] = np.bytes_(json.dumps(value))
@@ -179,19 +182,24 @@ def keyframe_name(step: int) -> str:
     return f"keyframes/{step:0{STEP_DIGITS}d}"
 
 
-def write_keyframe(file: h5py.File, step: int, arrays: Mapping[str, npt.NDArray[Any]], compression: str) -> None:
-    """Stores a keyframe, every array with its CRC-32 as an attribute."""
-    group = file.require_group(keyframe_name(step))
+def inputs_name(step: int) -> str:
+    """Path of the group of a step's inputs."""
+    return f"inputs/{step:0{STEP_DIGITS}d}"
+
+
+def write_arrays(file: h5py.File, name: str, arrays: Mapping[str, npt.NDArray[Any]], compression: str) -> None:
+    """Stores the arrays of a keyframe or of inputs in a group, each with its CRC-32 as an attribute."""
+    group = file.require_group(name)
     for name, array in arrays.items():
         value = np.asarray(array, order="C")
         options: dict[str, Any] = {}
         if value.nbytes > COLUMN_CHUNK_BYTES and compression != "none":
-            options = {"chunks": _keyframe_chunk(value), **filters(compression)}
+            options = {"chunks": _array_chunk(value), **filters(compression)}
         dataset = group.create_dataset(name, data=value, **options)
         dataset.attrs["crc32"] = np.uint32(crc32(value.data))
 
 
-def _keyframe_chunk(value: npt.NDArray[Any]) -> tuple[int, ...]:
+def _array_chunk(value: npt.NDArray[Any]) -> tuple[int, ...]:
     """About 512 kB: whole trailing dimensions while they fit, then a piece of the next, then ones."""
     room, shape = max(1, 512 * 1024 // value.itemsize), []
     for length in reversed(value.shape):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from trajrec.errors import ReplayError
+from trajrec.errors import DamagedRunError, ReplayError
 from trajrec.records import Conditions, FloatArray, IntArray, Keyframe, Row, RunSpec
 from trajrec.runfile.rows import RowReader
 from trajrec.runfile.source import MovedError, Source, find
@@ -232,7 +232,7 @@ class Run:
         """Losses of steps 1..T [T]."""
         return self._column("loss")
 
-    # ---- keyframes
+    # ---- keyframes and inputs
 
     def keyframe(self, t: int) -> Keyframe:
         """The keyframe of step t.
@@ -243,6 +243,23 @@ class Run:
         if t not in self._keyframes:
             raise IndexError(f"{self.path} has no keyframe of step {t}; it has those of {_some(self.keyframe_steps)}.")
         return self._now(lambda source: source.keyframe(t))
+
+    def inputs(self, t: int) -> list[Any] | None:
+        """The batches of step t (1..T) as the loader made them, one for every micro-batch; None if they were not kept.
+
+        Raises:
+            IndexError: t is out of range. DamagedRunError: a checksum differs, or they are missing.
+        """
+        from trajrec.contents import batches_of
+
+        self._check(t, 1)
+        if self.spec.inputs != "store":
+            return None
+        arrays = self._now(lambda source: source.inputs(t)).arrays
+        try:
+            return batches_of(arrays)
+        except ValueError as error:
+            raise DamagedRunError(f"{self.path}: /inputs, step {t}: {error}. Restore the file from a copy.") from error
 
     # ---- inner
 

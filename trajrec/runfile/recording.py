@@ -2,6 +2,7 @@
 
     reserve()   waits for a free slot (there nearly always is one) and hands out its row
     commit()    encodes the record into the ring and publishes the slot; every R steps wakes the writer
+    inputs()    writes a raw file, which the writer takes into the step's segment
     keyframe()  writes a raw file
     close()     waits until the writer has packed everything
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -23,11 +25,11 @@ from typing import Literal
 import numpy as np
 
 from trajrec.errors import DiskFullError, OutputExistsError, RecorderBusyError, RecordingError
-from trajrec.records import Keyframe, Row, RunSpec, StepRecord
+from trajrec.records import Inputs, Keyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.budget import Budget, parse_size
 from trajrec.runfile.folder import Folder, Manifest, is_disk_full
 from trajrec.runfile.geometry import Geometry, geometry_for
-from trajrec.runfile.keyfile import write_keyframe
+from trajrec.runfile.keyfile import write_arrays
 from trajrec.runfile.lock import Lock, holder
 from trajrec.runfile.process import WriterProcess, rework
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
@@ -36,6 +38,7 @@ from trajrec.sink import Summary
 logger = logging.getLogger("trajrec")
 
 KEYFRAME_INTERVAL = 64
+INPUT_BYTES = 256 * 1024**2  # of raw inputs at a time; then training waits for the writer
 _NAP = 0.001
 _GLANCE = 0.1
 _RETRY = 1.0
@@ -89,6 +92,8 @@ class RunFileSink:
         self._resuming = False
         self._stopped = False
         self._retried_at = -1
+        self._pending: deque[tuple[int, int]] = deque()
+        self._largest_inputs = 0
         _check_options(keep, compression, on_full, self._interval)
         self._check_output()
 
@@ -157,7 +162,7 @@ class RunFileSink:
         self._resuming = False
         keep = "any" if self._budget is not None else "steps" if self._keep_rows else "keyframes"
         try:
-            step = rework(self.folder, "resume", str(record.crc32), keep)
+            step = rework(self.folder, "resume", str(record.crc32), keep, self._spec.inputs)
         except BaseException:
             self._lock.release()
             raise
@@ -235,14 +240,46 @@ class RunFileSink:
 
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step."""
-        while not self._stopped and keyframe.step < self._next:
+        if keyframe.step < self._next:
+            self._write(self.folder.keyframe(keyframe.step), keyframe)
+
+    def inputs(self, inputs: Inputs) -> None:
+        """Takes the inputs of the step that is committed next, before its row is reserved."""
+        expected = sum(array.nbytes for array in inputs.arrays.values())
+        if expected > self._largest_inputs:
+            self._largest_inputs = expected
+            self._stay_in_budget()
+        size = self._write(self.folder.inputs(inputs.step), inputs)
+        self._pending.append((inputs.step, size))
+        if self._pending_inputs() > INPUT_BYTES // 2:
+            self._flush_before(inputs.step)
+            self._writer.wake()
+        while not self._stopped and self._pending_inputs() > max(INPUT_BYTES, 4 * size):
+            self._flush_before(inputs.step)
+            self._wait_for_writer()
+
+    def _flush_before(self, step: int) -> None:
+        """Has the steps before this one sealed; in whole chunks of rows, where there are any."""
+        aligned = step - step % self._geometry.chunk_rows
+        self._ring.set(Control.FLUSH, aligned if aligned > self._ring.get(Control.TAIL) else step)
+
+    def _pending_inputs(self) -> int:
+        """Bytes of raw inputs that no segment has taken in yet."""
+        tail = self._ring.get(Control.TAIL)
+        while self._pending and self._pending[0][0] < tail:
+            self._pending.popleft()
+        return sum(size for _, size in self._pending)
+
+    def _write(self, path: Path, value: Keyframe | Inputs) -> int:
+        """Writes a raw file, and returns its size; 0 where recording has stopped."""
+        while not self._stopped:
             try:
-                write_keyframe(self.folder.keyframe(keyframe.step), keyframe)
-                return
+                return write_arrays(path, value)
             except OSError as error:
                 if not is_disk_full(error):
                     raise
-                self._act_on_full_disk(sum(array.nbytes for array in keyframe.arrays.values()))
+                self._act_on_full_disk(sum(array.nbytes for array in value.arrays.values()))
+        return 0
 
     # ---- the budget
 
@@ -250,7 +287,8 @@ class RunFileSink:
         budget = self._budget
         if budget is None:
             return
-        while not self._stopped and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next)):
+        inputs = self._pending_inputs() + self._geometry.chunk_rows * self._largest_inputs
+        while not self._stopped and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next) + inputs):
             if self._keep_rows:
                 self._drop_rows(budget)
             elif (interval := budget.thin(self._interval)) is not None:

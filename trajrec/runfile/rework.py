@@ -1,7 +1,7 @@
 """Changes to a whole recording, between one writer and the next; a process of its own, because it calls HDF5.
 
-    python -m trajrec.runfile.rework FOLDER resume CRC32 KEEP     prints the step, or "none"
-    python -m trajrec.runfile.rework FOLDER drop-rows             prints the last step
+    python -m trajrec.runfile.rework FOLDER resume CRC32 KEEP INPUTS     prints the step, or "none"
+    python -m trajrec.runfile.rework FOLDER drop-rows                    prints the last step
 
 resume: a restarted training comes with weights from the user's own checkpoint. The step they belong to is the last
 one whose checksum equals theirs; what was recorded after it is dropped, because it will be computed anew. A packed
@@ -28,7 +28,7 @@ import numpy as np
 from trajrec.errors import RecordingError, TrajrecError
 from trajrec.records import Keyframe
 from trajrec.runfile.folder import Folder, Manifest, Segment, is_disk_full, sync
-from trajrec.runfile.keyfile import read_keyframe, write_keyframe
+from trajrec.runfile.keyfile import read_keyframe, write_arrays
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.process import EXIT_DISK_FULL
 from trajrec.runfile.sealing import copy_segment
@@ -38,12 +38,14 @@ from trajrec.runfile.writer import Writer
 _ENTRIES = 65536
 
 
-def resume(folder: Folder, crc32: int, keep: str) -> int | None:
+def resume(folder: Folder, crc32: int, keep: str, inputs: str) -> int | None:
     """Makes the recording end at the step whose row has this checksum and returns it; None: there is none."""
     packed = folder.output.is_file()
     manifest, segments = _of_packed(folder) if packed else _of_folder(folder)
     if keep != manifest.keep and keep != "any":
         raise RecordingError(f"It keeps {manifest.keep}, and would now keep {keep}.")
+    if inputs != manifest.spec.inputs:
+        raise RecordingError(f'It has inputs="{manifest.spec.inputs}", and would now have inputs="{inputs}".')
     pieces = Pieces(segments)
     step = _find(pieces, crc32)
     if step is None:
@@ -86,7 +88,7 @@ def _unpack(folder: Folder, manifest: Manifest, pieces: Pieces, step: int) -> No
     stored = pieces.at(0)
     for t in stored.keyframe_steps():
         if t <= step:
-            write_keyframe(folder.keyframe(t), stored.keyframe(t))
+            write_arrays(folder.keyframe(t), stored.keyframe(t))
             sync(folder.keyframe(t))
     folder.write_manifest(manifest)
     pieces.close()
@@ -95,7 +97,7 @@ def _unpack(folder: Folder, manifest: Manifest, pieces: Pieces, step: int) -> No
 
 def _truncate(folder: Folder, manifest: Manifest, pieces: Pieces, step: int) -> None:
     folder.write_manifest(manifest)
-    for t, path in folder.keyframes().items():
+    for t, path in [*folder.keyframes().items(), *folder.raw_inputs().items()]:
         if t > step:
             path.unlink()
     for segment in reversed(pieces.segments):
@@ -126,7 +128,7 @@ def drop_rows(folder: Folder) -> int:
 def _move_weights(pieces: Pieces, step: int, path: Path) -> None:
     keyframe = read_keyframe(path)
     row = pieces.at(step).rows(step, step + 1)[0]
-    write_keyframe(path, Keyframe(step, {"weights": row, **keyframe.arrays}))
+    write_arrays(path, Keyframe(step, {"weights": row, **keyframe.arrays}))
     sync(path)
 
 
@@ -134,7 +136,7 @@ def main(arguments: list[str]) -> None:
     """Runs a command; never returns."""
     folder, command = Folder(Path(arguments[0])), arguments[1]
     try:
-        step = drop_rows(folder) if command == "drop-rows" else resume(folder, int(arguments[2]), arguments[3])
+        step = drop_rows(folder) if command == "drop-rows" else resume(folder, int(arguments[2]), *arguments[3:])
         print("none" if step is None else step, flush=True)
     except BaseException as error:
         print(error if isinstance(error, TrajrecError) else traceback.format_exc(), file=sys.stderr, flush=True)

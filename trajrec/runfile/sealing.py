@@ -1,8 +1,11 @@
 """From ring to segment, and from segments to one packed file.
 
 Sealing takes entries [first, stop) out of the ring, checks them and writes them as a segment that appears under its
-name only when it is on the disk. Packing puts segments one behind the other: chunks are copied as they are stored
-where a segment begins on a multiple of R (it nearly always does); rows are decoded and written again elsewhere.
+name only when it is on the disk. The inputs of a step, where they are recorded, belong to its entry: they go into the
+same segment, and an entry whose inputs did not survive a power cut is not intact.
+
+Packing puts segments one behind the other: chunks are copied as they are stored where a segment begins on a multiple of
+R (it nearly always does); rows are decoded and written again elsewhere.
 
 Only the writer process imports this module: it writes HDF5. Files are not closed when something fails, because
 closing after an I/O error crashes the HDF5 library; the process ends instead (see writer.py).
@@ -21,7 +24,7 @@ from trajrec.records import Row, StepRecord
 from trajrec.runfile import layout, trailer
 from trajrec.runfile.folder import Folder, Manifest, durable
 from trajrec.runfile.geometry import chunk_shape
-from trajrec.runfile.keyfile import read_keyframe
+from trajrec.runfile.keyfile import has_inputs, read_inputs, read_keyframe
 from trajrec.runfile.layout import ColumnSizes, Head
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring, overflow_path
@@ -32,7 +35,7 @@ _ENTRIES = 4096
 
 def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> int:
     """Seals entries [first, stop) of the ring, as far as they are intact, and returns where it stopped."""
-    records = list(_intact(ring, first, stop))
+    records = list(_intact(folder, manifest, ring, first, stop))
     if not records:
         return first
     table, stop = table_of(records), first + len(records)
@@ -42,19 +45,29 @@ def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) 
             layout.write_rows(file, _blocks(ring, first, stop), len(records))
         layout.create_columns(file, layout.column_sizes(table), table.hyper.shape[1:], manifest.compression)
         layout.write_columns(file, table, ColumnSizes(0))
+        _take_in_inputs(file, folder, manifest, range(first, stop))
         file.close()
         trailer.append(tmp)
     for step in range(first, stop):
         overflow_path(folder.path, step).unlink(missing_ok=True)
+        folder.inputs(step).unlink(missing_ok=True)
     return stop
 
 
-def _intact(ring: Ring, first: int, stop: int) -> Iterator[StepRecord]:
+def _intact(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> Iterator[StepRecord]:
     for entry in range(first, stop):
         record = ring.intact(entry)
-        if record is None:
+        if record is None or not has_inputs(folder.inputs(entry), manifest.spec, entry):
             return
         yield record
+
+
+def _take_in_inputs(file: h5py.File, folder: Folder, manifest: Manifest, steps: range) -> None:
+    if manifest.spec.inputs != "store":
+        return
+    for step in steps[steps.start == 0 :]:
+        arrays = read_inputs(folder.inputs(step)).arrays
+        layout.write_arrays(file, layout.inputs_name(step), arrays, manifest.compression)
 
 
 def _blocks(ring: Ring, first: int, stop: int) -> Iterator[Row]:
@@ -99,6 +112,9 @@ def _copy(file: h5py.File, pieces: Pieces, first: int, stop: int, manifest: Mani
     if manifest.keep == "steps":
         _copy_rows(file["weights"], pieces, first, stop)
     _copy_columns(file, pieces, first, stop, manifest.compression)
+    if manifest.spec.inputs == "store":
+        for step in range(max(first, 1), stop):
+            pieces.at(step).copy_inputs(step, file)
 
 
 def _copy_rows(weights: h5py.Dataset, pieces: Pieces, first: int, stop: int) -> None:
@@ -144,4 +160,4 @@ def _fold_keyframes(file: h5py.File, folder: Folder, stop: int, compression: str
             keyframe = read_keyframe(path)
         except DamagedRunError:
             continue  # power was cut before it was synced; the steps between can still be recomputed
-        layout.write_keyframe(file, step, keyframe.arrays, compression)
+        layout.write_arrays(file, layout.keyframe_name(step), keyframe.arrays, compression)

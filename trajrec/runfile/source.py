@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from trajrec.errors import DamagedRunError, NotARunError, RunFileError
-from trajrec.records import Keyframe, Row, RunSpec, StepRecord
+from trajrec.records import Inputs, Keyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.folder import SUFFIX, Folder, Segment
-from trajrec.runfile.keyfile import read_keyframe
+from trajrec.runfile.keyfile import has_inputs, read_inputs, read_keyframe
 from trajrec.runfile.lock import holder
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
@@ -73,6 +73,10 @@ class PackedSource:
         """A keyframe; with `only`, just the array of that path."""
         return self._file.keyframe(step, only)
 
+    def inputs(self, step: int) -> Inputs:
+        """The inputs of a step."""
+        return self._file.inputs(step)
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -90,8 +94,7 @@ class FolderSource:
         self.compression = manifest.compression
         self.has_rows = manifest.keep == "steps"
         self.state = "recovered" if holder(folder.lock) is None else "recording"
-        self._pieces = Pieces(_present(folder.segments()))
-        self._ring, self._tail = _ring_table(folder, self._pieces.stop)
+        self._pieces, self._ring, self._tail = _pieces_and_ring(folder, self.spec)
         self.stop = self._pieces.stop + (len(self._tail) if self._tail is not None else 0)
         if self.stop == 0:
             raise NotARunError(f"{folder.path}: nothing is recorded yet.")
@@ -144,6 +147,15 @@ class FolderSource:
         except FileNotFoundError as error:
             raise MovedError from error
 
+    def inputs(self, step: int) -> Inputs:
+        """The inputs of a step."""
+        if step < self._pieces.stop:
+            return self._piece(step).inputs(step)
+        try:
+            return read_inputs(self._folder.inputs(step))
+        except FileNotFoundError as error:
+            raise MovedError from error
+
     def close(self) -> None:
         """Closes the files."""
         self._pieces.close()
@@ -183,7 +195,18 @@ def _present(segments: list[Segment]) -> list[Segment]:
     return segments
 
 
-def _ring_table(folder: Folder, first: int) -> tuple[Ring | None, StepTable | None]:
+def _pieces_and_ring(folder: Folder, spec: RunSpec) -> tuple[Pieces, Ring | None, StepTable | None]:
+    """The sealed segments, the ring, and the records that follow in it."""
+    while True:
+        pieces = Pieces(_present(folder.segments()))
+        ring, tail = _ring_table(folder, spec, pieces.stop)
+        segments = folder.segments()
+        if spec.inputs != "store" or not segments or segments[-1].stop == pieces.stop:
+            return pieces, ring, tail
+        pieces.close()  # raw inputs went into a segment while we looked for them
+
+
+def _ring_table(folder: Folder, spec: RunSpec, first: int) -> tuple[Ring | None, StepTable | None]:
     """The ring, and the records of its intact entries from `first` on."""
     try:
         ring = Ring(folder.ring)
@@ -191,5 +214,7 @@ def _ring_table(folder: Folder, first: int) -> tuple[Ring | None, StepTable | No
         return None, None  # the sealed segments stand without it
     records: list[StepRecord] = []
     while len(records) < ring.geometry.slots and (record := ring.intact(first + len(records))) is not None:
+        if not has_inputs(folder.inputs(record.step), spec, record.step):
+            break
         records.append(record)
     return ring, table_of(records) if records else None

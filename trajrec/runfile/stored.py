@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
-from trajrec.records import Keyframe, Row, RunSpec
-from trajrec.runfile.layout import FORMAT, VERSION, ColumnSizes, Head, keyframe_name
+from trajrec.records import Inputs, Keyframe, Row, RunSpec
+from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, ColumnSizes, Head, inputs_name, keyframe_name
 from trajrec.runfile.table import LATER, PLAIN, RAGGED, StepTable
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -217,7 +217,7 @@ class StoredRun:
             values: Column = dataset[first - self.first : stop - self.first + more].astype(dtype, copy=False)
             return values
 
-    # ---- keyframes
+    # ---- keyframes and inputs
 
     def keyframe_steps(self) -> tuple[int, ...]:
         """Steps that have a keyframe."""
@@ -226,11 +226,25 @@ class StoredRun:
 
     def keyframe(self, step: int, only: str | None = None) -> Keyframe:
         """A keyframe, checked; with `only`, just the array of that path."""
-        base = keyframe_name(step)
+        return Keyframe(step, self._arrays(keyframe_name(step), only))
+
+    def inputs(self, step: int) -> Inputs:
+        """The inputs of a step, checked."""
+        return Inputs(step, self._arrays(inputs_name(step), None))
+
+    def copy_inputs(self, step: int, target: h5py.File) -> None:
+        """Copies the inputs of a step into another file, compressed as they are."""
+        name = inputs_name(step)
+        with reading(self.path, f"/{name}"):
+            if not isinstance(self._file[name], h5py.Group):
+                raise ValueError("it is not a group")
+            self._file.copy(self._file[name], target["inputs"], f"{step:0{STEP_DIGITS}d}")
+
+    def _arrays(self, base: str, only: str | None) -> dict[str, npt.NDArray[Any]]:
         with reading(self.path, f"/{base}"):
             names: list[str] = []
             self._file[base].visititems(lambda name, item: _note(names, name, item))
-            return Keyframe(step, {n: self._checked(f"{base}/{n}") for n in names if only in (None, n)})
+            return {n: self._checked(f"{base}/{n}") for n in names if only in (None, n)}
 
     def _checked(self, name: str) -> npt.NDArray[Any]:
         dataset = self._dataset(name, "biufc")

@@ -8,7 +8,7 @@ ring and the raw keyframes of a folder have checksums of their own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NotARunError, RunFileError
 from trajrec.runfile import trailer
 from trajrec.runfile.folder import SUFFIX, Folder
-from trajrec.runfile.keyfile import read_keyframe
+from trajrec.runfile.keyfile import read_inputs, read_keyframe
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
 from trajrec.runfile.source import TABLE_STEPS
@@ -93,6 +93,7 @@ def _part_problems(stored: StoredRun) -> Iterator[Problem]:
         if stored.has_rows:
             yield from _row_problems(stored, table)
     yield from _keyframe_problems(stored)
+    yield from _input_problems(stored)
 
 
 def _column_problems(stored: StoredRun, first: int, stop: int, error: DamagedRunError) -> Iterator[Problem]:
@@ -141,6 +142,16 @@ def _keyframe_problems(stored: StoredRun) -> Iterator[Problem]:
             yield Problem(stored.path, "/keyframes", step, None, _short(error, stored.path))
 
 
+def _input_problems(stored: StoredRun) -> Iterator[Problem]:
+    if stored.spec().inputs != "store":
+        return
+    for step in range(max(stored.first, 1), stored.stop):
+        try:
+            stored.inputs(step)
+        except DamagedRunError as error:
+            yield Problem(stored.path, "/inputs", step, None, _short(error, stored.path))
+
+
 def _folder_problems(folder: Folder) -> Iterator[Problem]:
     try:
         folder.read_manifest()
@@ -156,16 +167,17 @@ def _folder_problems(folder: Folder) -> Iterator[Problem]:
             yield from _file_problems(segment.path)
         except RunFileError as error:
             yield Problem(segment.path, "", segment.first, segment.stop - 1, _short(error, segment.path))
-    yield from _raw_problems(folder)
+    yield from _raw_problems(folder.keyframes(), read_keyframe)
+    yield from _raw_problems(folder.raw_inputs(), read_inputs)
     yield from _ring_problems(folder, segments[-1].stop if segments else 0)
 
 
-def _raw_problems(folder: Folder) -> Iterator[Problem]:
-    for step, path in folder.keyframes().items():
+def _raw_problems(files: dict[int, Path], read: Callable[[Path], object]) -> Iterator[Problem]:
+    for step, path in files.items():
         try:
-            read_keyframe(path)
+            read(path)
         except FileNotFoundError:
-            continue  # a recorder that stays in its budget has dropped it meanwhile
+            continue  # a recorder that stays in its budget has dropped it, or a writer taken it into a segment
         except DamagedRunError as error:
             yield Problem(path, "", step, None, _short(error, path))
 

@@ -43,6 +43,9 @@ class Writer:
         folder.sweep()
         segments = folder.segments()
         self.next = segments[-1].stop if segments else self.ring.first
+        for step, path in folder.raw_inputs().items():
+            if step < self.next:
+                path.unlink()  # in a segment already: an earlier writer was killed before it deleted them
         self.ring.set(Control.TAIL, self.next)
         self.ring.set(Control.STATUS, Status.RUNNING)
 
