@@ -635,6 +635,6 @@ def test_a_state_that_was_reset_on_the_way_is_refused(optimizer):
 def test_a_keyframe_whose_state_does_not_follow_is_refused():
     made = loops.train(Loop(optimizer=adam))
     made.run.keyframe(8).arrays["optimizer/exp_avg"][:] *= 1.01
-    with pytest.raises(DriftError, match=r"drifted at step 8: the optimizer's exp_avg.*keyframe of step 4.*9\.9e-03"):
+    with pytest.raises(DriftError, match=r"drifted at step 9: the optimizer's exp_avg, made again.*keyframe of step 8"):
         contributions(made.run, made.task, exact=True, mode="adjoint")
     assert contributions(made.run, made.task, exact=True, mode="adjoint", allow_drift=True).values.any()
