@@ -9,73 +9,160 @@ lam_T = grad l_j(w_T), sigma_T = 0; for t = T..1:
 Hessian-free drops H_t gamma and nothing else. This is the paper's hypergradient (supplement, (30) to (34)) in reverse
 mode; the factor N of its sample weights cancels against the 1/N of its contribution (7).
 
+The gradient g_t is computed where it is needed: at every step for an optimizer whose derivative depends on it, and at
+the steps that the certificate checks.
+
 Letters: B batch, E epochs, K targets at once, N samples, P' trainable weights, T steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from trajrec.replay.certificate import StepChecks
-from trajrec.replay.linearize import Linearization
+from trajrec.replay.choice import Forms, kind_of
+from trajrec.replay.linearize import FORMS, Derivatives, saved_bytes
 from trajrec.replay.model import LossFunction, check_finite
+from trajrec.replay.pull import NumberPuller, Pulled, Puller, VectorPuller
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Step, Trajectory
 from trajrec.rules import Rule
 from trajrec.rules.step import State
 
+_OVERFLOW = "The adjoint (it grew beyond the number range going backwards)"
 
-def adjoint(
-    trajectory: Trajectory,
-    function: LossFunction,
-    samples: Samples,
-    rule: Rule,
-    targets: Tensor,
-    *,
-    exact: bool,
-    certifier: StepChecks | None,
-    collect: Callable[[Step, Tensor], None],
-    advance: Callable[[int], None],
-) -> None:
-    """Goes through the run backwards and hands over the contributions of every step.
 
-    Args:
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What stays the same for all steps and targets.
+
+    Attributes:
         trajectory: the run.
         function: per-sample losses.
         samples: the training set.
         rule: the optimizer.
-        targets: gradients of K target losses at w_T, [K, P'].
         exact: with the Hessian.
-        certifier: checks every step, or None where another pass has done so.
-        collect: called with each step and its contributions [K, B].
-        advance: called with the number of steps done.
-
-    Raises:
-        NonFiniteError: if a loss or the adjoint overflows, naming the step.
-        Drifted: if a step differs from the recorded one.
+        forms: which form computes derivatives.
     """
-    lam, sigma = targets, State()
-    initial = initial_state(trajectory, rule)
-    for step in trajectory.backwards():
-        state = step.state
-        if state is None:
-            state = initial if step.t == 1 else rule.placeholder_state(step.before)
-        here = Linearization(function, samples, step)
-        if certifier is not None:
-            certifier.backwards(step, here.gradient)
-        pulled, sigma, gamma = rule.pull(step.before, state, here.gradient, step.hyper, lam, sigma)
-        if exact:
-            inner, hvp = here.inner_products_and_hvp(gamma)
-            lam = pulled + hvp
-        else:
-            inner, lam = here.inner_products(gamma), pulled
-        check_finite(inner, "The adjoint (it grew beyond the number range going backwards)", step.t)
-        collect(step, -here.shares * inner)
-        advance(1)
-    if certifier is not None:
-        certifier.finish_backwards(initial)
+
+    trajectory: Trajectory
+    function: LossFunction
+    samples: Samples
+    rule: Rule
+    exact: bool
+    forms: Forms = field(default_factory=Forms)
+
+
+@dataclass(slots=True)
+class Adjoint:
+    """The adjoint of K targets after the steps `done`, T first: what a replay that is taken up again begins with.
+
+    Attributes:
+        puller: lam and sigma.
+        first: the next step to be done.
+        until: the last step to be done, going backwards; 1 for the whole run.
+        initial: s_0.
+    """
+
+    problem: Problem
+    puller: Puller
+    first: int
+    until: int
+    initial: State
+
+    @classmethod
+    def begin(cls, problem: Problem, targets: Tensor, until: int = 1) -> Adjoint:
+        """The adjoint at the end of the run, from gradients of K target losses at w_T, [K, P']."""
+        numbers = problem.rule.constant and not problem.exact
+        puller = (NumberPuller if numbers else VectorPuller)(problem.rule, targets)
+        initial = initial_state(problem.trajectory, problem.rule)
+        return cls(problem, puller, problem.trajectory.run.steps, until, initial)
+
+    def go(
+        self,
+        certifier: StepChecks | None,
+        collect: Callable[[Step, Tensor], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Goes on backwards and hands over the contributions of every step.
+
+        Args:
+            certifier: checks steps, or None where another pass has done so.
+            collect: called with each step and its contributions [K, B].
+            advance: called with the number of steps done.
+
+        Raises:
+            NonFiniteError: if a loss or the adjoint overflows, naming the step.
+            Drifted: if a step differs from the recorded one.
+        """
+        for step in self.problem.trajectory.backwards(self.first):
+            if step.t < self.until:
+                break
+            pulled, found = self._at(step, certifier)
+            if certifier is not None:
+                certifier.backwards(step, found.gradient)
+            self.puller.accept(pulled, found.hvp)
+            inner = _scaled(found.inner, pulled, self.problem.rule)
+            check_finite(inner, _OVERFLOW, step.t)
+            collect(step, -found.shares * inner)
+            self.first = step.t - 1
+            advance(1)
+        if certifier is not None and self.first == 0:
+            certifier.finish_backwards(self.initial)
+
+    def _at(self, step: Step, certifier: StepChecks | None) -> tuple[Pulled, Derivatives]:
+        """One step: the optimizer's part, and derivatives along its gamma."""
+        state = self._state(step)
+        wanted = certifier is not None and certifier.wants(step)
+        made: list[Pulled] = []
+        forms, function, samples = self.problem.forms, self.problem.function, self.problem.samples
+
+        def trial(name: str) -> Derivatives:
+            point = FORMS[name](function, samples, step, forms.chunk)
+            gradient = point.gradient() if self.puller.needs_gradient else None
+            made[:] = [self.puller.pull(step, state, gradient)]
+            directions = _directions(made[0], self.problem.rule)
+            return point.along(directions, hessian=self.problem.exact, gradient=wanted)
+
+        count = self.puller.count
+        if count > 1:
+            forms.settle_chunk(lambda: saved_bytes(function, samples, step))
+        kind = kind_of(step, count, hessian=self.problem.exact)
+        found = trial(forms.form(kind, _candidates(count, self.problem.exact), trial))
+        return made[0], found
+
+    def norms(self) -> Tensor:
+        """|lam| of every target, [K]."""
+        return self.puller.norms()
+
+    def _state(self, step: Step) -> State:
+        if step.state is not None:
+            return step.state
+        return self.initial if step.t == 1 else self.problem.rule.placeholder_state(step.before)
+
+
+def _candidates(count: int, exact: bool) -> tuple[str, ...]:
+    if count == 1:
+        return ("forward", "reverse")
+    return ("reverse", "batched", "forward") if exact else ("reverse", "samples", "batched", "forward")
+
+
+def _directions(pulled: Pulled, rule: Rule) -> Tensor:
+    """Gamma [K, P'], but for a factor that is the same for all weights: that one waits for the inner products."""
+    if pulled.scale is None or len(pulled.scale) == 1:
+        return pulled.directions
+    scale = torch.empty_like(pulled.directions[0])
+    for span, factor in zip(rule.layout.groups, pulled.scale, strict=True):
+        scale[span] = factor
+    return pulled.directions * scale
+
+
+def _scaled(inner: Tensor, pulled: Pulled, rule: Rule) -> Tensor:
+    return inner * float(pulled.scale) if pulled.scale is not None and len(rule.layout.groups) == 1 else inner
 
 
 def initial_state(trajectory: Trajectory, rule: Rule) -> State:

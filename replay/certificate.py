@@ -135,13 +135,13 @@ class Certifier:
             return
         step, own = self._waiting
         state = self._state_after(before, gradient)
-        if state is not None:
+        if state is not None and own is not None:
             self._check(step, own, state, _growth(before.hyper, step.hyper, self.rule))
 
     def finish_backwards(self, initial: State) -> None:
         """Checks the first step, whose state is the one that training began with."""
         if self._waiting is not None and self._waiting[1] is not None:
-            self._check(*self._waiting, initial, 1.0)
+            self._check(self._waiting[0], self._waiting[1], initial, 1.0)
         self._waiting = None
 
     def _state_after(self, step: Step, gradient: Tensor | None) -> State | None:

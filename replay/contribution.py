@@ -20,12 +20,14 @@ from torch import Tensor
 
 from trajrec.errors import ReplayError
 from trajrec.records import FloatArray, IntArray
-from trajrec.replay.adjoint import adjoint
 from trajrec.replay.certificate import Certificate
-from trajrec.replay.session import Progress, Session, Silent, blocks, check_mode
-from trajrec.replay.tangent import tangent
+from trajrec.replay.choice import Forms
+from trajrec.replay.heap import kept
+from trajrec.replay.passes import AdjointPasses, Means, Question, TangentPasses, sampled_stride
+from trajrec.replay.progress import ProgressFile
+from trajrec.replay.session import Progress, Session, Silent, check_mode
 from trajrec.replay.targets import Targets, check_ids, choose_targets
-from trajrec.replay.trajectory import RecordedRun, Step
+from trajrec.replay.trajectory import RecordedRun
 from trajrec.task import Task
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ class Contributions:
         mode: "adjoint" or "tangent".
         target_kind: "mean", "class", "each" or "chosen".
         epochs: [E] epochs, and by_epoch: [E, S, M] the part of each; both None unless asked for.
+        growth: [n], adjoint only: the norm of the adjoint |lam_t| over that at the end of the run, at n <= 100 evenly
+            spaced points from the last step back to the first, the largest over the first block of targets. What it
+            grows by, so do rounding errors of the late steps.
+        window: first and last step whose contributions were summed.
     """
 
     values: FloatArray
@@ -56,6 +62,8 @@ class Contributions:
     target_kind: str
     epochs: IntArray | None = None
     by_epoch: FloatArray | None = field(default=None, repr=False)
+    growth: FloatArray | None = field(default=None, repr=False)
+    window: tuple[int, int] | None = None
 
     def frame(self) -> polars.LazyFrame:
         """Columns sample, target, contribution, and epoch if asked for: one row for each."""
@@ -83,6 +91,8 @@ def contributions(
     by_epoch: bool = False,
     allow_drift: bool = False,
     memory: int | None = None,
+    steps: tuple[int, int] | None = None,
+    certify: str | None = None,
     progress: Progress | None = None,
 ) -> Contributions:
     """Contributions of training samples to target losses.
@@ -98,7 +108,10 @@ def contributions(
         device: torch device; default CPU.
         by_epoch: also give the part of each epoch (adjoint only).
         allow_drift: go on where the task does not reproduce the recording; the certificate says so.
-        memory: bytes that states recomputed between keyframes may take; default 1 GiB.
+        memory: bytes for blocks of targets or samples and for recomputed states; default a quarter of what is free.
+        steps: (a, b): only what steps a to b contribute; default all.
+        certify: "all" steps are made again, or a "sampled" few (32 or more, the first and the last among them, up
+            to every 32nd; each costs a gradient); default: all if exact, else sampled.
         progress: is told how far the replay is.
 
     Raises:
@@ -108,7 +121,17 @@ def contributions(
     """
     check_mode(mode)
     session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift, memory=memory)
-    return solve(session, targets, samples, exact=exact, mode=mode, by_epoch=by_epoch, progress=progress)
+    return solve(
+        session,
+        targets,
+        samples,
+        exact=exact,
+        mode=mode,
+        by_epoch=by_epoch,
+        steps=steps,
+        certify=certify,
+        progress=progress,
+    )
 
 
 def solve(
@@ -119,9 +142,31 @@ def solve(
     exact: bool = False,
     mode: str = "auto",
     by_epoch: bool = False,
+    steps: tuple[int, int] | None = None,
+    certify: str | None = None,
+    shard: tuple[int, int] | None = None,
+    file: ProgressFile | None = None,
+    forms: Forms | None = None,
+    block: int | None = None,
     progress: Progress | None = None,
 ) -> Contributions:
-    """`contributions` for a session that stands already; arguments and errors are the same."""
+    """`contributions` for a session that stands already; arguments and errors are the same, and a few more.
+
+    Args:
+        session: a recording and a Task that fit each other.
+        targets: as `contributions`.
+        samples: as `contributions`.
+        exact: as `contributions`.
+        mode: as `contributions`.
+        by_epoch: as `contributions`.
+        steps: as `contributions`.
+        certify: as `contributions`.
+        shard: (i, n): only piece i of n, by targets (adjoint) or by samples (tangent).
+        file: where the progress is kept, and taken up from.
+        forms: how derivatives are computed; default: chosen by trial.
+        block: targets or samples at once; default: as the memory allows.
+        progress: as `contributions`.
+    """
     check_mode(mode)
     count = session.samples
     chosen = np.arange(count) if samples is None else check_ids(samples, count, "training")
@@ -130,80 +175,89 @@ def solve(
         mode = "adjoint" if by_epoch or len(wanted.names) <= len(chosen) else "tangent"
     if by_epoch and mode == "tangent":
         raise ReplayError('Contributions by epoch need mode="adjoint".')
-    direction = _by_adjoint if mode == "adjoint" else _by_tangent
-    return session.guarded(  # type: ignore[no-any-return]
-        lambda: direction(session, wanted, chosen, exact, by_epoch, progress or Silent())
-    )
+    window, every = _window(steps, session.run.steps), _certifies_every_step(certify, exact)
+    question = Question(*cut(wanted, chosen, mode, shard), exact, by_epoch, window, every)
+    means = Means(progress or Silent(), forms or Forms(), file, block)
+    return session.guarded(lambda: _answer(session, question, mode, means))  # type: ignore[no-any-return]
 
 
-class _Table:
-    """Sums contributions by sample and target, and by epoch if asked for, in float64."""
-
-    def __init__(self, session: Session, targets: int, by_epoch: bool) -> None:
-        self.epochs = np.unique(session.run.epochs) if by_epoch else np.zeros(1, dtype=np.int64)
-        self._of_step = session.run.epochs if by_epoch else None
-        shape = (len(self.epochs), session.samples, targets)
-        self.values = torch.zeros(shape, dtype=torch.float64, device=session.device)
-
-    def add(self, columns: slice, step: Step, values: Tensor) -> None:
-        """Adds a step's contributions [K, B] to the targets of these columns."""
-        epoch = 0 if self._of_step is None else int(np.searchsorted(self.epochs, self._of_step[step.t - 1]))
-        ids = torch.as_tensor(step.ids, device=values.device)
-        self.values[epoch, :, columns].index_add_(0, ids, values.T.double())
+def _answer(session: Session, question: Question, mode: str, means: Means) -> Contributions:
+    session.checks.stride = 1 if question.every_step else sampled_stride(session.run.steps)
+    with kept():
+        return (_by_adjoint if mode == "adjoint" else _by_tangent)(session, question, means)
 
 
-def _by_adjoint(
-    session: Session, wanted: Targets, chosen: IntArray, exact: bool, by_epoch: bool, progress: Progress
-) -> Contributions:
-    pieces = blocks(len(wanted.names), session.layout.size * 8)
-    table = _Table(session, len(wanted.names), by_epoch)
-    progress.start("adjoint", session.run.steps * len(pieces))
-    for number, piece in enumerate(pieces):
-        part = Targets(wanted.kind, wanted.names[piece], wanted.groups[piece])
-        adjoint(
-            session.trajectory,
-            session.function,
-            session.train,
-            session.rule,
-            session.target_gradients(part),
-            exact=exact,
-            certifier=session.checks if number == 0 else None,
-            collect=lambda step, values, piece=piece: table.add(piece, step, values),  # type: ignore[misc]
-            advance=progress.advance,
-        )
-    parts = table.values[:, torch.as_tensor(chosen, device=session.device)].cpu().numpy()
+def _by_adjoint(session: Session, question: Question, means: Means) -> Contributions:
+    table, growth = AdjointPasses(session, question, means).run()
+    parts = table.values[:, torch.as_tensor(question.chosen, device=session.device)].cpu().numpy()
     return Contributions(
         parts.sum(axis=0),
-        chosen,
-        wanted.names,
+        question.chosen,
+        question.wanted.names,
         session.checks.certificate(),
-        exact,
+        question.exact,
         "adjoint",
-        wanted.kind,
-        table.epochs if by_epoch else None,
-        parts if by_epoch else None,
+        question.wanted.kind,
+        table.epochs if question.by_epoch else None,
+        parts if question.by_epoch else None,
+        growth,
+        question.window,
     )
 
 
-def _by_tangent(
-    session: Session, wanted: Targets, chosen: IntArray, exact: bool, by_epoch: bool, progress: Progress
-) -> Contributions:
-    pieces = blocks(len(chosen), session.layout.size * 8)
-    gradients = session.target_gradients(wanted).double()
-    values = np.empty((len(chosen), len(wanted.names)))
-    progress.start("tangent", session.run.steps * len(pieces))
-    for piece in pieces:
-        d = tangent(
-            session.trajectory,
-            session.function,
-            session.train,
-            session.rule,
-            chosen[piece],
-            total=session.samples,
-            exact=exact,
-            certifier=session.checks,
-            advance=progress.advance,
-        )
+def _by_tangent(session: Session, question: Question, means: Means) -> Contributions:
+    gradients = session.target_gradients(question.wanted).double()
+    values = np.zeros((len(question.chosen), len(question.wanted.names)))
+
+    def take(piece: slice, d: Tensor) -> None:
         values[piece] = -(d.double() @ gradients.T).cpu().numpy() / session.samples
-    certificate = session.checks.certificate()
-    return Contributions(values, chosen, wanted.names, certificate, exact, "tangent", wanted.kind)
+
+    TangentPasses(session, question, means).run(take, values)
+    return Contributions(
+        values,
+        question.chosen,
+        question.wanted.names,
+        session.checks.certificate(),
+        question.exact,
+        "tangent",
+        question.wanted.kind,
+        window=question.window,
+    )
+
+
+def _certifies_every_step(certify: str | None, exact: bool) -> bool:
+    if certify not in (None, "sampled", "all"):
+        raise ReplayError(f'certify must be "sampled" or "all", not {certify!r}.')
+    return exact if certify is None else certify == "all"
+
+
+def _window(steps: tuple[int, int] | None, last: int) -> tuple[int, int]:
+    first, end = steps or (1, last)
+    if not 1 <= first <= end <= last:
+        raise ReplayError(f"Steps {first}:{end} are not steps of this run: it has steps 1 to {last}.")
+    return int(first), int(end)
+
+
+def shard_of(count: int, shard: tuple[int, int] | None, what: str) -> slice:
+    """The part of `count` targets or samples that is piece i of n, counted from 1.
+
+    Raises:
+        ReplayError: if there is no such piece, or it would be empty.
+    """
+    if shard is None:
+        return slice(0, count)
+    i, n = shard
+    if not 1 <= i <= n:
+        raise ReplayError(f"There is no shard {i}/{n}: shards count from 1/{n} to {n}/{n}.")
+    if n > count:
+        raise ReplayError(f"{count} {what} cannot be cut into {n} shards: ask for at most {count}.")
+    edges = np.linspace(0, count, n + 1).astype(int)
+    return slice(int(edges[i - 1]), int(edges[i]))
+
+
+def cut(wanted: Targets, chosen: IntArray, mode: str, shard: tuple[int, int] | None) -> tuple[Targets, IntArray]:
+    """The targets (adjoint) or samples (tangent) of a shard, and all of the other."""
+    if mode == "tangent":
+        return wanted, chosen[shard_of(len(chosen), shard, "samples")]
+    piece = shard_of(len(wanted.names), shard, "targets")
+    return Targets(wanted.kind, wanted.names[piece], wanted.groups[piece]), chosen

@@ -10,14 +10,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trajrec.records import IntArray
 from trajrec.replay.certificate import Certificate
-from trajrec.replay.session import Progress, Session, Silent, blocks
-from trajrec.replay.tangent import tangent
-from trajrec.replay.targets import check_ids
+from trajrec.replay.choice import Forms
+from trajrec.replay.heap import kept
+from trajrec.replay.passes import Means, Question, TangentPasses
+from trajrec.replay.session import Progress, Session, Silent
+from trajrec.replay.targets import Targets, check_ids
 from trajrec.replay.trajectory import RecordedRun
 from trajrec.runfile.vectors import VectorFile
 from trajrec.task import Task
@@ -95,7 +98,7 @@ def hypergradients(
         dtype: "float32" or "float64"; default the recording's.
         device: torch device; default CPU.
         allow_drift: go on where the task does not reproduce the recording.
-        memory: bytes that states recomputed between keyframes may take; default 1 GiB.
+        memory: bytes for blocks of samples and for recomputed states; default a quarter of what is free.
         progress: is told how far the replay is.
 
     Raises:
@@ -117,19 +120,8 @@ def hypergradients(
 
 
 def _fill(session: Session, result: Hypergradients, exact: bool, progress: Progress) -> None:
-    pieces = blocks(len(result), session.layout.size * 8)
-    progress.start("tangent", session.run.steps * len(pieces))
-    for piece in pieces:
-        vectors = tangent(
-            session.trajectory,
-            session.function,
-            session.train,
-            session.rule,
-            result.samples[piece],
-            total=session.samples,
-            exact=exact,
-            certifier=session.checks,
-            advance=progress.advance,
-        )
-        result.write(piece, vectors)
+    nothing = Targets("", np.zeros(0, dtype=np.int64), ())
+    question = Question(nothing, result.samples, exact, False, (1, session.run.steps), every_step=True)
+    with kept():
+        TangentPasses(session, question, Means(progress, Forms())).run(result.write, np.zeros(0))
     result.certificate = session.checks.certificate()

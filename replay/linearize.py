@@ -1,23 +1,42 @@
-r"""One recorded step, linearised: losses, gradient, directional derivatives and Hessian-vector products.
+r"""One recorded step, linearised: gradient, inner products of all samples, and Hessian-vector products.
 
-With multipliers u [B] of the losses l(w) [B], one backward pass gives g(u, w) = sum_i u_i grad l_i(w). Differentiating
-<g, gamma> once more gives both things that an exact step needs, in one pass:
+With l(w) [B] the losses of the batch, c [B] their shares, R the penalty, and gamma a direction,
 
-    d/du <g, gamma> = (<grad l_i, gamma>)_i         the inner products of all samples of the batch
-    d/dw <g, gamma> = H gamma                       the Hessian-vector product, H = sum_i u_i hess l_i
+    inner  = (<grad l_i, gamma>)_i                                       [B]
+    hvp    = H gamma,  H = sum_i c_i hess l_i + hess R                    [P']
+    g      = sum_i c_i grad l_i + grad R                                  [P']   what the certificate compares
 
-No per-sample gradient is ever formed, so BatchNorm in train mode (coupled losses) stays exact. The gradient itself is
-the loop's own, which is what the certificate compares.
+Three forms give the same numbers, at different prices:
+
+    forward   reverse over forward: one pass carries the tangent gamma along, so inner = dl/dw gamma comes out of it;
+              one backward pass of sum_i c_i inner_i gives H gamma (with respect to w) and g (with respect to gamma)
+    reverse   reverse over reverse: g(u, w) = sum_i u_i grad l_i by one backward pass that is recorded;
+              d/du <g, gamma> = inner and d/dw <g, gamma> = H gamma. The recorded pass serves any number of directions,
+              one after the other ("reverse") or together ("batched")
+    samples   the gradient of every sample by itself, then one matrix product with the directions. Only without the
+              Hessian, and only where the samples of a batch do not touch each other (no BatchNorm in train mode)
+
+The first two never form a per-sample gradient, so BatchNorm in train mode (coupled losses) stays exact. Which form a
+replay uses is chosen in `replay.choice`.
 
 Letters: B batch, K directions, P' trainable weights.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from trajrec.replay.model import LossFunction
+import torch
+import torch.autograd.forward_ad as fwd
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.utils._pytree import tree_map
+
+from trajrec.replay.dual import DualOperators, dual_of, parts_of
+from trajrec.replay.model import LossFunction, Objective
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Step
 from trajrec.rules.step import pull_batched
@@ -35,46 +54,195 @@ def gradient_of(function: LossFunction, samples: Samples, step: Step) -> Tensor:
     return total
 
 
-class Linearization:
-    """A step at w_{t-1}: losses [B] and gradient [P'], ready to be differentiated again."""
+@dataclass(frozen=True, slots=True)
+class Derivatives:
+    """What a step yields along K directions.
 
-    def __init__(self, function: LossFunction, samples: Samples, step: Step) -> None:
+    Attributes:
+        inner: <grad l_i, direction>, [K, B].
+        shares: the c[t,i], [B].
+        hvp: H direction, [K, P']; None without the Hessian.
+        gradient: g_t [P']; None where it was neither asked for nor at hand.
+    """
+
+    inner: Tensor
+    shares: Tensor
+    hvp: Tensor | None
+    gradient: Tensor | None
+
+
+class Point(Protocol):
+    """A step, ready to be differentiated."""
+
+    def gradient(self) -> Tensor:
+        """g_t [P'], before any direction is known."""
+
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+        """Derivatives along directions [K, P']; `gradient`: g_t is wanted, too."""
+
+
+class ForwardPoint:
+    """Reverse over forward mode; directions one after the other."""
+
+    def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
+        self._function, self._samples, self._step = function, samples, step
+        self._gradient: Tensor | None = None
+
+    def gradient(self) -> Tensor:
+        """g_t [P'], by a pass of its own."""
+        if self._gradient is None:
+            self._gradient = gradient_of(self._function, self._samples, self._step)
+        return self._gradient
+
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+        """Derivatives along directions [K, P']."""
+        inners, products, shares = [], [], directions
+        for direction in directions:
+            wanted = gradient and self._gradient is None
+            inner, hvp, shares = self._one(direction.detach(), hessian, wanted)
+            inners.append(inner)
+            products.append(hvp)
+        hvps = torch.stack([p for p in products if p is not None]) if hessian else None
+        return Derivatives(torch.stack(inners), shares, hvps, self._gradient)
+
+    def _one(self, direction: Tensor, hessian: bool, gradient: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        weights = self._step.before.detach().requires_grad_(hessian)
+        direction = direction.requires_grad_(gradient)
+        wanted = [v for v in (weights, direction) if v.requires_grad]
+        inners, shares, sums = [], [], [torch.zeros_like(v) for v in wanted]
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(bool(wanted)))
+            stack.enter_context(fwd.dual_level())
+            stack.enter_context(DualOperators())
+            dual = dual_of(weights, direction)
+            for part in self._function.parts(dual, self._samples, self._step):
+                inner, slope = _tangents(part)
+                inners.append(inner.detach())
+                shares.append(part.shares)
+                if wanted and slope.requires_grad:
+                    found = torch.autograd.grad(slope, wanted, materialize_grads=True)
+                    sums = [a + b for a, b in zip(sums, found, strict=True)] if len(self._step.parts) > 1 else [*found]
+        if gradient:
+            self._gradient = sums[-1]
+        return torch.cat(inners), sums[0] if hessian else None, torch.cat(shares)
+
+
+def _tangents(part: Objective) -> tuple[Tensor, Tensor]:
+    """The tangents of the losses [B] and of the total."""
+    inner = parts_of(part.losses)[1]
+    inner = torch.zeros_like(part.losses) if inner is None else inner
+    slope = torch.dot(part.shares, inner)
+    penalty = None if part.penalty is None else parts_of(part.penalty)[1]
+    return inner, slope if penalty is None else slope + penalty
+
+
+class ReversePoint:
+    """Reverse over reverse mode; one recorded pass for all directions, taken one after the other."""
+
+    batched = False
+
+    def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
+        self._chunk = chunk
         self._weights = step.before.detach().requires_grad_()
         with torch.enable_grad():
             objective = function.objective(self._weights, samples, step)
             self._losses = objective.losses
-            self._shares = objective.shares.requires_grad_()
-            (self._gradient,) = torch.autograd.grad(objective.total, self._weights, create_graph=True)
+            # A tensor of its own: shares may be kept from one step to the next.
+            self._shares = objective.shares.detach().clone().requires_grad_()
+            total = Objective(self._losses, self._shares, objective.penalty).total
+            (self._gradient,) = torch.autograd.grad(total, self._weights, create_graph=True)
 
     @property
     def shares(self) -> Tensor:
         """The c[t,i] [B] of the batch."""
         return self._shares.detach()
 
-    @property
-    def losses(self) -> Tensor:
-        """Losses of the batch, [B]."""
-        return self._losses.detach()
-
-    @property
     def gradient(self) -> Tensor:
-        """sum_i c[t,i] grad l_i, [P']."""
+        """g_t [P']."""
         return self._gradient.detach()
 
-    def inner_products(self, directions: Tensor) -> Tensor:
-        """<grad l_i, direction> for every sample of the batch: [K, B] from [K, P']."""
-        (inner,) = pull_batched([self._gradient], [self._shares], [directions])
-        return inner
-
-    def inner_products_and_hvp(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """[K, B] inner products and [K, P'] Hessian-vector products of directions [K, P'], from one pass."""
-        inner, hvp = pull_batched([self._gradient], [self._shares, self._weights], [directions])
-        return inner, hvp
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+        """Derivatives along directions [K, P']."""
+        inputs = [self._shares, self._weights] if hessian else [self._shares]
+        found = self._pull([self._gradient], inputs, [directions])
+        return Derivatives(found[0], self.shares, found[1] if hessian else None, self.gradient())
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
         outputs, cotangents = [self._losses], [multipliers]
         if directions is not None:
             outputs, cotangents = [self._losses, self._gradient], [multipliers, directions]
-        (force,) = pull_batched(outputs, [self._weights], cotangents)
-        return force
+        return self._pull(outputs, [self._weights], cotangents)[0]
+
+    def _pull(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+        count = len(cotangents[0])
+        size = (self._chunk or count) if self.batched else 1
+        rows = []
+        for start in range(0, count, size):
+            given = [c[start : start + size] for c in cotangents]
+            # The last pass frees what was recorded.
+            rows.append(pull_batched(outputs, inputs, given, retain=start + size < count))
+        return rows[0] if len(rows) == 1 else [torch.cat(column) for column in zip(*rows, strict=True)]
+
+
+class BatchedPoint(ReversePoint):
+    """Reverse over reverse mode, many directions in one pass."""
+
+    batched = True
+
+
+def saved_bytes(function: LossFunction, samples: Samples, step: Step) -> int:
+    """The bytes of intermediate values that a recorded pass over a step keeps: what each direction needs again."""
+    sizes: dict[int, int] = {}
+
+    def note(value: Tensor) -> Tensor:
+        sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        ReversePoint(function, samples, step)
+    return sum(sizes.values())
+
+
+class SamplesPoint:
+    """The gradient of every sample, [B, P'], and matrix products with it; no Hessian."""
+
+    def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
+        weights = step.before.detach()
+        rows = [_rows(function, samples, step, weights, k) for k in range(len(step.parts))]
+        self._rows = torch.cat(rows)
+        self._shares = function.shares(samples, step)
+        self._has_penalty = function.task.penalty is not None
+        self._point = function, samples, step
+
+    def gradient(self) -> Tensor:
+        """g_t [P']."""
+        return gradient_of(*self._point) if self._has_penalty else self._shares @ self._rows
+
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+        """Derivatives along directions [K, P']."""
+        if hessian:
+            raise NotImplementedError("Per-sample gradients give no Hessian-vector product.")
+        return Derivatives(directions @ self._rows.T, self._shares, None, self.gradient() if gradient else None)
+
+
+def _rows(function: LossFunction, samples: Samples, step: Step, weights: Tensor, k: int) -> Tensor:
+    """Per-sample gradients [B, P'] of micro-batch k."""
+    part = step.parts[k]
+    if part.rng:
+        raise NotImplementedError("Random numbers are drawn for a batch, not for each sample.")
+    batch = samples.part(step, part)
+
+    def loss(weights: Tensor, item: Any) -> Tensor:
+        return function.single_loss(weights, tree_map(lambda value: value[None], item))
+
+    gradients: Tensor = vmap(grad(loss), (None, 0))(weights, batch)
+    return gradients
+
+
+FORMS: dict[str, Callable[[LossFunction, Samples, Step, int], Point]] = {
+    "forward": ForwardPoint,
+    "reverse": ReversePoint,
+    "batched": BatchedPoint,
+    "samples": SamplesPoint,
+}

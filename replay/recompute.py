@@ -16,11 +16,13 @@ from bisect import bisect_right
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trajrec.checksum import crc32
+from trajrec.errors import DriftError
 from trajrec.records import Row
 from trajrec.replay.certificate import Certificate, Drifted, verdict_of
 from trajrec.replay.linearize import gradient_of
@@ -52,6 +54,9 @@ class KeyframeChecks:
         self.rule = rule
         self.allow_drift = allow_drift
         self.tolerance = max(TOLERANCE, rule.tolerance)
+        # Every row that is made again is compared, whatever the stride, and none has to wait.
+        self.stride = 1
+        self.waiting: tuple[Step, Tensor | None] | None = None
         self._row: Row = run.row(0).copy()
         self._equal: dict[int, bool] = {}
         self._worst, self._worst_step = 0.0, 0
@@ -80,6 +85,20 @@ class KeyframeChecks:
                 probe = make_step(self.run, start.t + 1, start.weights, start.weights)
                 raise Drifted(first, drift, probe, made.t, start.state, recorded)
 
+    def progress(self) -> dict[str, Any]:
+        """What has been found so far, JSON-ready."""
+        return {
+            "equal": sorted(self._equal.items()),
+            "worst": [self._worst, self._worst_step],
+            "first_bad": self._first_bad,
+        }
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        """Takes up what another has found."""
+        self._equal = {int(t): bool(equal) for t, equal in progress["equal"]}
+        self._worst, self._worst_step = progress["worst"]
+        self._first_bad = progress["first_bad"]
+
     def certificate(self) -> Certificate:
         """What has been proved so far."""
         checked = len(self._equal)
@@ -94,7 +113,11 @@ class KeyframeChecks:
         """The state after a step."""
         return self.rule.step(step.before, state, gradient, step.hyper)[1]
 
-    def backwards(self, step: Step, gradient: Tensor) -> None:
+    def wants(self, step: Step) -> bool:
+        """Never."""
+        return False
+
+    def backwards(self, step: Step, gradient: Tensor | None) -> None:
         """Does nothing."""
 
     def finish_backwards(self, initial: State) -> None:
@@ -113,6 +136,7 @@ class RecomputedTrajectory:
         dtype: floating type of the replay.
         checks: takes every recomputed row; None where the recording holds the rows and only states are made again.
         memory: bytes that held states may take.
+        allow_drift: do not compare states with the keyframes.
     """
 
     def __init__(
@@ -125,6 +149,7 @@ class RecomputedTrajectory:
         dtype: torch.dtype,
         checks: KeyframeChecks | None,
         memory: int,
+        allow_drift: bool = False,
     ) -> None:
         self.run = run
         self.layout = layout
@@ -135,6 +160,7 @@ class RecomputedTrajectory:
         self._samples = samples
         self._rule = rule
         self._memory = memory
+        self._allow_drift = allow_drift
         self._last: tuple[int, Tensor] | None = None
 
     def weights(self, t: int) -> Tensor:
@@ -161,11 +187,12 @@ class RecomputedTrajectory:
             yield self._step(made.t, point, after.weights)
             point = after
 
-    def backwards(self) -> Iterator[Step]:
-        """Steps T, T-1, ..., 1."""
-        keyframes = self.run.keyframe_steps
-        after = self.weights(self.run.steps).to(self._native)
-        for start, end in reversed(list(pairwise([*keyframes, self.run.steps]))):
+    def backwards(self, first: int | None = None) -> Iterator[Step]:
+        """Steps first, first - 1, ..., 1; from T by default."""
+        last = self.run.steps if first is None else first
+        keyframes = [t for t in self.run.keyframe_steps if t < last]
+        after = self.weights(last).to(self._native)
+        for start, end in reversed(list(pairwise([*keyframes, last]))):
             if start < end:
                 after = yield from self._interval(start, end, after)
 
@@ -191,11 +218,31 @@ class RecomputedTrajectory:
                     while current.t < start + t:
                         current = self._next(current)
                 case Visit(t):
-                    if self.checks is not None and start + t == end and self.run.stored(end):
-                        self.checks.keyframe(self._next(current), first, after)
+                    if start + t == end and end in self.run.keyframe_steps:
+                        self._check_end(self._next(current), first, after)
                     yield self._step(start + t, current, after)
                     after = current.weights
         return after
+
+    def _check_end(self, made: Point, first: Point, after: Tensor) -> None:
+        """Compares what was made again since the keyframe before with the next one."""
+        if self.checks is not None:
+            self.checks.keyframe(made, first, after)
+        if not self._allow_drift:
+            self._check_state(made, first.t)
+
+    def _check_state(self, made: Point, start: int) -> None:
+        recorded, tolerance = self._load(made.t).state, max(TOLERANCE, self._rule.tolerance)
+        for name, value in recorded.items():
+            error = float((made.state[name] - value).abs().max()) if name in made.state else 0.0
+            drift = error / (float(value.abs().max()) or 1.0)
+            if drift > tolerance:
+                raise DriftError(
+                    f"Replay drifted at step {made.t}: the optimizer's {name.partition('/')[0]}, made again since the "
+                    f"keyframe of step {start}, differs from the recorded one by {drift:.1e} of its size, tolerance "
+                    f"{tolerance:.0e}. The state was changed outside optimizer.step(), reset or loaded say: begin a "
+                    "new recording there. Or go on with --allow-drift."
+                )
 
     def _slots(self, point: Point) -> int:
         size = sum(v.nbytes for v in (point.weights, *point.state.values())) or 1

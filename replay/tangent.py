@@ -13,61 +13,83 @@ Letters: B batch, K samples at once, N samples, P' trainable weights, T steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trajrec.records import IntArray
-from trajrec.replay.adjoint import initial_state
+from trajrec.replay.adjoint import Problem, initial_state
 from trajrec.replay.certificate import StepChecks
-from trajrec.replay.linearize import Linearization
-from trajrec.replay.model import LossFunction, check_finite
-from trajrec.replay.samples import Samples
-from trajrec.replay.trajectory import Trajectory
-from trajrec.rules import Rule
+from trajrec.replay.linearize import ReversePoint
+from trajrec.replay.model import check_finite
+from trajrec.replay.trajectory import Step
 from trajrec.rules.step import State
 
 
-def tangent(
-    trajectory: Trajectory,
-    function: LossFunction,
-    samples: Samples,
-    rule: Rule,
-    tracked: IntArray,
-    *,
-    total: int,
-    exact: bool,
-    certifier: StepChecks,
-    advance: Callable[[int], None],
-) -> Tensor:
-    """The hypergradients D_T [K, P'] of the tracked samples [K].
+@dataclass(slots=True)
+class Tangent:
+    """The hypergradients of K tracked samples after the steps before `first`.
 
-    Args:
-        trajectory: the run.
-        function: per-sample losses.
-        samples: the training set.
-        rule: the optimizer.
+    Attributes:
+        problem: the run, and how it is differentiated.
         tracked: sample ids [K].
         total: N.
-        exact: with the Hessian.
-        certifier: makes every step again, which also carries the optimizer's state along.
-        advance: called with the number of steps done.
-
-    Raises:
-        NonFiniteError: if a loss or a hypergradient overflows, naming the step.
-        Drifted: if a step differs from the recorded one.
+        window: first and last step at which the samples' weights count.
+        d: D_t [K, P'], and r: R_t by name of the state.
+        state: s_t.
+        first: the next step to be done.
     """
-    ids = torch.as_tensor(tracked, device=trajectory.device)
-    d = torch.zeros(len(tracked), trajectory.layout.size, dtype=trajectory.dtype, device=trajectory.device)
-    r, state = State(), initial_state(trajectory, rule)
-    for step in trajectory.forwards():
-        here = Linearization(function, samples, step)
-        state_after = certifier.forwards(step, state, here.gradient)
-        batch_ids = torch.as_tensor(step.ids, device=trajectory.device)
-        multipliers = (batch_ids == ids[:, None]).to(d.dtype) * here.shares * total
-        k = here.forced(d if exact else None, multipliers)
-        d, r = rule.push(step.before, state, here.gradient, step.hyper, d, r, k)
-        check_finite(d, "A hypergradient", step.t)
-        state = state_after
-        advance(1)
-    return d
+
+    problem: Problem
+    tracked: IntArray
+    total: int
+    window: tuple[int, int]
+    d: Tensor
+    r: State
+    state: State
+    first: int = 1
+
+    @classmethod
+    def begin(cls, problem: Problem, tracked: IntArray, total: int, window: tuple[int, int]) -> Tangent:
+        """The hypergradients before the first step: zero."""
+        trajectory = problem.trajectory
+        d = torch.zeros(len(tracked), trajectory.layout.size, dtype=trajectory.dtype, device=trajectory.device)
+        return cls(problem, tracked, total, window, d, State(), initial_state(trajectory, problem.rule))
+
+    def go(self, certifier: StepChecks, advance: Callable[[int], None]) -> Tensor:
+        """Goes on forwards to the end. Returns D_T [K, P'].
+
+        Args:
+            certifier: makes every step again, which also carries the optimizer's state along.
+            advance: called with the number of steps done.
+
+        Raises:
+            NonFiniteError: if a loss or a hypergradient overflows, naming the step.
+            Drifted: if a step differs from the recorded one.
+        """
+        for step in self.problem.trajectory.forwards(self.first):
+            point = ReversePoint(self.problem.function, self.problem.samples, step)
+            gradient = point.gradient()
+            after = certifier.forwards(step, self.state, gradient)
+            k = self._force(point, step)
+            self.d, self.r = self.problem.rule.push(step.before, self.state, gradient, step.hyper, self.d, self.r, k)
+            check_finite(self.d, "A hypergradient", step.t)
+            self.state, self.first = after, step.t + 1
+            advance(1)
+        return self.d
+
+    def _force(self, point: ReversePoint, step: Step) -> Tensor:
+        """What the gradient changes by, [K, P']; without the Hessian only samples of the batch have anything."""
+        device = self.d.device
+        found = torch.as_tensor(step.ids, device=device) == torch.as_tensor(self.tracked, device=device)[:, None]
+        multipliers = found.to(self.d.dtype) * point.shares * self.total
+        if not self.window[0] <= step.t <= self.window[1]:
+            multipliers = torch.zeros_like(multipliers)
+        if self.problem.exact:
+            return point.forced(self.d, multipliers)
+        force = torch.zeros_like(self.d)
+        (touched,) = torch.nonzero(multipliers.any(dim=1), as_tuple=True)
+        if len(touched):
+            force[touched] = point.forced(None, multipliers[touched])
+        return force

@@ -28,6 +28,11 @@ class SGDRule(Rule):
     optimizer_class = SGD
     needs_state = False
 
+    @property
+    def constant(self) -> bool:  # type: ignore[override]
+        """True for torch's SGD itself; a rule derived from this one may do more."""
+        return type(self) is SGDRule
+
     def initial_state(self, keyframe: Keyframe, hyper: FloatArray, dtype: torch.dtype, device: torch.device) -> State:
         """The momentum buffer of a keyframe; {} where there is none yet."""
         row = keyframe.arrays.get(f"optimizer/{BUFFER}")

@@ -41,6 +41,7 @@ class Rule(ABC):
         optimizer_class: the class that steps.
         scalars: names of the state's constants.
         needs_state: whether the derivative of a step depends on the values of its state.
+        constant: whether the derivative of a step is the same numbers at every point and for all weights of a group.
         tolerance: relative rounding by which a step made again may differ from the class's plain path.
         placeholder_shape: shape of the parameter that an instance is built with.
         differentiable_path: whether the class takes its own differentiable path instead of the plain one.
@@ -49,6 +50,7 @@ class Rule(ABC):
     optimizer_class: type[Optimizer]
     scalars: frozenset[str] = frozenset()
     needs_state = True
+    constant = False
     differentiable_path = False
     tolerance = 0.0
     placeholder_shape: ClassVar[tuple[int, ...]] = (1,)
@@ -192,13 +194,15 @@ def with_derivative(value: Tensor, followed: Tensor) -> Tensor:
     return value + (followed - followed.detach())
 
 
-def pull_batched(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+def pull_batched(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], retain: bool = False
+) -> list[Tensor]:
     """Vjp of `outputs` with respect to `inputs` for K cotangents at once, [K, ...] each; zero where independent."""
     if len(cotangents[0]) == 1:
         # One cotangent needs no vmap: every operator supports it, and it is faster.
-        found = torch.autograd.grad(outputs, inputs, [c[0] for c in cotangents], materialize_grads=True)
+        found = torch.autograd.grad(outputs, inputs, [c[0] for c in cotangents], retain, materialize_grads=True)
         return [value[None] for value in found]
-    found = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, allow_unused=True)
+    found = torch.autograd.grad(outputs, inputs, cotangents, retain, is_grads_batched=True, allow_unused=True)
     count = len(cotangents[0])
     return [
         value if value is not None else source.new_zeros(count, *source.shape)

@@ -1,0 +1,112 @@
+"""Which form a replay computes its derivatives in: proved right at a recorded step, then the fastest.
+
+The forms of `replay.linearize` give the same numbers, and which is the fastest depends on the model, the number of
+directions and the machine. At the first step that a replay visits, every form that may serve is carried out there:
+
+* one that raises (an operator without a forward derivative, samples that cannot be taken one by one) is left out;
+* one whose numbers differ from reverse over reverse mode is left out: a formula of torch is wrong for this model;
+* of the others the fastest of a few trials is taken, and used for all steps of the same kind.
+
+The choice is noted (`names`), because another form rounds differently: a replay that is taken up again goes on with the
+form it began with, and tests name the form they want.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trajrec.replay.linearize import Derivatives
+from trajrec.replay.trajectory import Step
+
+REFERENCE = "reverse"
+_TRIALS = 3
+_MOST_TOGETHER = 32
+Trial = Callable[[str], Derivatives]
+
+
+@dataclass(slots=True)
+class Forms:
+    """The forms chosen so far.
+
+    Attributes:
+        only: use this form wherever it may serve, without trials; None chooses.
+        names: the form by kind of step.
+        memory: bytes that the intermediate values of several directions may take.
+        chunk: directions that "batched" takes together; 0 before it is known.
+    """
+
+    only: str | None = None
+    memory: int = 1 << 30
+    chunk: int = 0
+    names: dict[str, str] = field(default_factory=dict)
+
+    def settle_chunk(self, needed: Callable[[], int]) -> None:
+        """Fixes the chunk from the bytes that the intermediate values of one direction need."""
+        if not self.chunk:
+            self.chunk = max(1, min(_MOST_TOGETHER, self.memory // max(1, needed())))
+
+    def form(self, kind: str, candidates: Sequence[str], trial: Trial) -> str:
+        """The form for a kind of step; `trial` computes a step in a form."""
+        if kind not in self.names:
+            if self.only is not None:
+                self.names[kind] = self.only if self.only in candidates else REFERENCE
+            else:
+                self.names[kind] = fastest(candidates, trial)
+        return self.names[kind]
+
+
+def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
+    """Steps of one kind share a form: the Hessian, the number of directions, micro-batches and eval modes."""
+    modes = ",".join(step.conditions.eval_modules)
+    return f"{'exact' if hessian else 'free'}/{directions}/{len(step.parts)}/{modes}"
+
+
+def fastest(candidates: Sequence[str], trial: Trial) -> str:
+    """The fastest of the forms that agree with the reference."""
+    right = right_forms(candidates, trial)
+    if len(right) == 1:
+        return right[0]
+    seconds = dict.fromkeys(right, float("inf"))
+    for _ in range(_TRIALS):
+        for name in right:
+            began = time.perf_counter()
+            _wait(trial(name).inner)
+            seconds[name] = min(seconds[name], time.perf_counter() - began)
+    return min(right, key=lambda name: seconds[name])
+
+
+def right_forms(candidates: Sequence[str], trial: Trial) -> list[str]:
+    """The reference, and the forms that can be computed and agree with it."""
+    expected = trial(REFERENCE)
+    right = [REFERENCE]
+    for name in candidates:
+        if name == REFERENCE:
+            continue
+        try:
+            found = trial(name)
+        except Exception:  # whatever a model's operators raise in a form, another form serves
+            continue
+        if agree(found, expected):
+            right.append(name)
+    return right
+
+
+def agree(found: Derivatives, expected: Derivatives) -> bool:
+    """Whether two forms gave the same, to rounding."""
+    pairs = ((found.inner, expected.inner), (found.hvp, expected.hvp), (found.gradient, expected.gradient))
+    return all(_close(a, b) for a, b in pairs if a is not None and b is not None)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = torch.finfo(found.dtype).eps ** 0.5
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _wait(values: Tensor) -> None:
+    if values.is_cuda:
+        torch.cuda.synchronize(values.device)
