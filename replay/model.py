@@ -3,11 +3,13 @@
 The user's loss is called as it is, on the user's module; `torch.func.functional_call` puts the weights in for the time
 of the call (tied parameters included). Training losses run in the mode that was recorded (train mode, but for modules
 that were in eval mode then), with the random state of the recorded step, so dropout masks come back. Targets run in
-eval mode with the run's last buffers (running statistics), which are held constant.
+eval mode with the run's last buffers (running statistics), which are held constant. Where modes change on the way, the
+recorder has written a keyframe before the step, and the buffers of the last keyframe before a step are those in force.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +124,9 @@ class LossFunction:
         self.reduction = task.reduction or "mean"
         self._train_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[0]), self.model)
         self._final_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[-1]), self.model)
+        self._run = run
+        self._modes_change = any(c.eval_modules != self.spec.eval_modules for c in run.changes.values())
+        self._buffers_of: int | None = None
         self.train_mode()
 
     def _load(self, model: nn.Module, run: RecordedRun) -> None:
@@ -136,6 +141,7 @@ class LossFunction:
         """The modes and buffers that training began with."""
         self._set_modes(self.spec.eval_modules)
         self._set_buffers(self._train_buffers)
+        self._buffers_of = None
 
     def _set_modes(self, eval_modules: tuple[str, ...]) -> None:
         if eval_modules == self._modes:
@@ -151,6 +157,7 @@ class LossFunction:
         """Eval mode, with the buffers at the end of the run."""
         self._set_modes(("",))
         self._set_buffers(self._final_buffers)
+        self._buffers_of = None
 
     @property
     def has_buffers(self) -> bool:
@@ -161,9 +168,20 @@ class LossFunction:
     def keeping_final_buffers(self) -> Iterator[None]:
         """Training losses computed inside go on from the last keyframe; what the buffers become is the run's end."""
         self._set_buffers(self._final_buffers)
+        self._buffers_of = self._run.keyframe_steps[-1]
         yield
         self._final_buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.train_mode()
+
+    def _use_buffers_before(self, t: int) -> None:
+        """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""
+        if not (self._modes_change and self.has_buffers):
+            return
+        steps = self._run.keyframe_steps
+        keyframe = steps[bisect_right(steps, t - 1) - 1]
+        if keyframe != self._buffers_of:
+            self._buffers_of = keyframe
+            self._set_buffers(_keyframe_buffers(self._run.keyframe(keyframe), self.model))
 
     def _set_buffers(self, values: dict[str, Tensor]) -> None:
         for name, buffer in self.model.named_buffers():
@@ -181,6 +199,7 @@ class LossFunction:
     def parts(self, weights: Tensor, samples: Samples, step: Step) -> Iterator[Objective]:
         """The objective of one micro-batch after the other; they add up to `objective`."""
         self._set_modes(step.conditions.eval_modules)
+        self._use_buffers_before(step.t)
         named = self.layout.split(weights)
         batches = [samples.part(step, part) for part in step.parts]
         shares = self._shares(batches, step, weights)

@@ -93,6 +93,20 @@ def test_a_short_run_keeps_every_step_and_a_long_one_does_not(tmp_path):
             assert run.keep == keep
 
 
+def test_keyframes_that_came_unasked_are_kept(tmp_path):
+    sink = RunFileSink(tmp_path / "run.h5", budget="7MB", keyframe_every=16)
+    sink.open(MADE.spec)
+    for t in range(2500):
+        MADE.feed(sink, t, first=t)
+        if t in (7, 16):
+            sink.keyframe(MADE.keyframe(t))
+    sink.close(complete=True)
+    with trajrec.open(tmp_path / "run.h5") as run:
+        assert run.keep == "keyframes"
+        assert {7, 16} <= set(run.keyframe_steps)
+        assert 48 not in run.keyframe_steps
+
+
 def test_a_reader_follows_the_change(tmp_path):
     sink = RunFileSink(tmp_path / "run.h5", budget="9MB")
     sink.open(MADE.spec)

@@ -2,6 +2,7 @@
 
     before optimizer.step()   the step's samples, loss and hyperparameters; at the first step also the run's spec,
                               the weights w_0 and a keyframe of the state before training
+                              and where the model's modes change, or a rate of zero ends, a keyframe of the state so far
     after optimizer.step()    the weights w_t are copied into the row that the sink hands out; from a CUDA device they
                               travel on a stream of their own, and the step is handed over after the next one
 
@@ -206,6 +207,8 @@ class Recorder:
             self._begin(optimizer)
         assert self._snapshot is not None
         changes = self._snapshot.changes(self._step + 1)
+        if self._snapshot.enters_other_modes and self._snapshot.has_buffers:
+            self._keyframe()
         batch = self._first_batch or self.ledger.take()
         self._first_batch = None
         rng = b"" if batch.rng is None else consumed(batch.rng, self._snapshot.generators.states())

@@ -47,6 +47,7 @@ class Snapshot:
         self._modules = list(model.modules())
         self._joined: dict[str, int] = {}
         self._seen: object = None
+        self.enters_other_modes = False  # the step that `changes` was last asked about
         self._conditions: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
         self.names = _hyperparameter_names(optimizer)
         self._keys = [(name.partition(".")[0], name.partition(".")[2]) for name in self.names]
@@ -79,6 +80,7 @@ class Snapshot:
         Raises:
             RecordingError: if a parameter left the optimizer, or one came that the model does not have.
         """
+        self.enters_other_modes = False
         groups = self.optimizer.param_groups
         seen = (
             [len(group["params"]) for group in groups],
@@ -91,9 +93,15 @@ class Snapshot:
             self._regroup(step)
         self._seen = seen
         conditions = self._present_conditions()
-        changed = conditions != self._conditions
-        self._conditions = conditions
+        before, self._conditions = self._conditions, conditions
+        changed = conditions != before
+        self.enters_other_modes = before is None or before.eval_modules != conditions.eval_modules
         return conditions if changed else None
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether the model has buffers, which matter in eval mode."""
+        return next(self.model.buffers(), None) is not None
 
     def forget_conditions(self) -> None:
         """Those of the coming step are recorded whatever they are: a resumed recording does not know the last ones."""

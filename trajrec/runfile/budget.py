@@ -3,7 +3,8 @@
 A budgeted run starts by keeping every step. When that would outgrow the limit, the rows between keyframes are
 dropped, once and for all; from then on, whenever the keyframes would outgrow it, every other one is dropped and the
 interval doubles. So at any length the keyframes are evenly spread and, but for the last doubling, as dense as the
-limit allows. The checksums, ids and hyperparameters of every step stay.
+limit allows. The checksums, ids and hyperparameters of every step stay, and so do keyframes that the sink did not ask
+for: replay cannot do without those.
 
 What counts is everything in the folder, the ring included, and that packing needs all but the ring a second time:
 
@@ -13,6 +14,7 @@ What counts is everything in the folder, the ring included, and that packing nee
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,10 +90,10 @@ class Budget:
         self._segments.clear()
         self._keyframes.clear()
 
-    def thin(self, interval: int) -> int | None:
-        """Drops every other keyframe and returns the doubled interval; None if there are too few to drop any."""
+    def thin(self, interval: int, needed: Set[int]) -> int | None:
+        """Drops every other keyframe but the needed ones. Returns the doubled interval; None if there are too few."""
         keyframes = self.folder.keyframes()
-        dropped = [path for step, path in keyframes.items() if step % (2 * interval)]
+        dropped = [path for step, path in keyframes.items() if step % (2 * interval) and step not in needed]
         if len(keyframes) - len(dropped) < 2 or not dropped:
             return None
         for path in dropped:

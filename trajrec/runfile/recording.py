@@ -94,6 +94,8 @@ class RunFileSink:
         self._retried_at = -1
         self._pending: deque[tuple[int, int]] = deque()
         self._largest_inputs = 0
+        self._wanted = -1
+        self._needed: set[int] = set()  # keyframes that came unasked
         _check_options(keep, compression, on_full, self._interval)
         self._check_output()
 
@@ -236,10 +238,15 @@ class RunFileSink:
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""
-        return step % self._interval == 0 and not self._stopped
+        wanted = step % self._interval == 0 and not self._stopped
+        self._wanted = step if wanted else -1
+        return wanted
 
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step."""
+        if keyframe.step != self._wanted:
+            self._needed.add(keyframe.step)
+        self._wanted = -1
         if keyframe.step < self._next:
             self._write(self.folder.keyframe(keyframe.step), keyframe)
 
@@ -291,7 +298,7 @@ class RunFileSink:
         while not self._stopped and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next) + inputs):
             if self._keep_rows:
                 self._drop_rows(budget)
-            elif (interval := budget.thin(self._interval)) is not None:
+            elif (interval := budget.thin(self._interval, self._needed)) is not None:
                 self._interval = interval
             else:
                 self._stop(f"The budget of {self.output} is used up at step {self._next - 1}.")
