@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from trajrec.checksum import crc32
-from trajrec.errors import DriftError
 from trajrec.records import Row
 from trajrec.replay.certificate import Certificate, Drifted, verdict_of
 from trajrec.replay.linearize import gradient_of
@@ -34,6 +33,10 @@ from trajrec.rules import FlatLayout, Rule
 from trajrec.rules.step import State
 
 TOLERANCE = 1e-3
+
+
+class OtherState(Exception):  # noqa: N818
+    """An optimizer state that was made again is not the recorded one; the message is the refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +240,7 @@ class RecomputedTrajectory:
             error = float((made.state[name] - value).abs().max()) if name in made.state else 0.0
             drift = error / (float(value.abs().max()) or 1.0)
             if drift > tolerance:
-                raise DriftError(
+                raise OtherState(
                     f"Replay drifted at step {made.t}: the optimizer's {name.partition('/')[0]}, made again since the "
                     f"keyframe of step {start}, differs from the recorded one by {drift:.1e} of its size, tolerance "
                     f"{tolerance:.0e}. The state was changed outside optimizer.step(), reset or loaded say: begin a "

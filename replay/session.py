@@ -18,10 +18,11 @@ from trajrec.errors import DataMismatchError, DriftError, ReplayError
 from trajrec.replay.adjoint import initial_state
 from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChecks, drift_error
 from trajrec.replay.diagnosis import Diagnosis
+from trajrec.replay.heap import budget
 from trajrec.replay.history import RegroupedRun, as_seen
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
-from trajrec.replay.recompute import KeyframeChecks, RebuiltTrajectory, RecomputedTrajectory
+from trajrec.replay.recompute import KeyframeChecks, OtherState, RebuiltTrajectory, RecomputedTrajectory
 from trajrec.replay.reduction import found_reduction
 from trajrec.replay.samples import OtherInputs, Samples
 from trajrec.replay.targets import Targets, target_gradients
@@ -32,7 +33,6 @@ from trajrec.rules.transformed import TransformedRule
 from trajrec.seeding import find_seeded
 from trajrec.task import Task, digest
 
-MEMORY = 1 << 30
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -65,7 +65,7 @@ class Session:
         dtype: "float32" or "float64"; default: the recording's.
         device: torch device; default: CPU.
         allow_drift: go on where the task does not describe the training.
-        memory: bytes that states recomputed between keyframes may take; default 1 GiB.
+        memory: bytes for blocks of targets or samples and for recomputed states; default a quarter of what is free.
 
     Raises:
         ModelMismatchError, DataMismatchError, UnsupportedOptimizerError, ReplayError: if they do not fit.
@@ -92,7 +92,7 @@ class Session:
         self.rule = rule_for(run.spec, self.layout, task.optimizer)
         if task.gradient is not None:
             self.rule = TransformedRule(self.rule, task.gradient)
-        self.memory = memory or MEMORY
+        self.memory = memory
         self.function = LossFunction(task, run, self.layout, self.dtype, self.device)
         self.train = self._training_samples(self.dtype)
         self._check_trainable()
@@ -185,6 +185,15 @@ class Session:
             return float(self.function.objective(step.before.to(self.dtype), self.train, step).total)
 
     @property
+    def certifies_once(self) -> bool:
+        """Whether one pass over the run certifies it; rows that are made again are compared in every pass."""
+        return not self._keyframed
+
+    def may_begin_at(self, t: int) -> bool:
+        """Whether a pass forwards may begin with step t."""
+        return not self._keyframed or t - 1 in self.run.keyframe_steps
+
+    @property
     def _keyframed(self) -> bool:
         return self.run.keep != "steps"
 
@@ -206,7 +215,15 @@ class Session:
         samples = self.train if same else self._training_samples(native)
         of_rows = checks if isinstance(checks, KeyframeChecks) else None
         recomputed = RecomputedTrajectory(
-            self.run, self.layout, function, samples, self.rule, self.dtype, of_rows, self.memory
+            self.run,
+            self.layout,
+            function,
+            samples,
+            self.rule,
+            self.dtype,
+            of_rows,
+            budget(self.memory) // 4,
+            self.allow_drift,
         )
         return recomputed if of_rows is not None else RebuiltTrajectory(stored, recomputed)
 
@@ -252,6 +269,9 @@ class Session:
             return work()
         except Drifted as drifted:
             raise self.explain(drifted) from None
+        except OtherState as other:
+            first = self.find_drift()
+            raise (DriftError(str(other)) if first is None else self.explain(first)) from None
         except OtherInputs as other:
             raise DriftError(
                 f"Replay drifted at step {self._first_other_inputs(other.t)}: the inputs of its batch are not those "
@@ -309,9 +329,8 @@ def check_mode(mode: str) -> None:
         raise ReplayError(f'mode must be "auto", "adjoint" or "tangent", not {mode!r}.')
 
 
-def blocks(count: int, row_bytes: int, limit: int = 256 << 20, most: int = 64) -> list[slice]:
-    """Pieces of `count` vectors that stay under a memory limit, as even as possible."""
-    size = max(1, min(most, limit // max(row_bytes, 1)))
-    pieces = -(-count // size)
+def blocks(count: int, most: int) -> list[slice]:
+    """Pieces of at most `most` out of `count` vectors, as even as possible."""
+    pieces = -(-count // most)
     edges = np.linspace(0, count, pieces + 1).astype(int).tolist()
     return [slice(a, b) for a, b in pairwise(edges)]

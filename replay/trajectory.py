@@ -115,8 +115,8 @@ class Trajectory(Protocol):
     def forwards(self, first: int = 1) -> Iterator[Step]:
         """Steps first, first + 1, ..., T; `first` follows a keyframe."""
 
-    def backwards(self) -> Iterator[Step]:
-        """Steps T, T-1, ..., 1."""
+    def backwards(self, first: int | None = None) -> Iterator[Step]:
+        """Steps first, first - 1, ..., 1; from T by default."""
 
 
 class StoredTrajectory:
@@ -148,10 +148,10 @@ class StoredTrajectory:
                 yield self._step(t, before, after)
             before = after
 
-    def backwards(self) -> Iterator[Step]:
-        """Steps T, T-1, ..., 1."""
+    def backwards(self, first: int | None = None) -> Iterator[Step]:
+        """Steps first, first - 1, ..., 1; from T by default."""
         after: Tensor | None = None
-        for t, row in self.run.walk(self.run.steps, 0):
+        for t, row in self.run.walk(self.run.steps if first is None else first, 0):
             before = self._vector(row, t)
             if after is not None:
                 yield self._step(t + 1, before, after)
