@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from trajrec.replay.certificate import StepChecks
-from trajrec.replay.choice import Forms, kind_of
+from trajrec.replay.choice import GAUSS_NEWTON, Forms, kind_of
+from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import FORMS, Derivatives, saved_bytes
 from trajrec.replay.model import LossFunction, check_finite
 from trajrec.replay.pull import NumberPuller, Pulled, Puller, VectorPuller
@@ -33,6 +34,7 @@ from trajrec.replay.trajectory import Step, Trajectory
 from trajrec.rules import Rule
 from trajrec.rules.step import State
 
+POINTS = FORMS | {GAUSS_NEWTON: GaussNewtonPoint}
 _OVERFLOW = "The adjoint (it grew beyond the number range going backwards)"
 
 
@@ -104,7 +106,9 @@ class Adjoint:
                 break
             pulled, found = self._at(step, certifier)
             if certifier is not None:
-                certifier.backwards(step, found.gradient)
+                gradient = found.gradient
+                free = None if gradient is None else self.problem.function.free(gradient, step)
+                certifier.backwards(step, free)
             self.puller.accept(pulled, found.hvp)
             inner = _scaled(found.inner, pulled, self.problem.rule)
             check_finite(inner, _OVERFLOW, step.t)
@@ -121,18 +125,21 @@ class Adjoint:
         made: list[Pulled] = []
         forms, function, samples = self.problem.forms, self.problem.function, self.problem.samples
 
-        def trial(name: str) -> Derivatives:
-            point = FORMS[name](function, samples, step, forms.chunk)
-            gradient = point.gradient() if self.puller.needs_gradient else None
+        # A form is tried as most steps will need it, not as the first, which is always checked.
+        usual = certifier is not None and certifier.stride == 1 and wanted
+
+        def trial(name: str, wanted: bool = usual) -> Derivatives:
+            point = POINTS[name](function, samples, step, forms.chunk)
+            gradient = function.free(point.gradient(), step) if self.puller.needs_gradient else None
             made[:] = [self.puller.pull(step, state, gradient)]
-            directions = _directions(made[0], self.problem.rule)
+            directions = function.free(_directions(made[0], self.problem.rule), step)
             return point.along(directions, hessian=self.problem.exact, gradient=wanted)
 
         count = self.puller.count
         if count > 1:
             forms.settle_chunk(lambda: saved_bytes(function, samples, step))
         kind = kind_of(step, count, hessian=self.problem.exact)
-        found = trial(forms.form(kind, _candidates(count, self.problem.exact), trial))
+        found = trial(forms.form(kind, _candidates(count, self.problem.exact), trial), wanted)
         return made[0], found
 
     def norms(self) -> Tensor:

@@ -24,6 +24,8 @@ from trajrec.replay.linearize import Derivatives
 from trajrec.replay.trajectory import Step
 
 REFERENCE = "reverse"
+GAUSS_NEWTON = "gauss-newton"
+EXACT = "exact"
 _TRIALS = 3
 _MOST_TOGETHER = 32
 Trial = Callable[[str], Derivatives]
@@ -35,12 +37,14 @@ class Forms:
 
     Attributes:
         only: use this form wherever it may serve, without trials; None chooses.
+        gauss_newton: the Gauss-Newton form takes the place of the Hessian, and is no matter of choice.
         names: the form by kind of step.
         memory: bytes that the intermediate values of several directions may take.
         chunk: directions that "batched" takes together; 0 before it is known.
     """
 
     only: str | None = None
+    gauss_newton: bool = False
     memory: int = 1 << 30
     chunk: int = 0
     names: dict[str, str] = field(default_factory=dict)
@@ -52,6 +56,8 @@ class Forms:
 
     def form(self, kind: str, candidates: Sequence[str], trial: Trial) -> str:
         """The form for a kind of step; `trial` computes a step in a form."""
+        if self.gauss_newton and kind.startswith(EXACT):
+            return GAUSS_NEWTON
         if kind not in self.names:
             if self.only is not None:
                 self.names[kind] = self.only if self.only in candidates else REFERENCE
@@ -63,7 +69,7 @@ class Forms:
 def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
     """Steps of one kind share a form: the Hessian, the number of directions, micro-batches and eval modes."""
     modes = ",".join(step.conditions.eval_modules)
-    return f"{'exact' if hessian else 'free'}/{directions}/{len(step.parts)}/{modes}"
+    return f"{EXACT if hessian else 'free'}/{directions}/{len(step.parts)}/{modes}"
 
 
 def fastest(candidates: Sequence[str], trial: Trial) -> str:

@@ -11,7 +11,7 @@ Letters: E epochs, M targets, N training samples, S samples asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     import polars
 
 
+CURVATURES = ("hessian", "ggn", "none")
+
+
 @dataclass(frozen=True, slots=True)
 class Contributions:
     """C(i, j) for S samples and M targets.
@@ -51,6 +54,7 @@ class Contributions:
             spaced points from the last step back to the first, the largest over the first block of targets. What it
             grows by, so do rounding errors of the late steps.
         window: first and last step whose contributions were summed.
+        curvature: "hessian", "ggn" or "none".
     """
 
     values: FloatArray
@@ -64,6 +68,7 @@ class Contributions:
     by_epoch: FloatArray | None = field(default=None, repr=False)
     growth: FloatArray | None = field(default=None, repr=False)
     window: tuple[int, int] | None = None
+    curvature: str = "none"
 
     def frame(self) -> polars.LazyFrame:
         """Columns sample, target, contribution, and epoch if asked for: one row for each."""
@@ -93,6 +98,7 @@ def contributions(
     memory: int | None = None,
     steps: tuple[int, int] | None = None,
     certify: str | None = None,
+    curvature: str | None = None,
     progress: Progress | None = None,
 ) -> Contributions:
     """Contributions of training samples to target losses.
@@ -112,6 +118,8 @@ def contributions(
         steps: (a, b): only what steps a to b contribute; default all.
         certify: "all" steps are made again, or a "sampled" few (32 or more, the first and the last among them, up
             to every 32nd; each costs a gradient); default: all if exact, else sampled.
+        curvature: "hessian" is what `exact` stands for, "none" the approximation; "ggn" is the Gauss-Newton form
+            between them (`trajrec.replay.gaussnewton`), tamer than the Hessian on ReLU networks.
         progress: is told how far the replay is.
 
     Raises:
@@ -130,6 +138,7 @@ def contributions(
         by_epoch=by_epoch,
         steps=steps,
         certify=certify,
+        curvature=curvature,
         progress=progress,
     )
 
@@ -144,6 +153,7 @@ def solve(
     by_epoch: bool = False,
     steps: tuple[int, int] | None = None,
     certify: str | None = None,
+    curvature: str | None = None,
     shard: tuple[int, int] | None = None,
     file: ProgressFile | None = None,
     forms: Forms | None = None,
@@ -161,6 +171,7 @@ def solve(
         by_epoch: as `contributions`.
         steps: as `contributions`.
         certify: as `contributions`.
+        curvature: as `contributions`.
         shard: (i, n): only piece i of n, by targets (adjoint) or by samples (tangent).
         file: where the progress is kept, and taken up from.
         forms: how derivatives are computed; default: chosen by trial.
@@ -168,6 +179,8 @@ def solve(
         progress: as `contributions`.
     """
     check_mode(mode)
+    curvature = curvature_of(exact, curvature)
+    exact = curvature != "none"
     count = session.samples
     chosen = np.arange(count) if samples is None else check_ids(samples, count, "training")
     wanted = choose_targets(targets, session.test)
@@ -177,8 +190,24 @@ def solve(
         raise ReplayError('Contributions by epoch need mode="adjoint".')
     window, every = _window(steps, session.run.steps), _certifies_every_step(certify, exact)
     question = Question(*cut(wanted, chosen, mode, shard), exact, by_epoch, window, every)
-    means = Means(progress or Silent(), forms or Forms(), file, block)
-    return session.guarded(lambda: _answer(session, question, mode, means))  # type: ignore[no-any-return]
+    forms = forms or Forms()
+    forms.gauss_newton = curvature == "ggn"
+    means = Means(progress or Silent(), forms, file, block)
+    found: Contributions = session.guarded(lambda: _answer(session, question, mode, means))
+    return replace(found, exact=curvature == "hessian", curvature=curvature)
+
+
+def curvature_of(exact: bool, curvature: str | None) -> str:
+    """The curvature that was asked for, by one name or the other.
+
+    Raises:
+        ReplayError: if there is none of that name, or the two contradict each other.
+    """
+    if curvature not in (None, *CURVATURES):
+        raise ReplayError(f"curvature must be one of {', '.join(CURVATURES)}, not {curvature!r}.")
+    if exact and curvature not in (None, "hessian"):
+        raise ReplayError(f'exact stands for curvature "hessian"; ask for one of the two, not also for {curvature!r}.')
+    return curvature or ("hessian" if exact else "none")
 
 
 def _answer(session: Session, question: Question, mode: str, means: Means) -> Contributions:

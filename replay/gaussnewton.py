@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from trajrec.errors import ReplayError
+from trajrec.replay.linearize import Derivatives, ReversePoint
 from trajrec.replay.model import LossFunction, Objective
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Step
@@ -109,3 +111,21 @@ def _cut(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         yield cuts
     finally:
         handle.remove()
+
+
+class GaussNewtonPoint(ReversePoint):
+    """Reverse over reverse mode with G in place of the Hessian."""
+
+    def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
+        super().__init__(function, samples, step, chunk)
+        self._form = GaussNewton(function, samples, step)
+
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+        """Derivatives along directions [K, P']."""
+        found = super().along(directions, hessian=False, gradient=gradient)
+        return replace(found, hvp=self._form.products(directions)) if hessian else found
+
+    def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
+        """G directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the first."""
+        force = super().forced(None, multipliers)
+        return force if directions is None else force + self._form.products(directions)

@@ -51,7 +51,7 @@ def gradient_of(function: LossFunction, samples: Samples, step: Step) -> Tensor:
             (gradient,) = torch.autograd.grad(part.total, weights)
             total = gradient if total is None else total + gradient
     assert total is not None
-    return total
+    return function.free(total, step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 from trajrec.records import IntArray
 from trajrec.replay.adjoint import Problem, initial_state
 from trajrec.replay.certificate import StepChecks
+from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import ReversePoint
 from trajrec.replay.model import check_finite
 from trajrec.replay.trajectory import Step
@@ -69,10 +70,12 @@ class Tangent:
             Drifted: if a step differs from the recorded one.
         """
         for step in self.problem.trajectory.forwards(self.first):
-            point = ReversePoint(self.problem.function, self.problem.samples, step)
-            gradient = point.gradient()
+            function = self.problem.function
+            kind = GaussNewtonPoint if self.problem.forms.gauss_newton else ReversePoint
+            point = kind(function, self.problem.samples, step)
+            gradient = function.free(point.gradient(), step)
             after = certifier.forwards(step, self.state, gradient)
-            k = self._force(point, step)
+            k = function.free(self._force(point, step), step)
             self.d, self.r = self.problem.rule.push(step.before, self.state, gradient, step.hyper, self.d, self.r, k)
             check_finite(self.d, "A hypergradient", step.t)
             self.state, self.first = after, step.t + 1

@@ -9,8 +9,11 @@ from torch.nn import functional as F
 
 from tests import loops
 from tests.loops import Loop, Objective, cut
+from trajrec.errors import ReplayError
+from trajrec.replay import contributions
 from trajrec.replay.gaussnewton import GaussNewton
 from trajrec.replay.session import Session
+from trajrec.replay.targets import choose_targets
 from trajrec.replay.trajectory import make_step, vector_of
 
 
@@ -97,3 +100,36 @@ def test_it_is_positive_semi_definite_and_the_hessian_is_not():
 
     exact = torch.autograd.functional.hessian(value, step.before)
     assert torch.linalg.eigvalsh(exact).min() < -1e-3
+
+
+@pytest.mark.parametrize("name", ["plain", "batch norm", "penalty", "micro-batches"])
+def test_both_directions_give_the_recurrence_with_dense_matrices(name):
+    """Momentum 0.8, weight decay 0.01, learning rate 0.2, as `loops.sgd` has them."""
+    loop = LOOPS[name]
+    made = loops.train(loop)
+    session, _ = at_a_step(made)
+    sample, n = 5, loops.N
+    d = v = torch.zeros(session.layout.size, dtype=torch.float64)
+    for t in range(1, made.run.steps + 1):
+        session, step = at_a_step(made, t)
+        own = torch.zeros_like(d)
+        for place in np.flatnonzero(step.ids == sample):
+            w = step.before.clone().requires_grad_()
+            objective = session.function.objective(w, session.train, step)
+            own += n * objective.shares[place] * torch.autograd.grad(objective.losses[place], w)[0]
+        v = 0.8 * v + dense(loop, made, session, step) @ d + own + 0.01 * d
+        d = d - 0.2 * v
+    gradients = session.target_gradients(choose_targets("each", session.test))
+    expected = -(gradients @ d).detach().numpy() / n
+    for mode in ("adjoint", "tangent"):
+        c = contributions(made.run, made.task, "each", samples=[sample], curvature="ggn", mode=mode)
+        np.testing.assert_allclose(c.values[0], expected, rtol=1e-8, atol=1e-12)
+        assert (c.exact, c.curvature) == (False, "ggn")
+
+
+def test_contradictory_questions_are_refused():
+    made = loops.train(Loop())
+    with pytest.raises(ReplayError, match="exact stands for curvature"):
+        contributions(made.run, made.task, exact=True, curvature="ggn")
+    with pytest.raises(ReplayError, match="curvature must be one of hessian, ggn, none"):
+        contributions(made.run, made.task, curvature="fisher")

@@ -177,7 +177,7 @@ class Recorder:
         call = self._on_forward
         if getattr(model, "_compiled_call_impl", None) is not None:
             # Compiled in place: the compiler would look into the hook, which is no part of the model.
-            call = torch.compiler.disable(call)
+            call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         self._handles.append(model.register_forward_pre_hook(ForwardHook(call)))
         watched = list(model.parameters())
         self.ledger.ask_for_gradients(lambda: any(p.grad is not None for p in watched))
