@@ -16,6 +16,7 @@ import typer
 from trajrec.cli.clean import clean
 from trajrec.cli.demo import demo
 from trajrec.cli.maintenance import info, pack, verify
+from trajrec.cli.merge import merge
 from trajrec.cli.record import RecordCommand, record
 from trajrec.cli.replay import replay
 from trajrec.cli.report import report
@@ -63,7 +64,7 @@ app.command(
     cls=RecordCommand,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )(guarded(record))
-for command in (replay, report, clean, info, verify, pack, demo):
+for command in (replay, merge, report, clean, info, verify, pack, demo):
     app.command()(guarded(command))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -33,6 +34,25 @@ OutOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Output folder (default: NAME-replay beside the run).", show_default=False),
 ]
+StepsOption = Annotated[
+    str | None, typer.Option(metavar="A:B", help="Only what steps A to B contribute.", show_default=False)
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(metavar="I/N", help="Only piece I of N of the question; see `trajrec merge`.", show_default=False),
+]
+CertifyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="all|sampled", help="Steps to make again (default: all if exact, else sampled).", show_default=False
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="1GB", help="What it may take (default: a quarter of what is free).", show_default=False
+    ),
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option(metavar="float32|float64", help="Floating type (default: the run's).", show_default=False),
@@ -51,17 +71,22 @@ def replay(
     out: OutOption = None,
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
     dtype: DtypeOption = None,
-    memory: Annotated[str, typer.Option(metavar="1GB", help="For states recomputed between keyframes.")] = "1GB",
+    memory: MemoryOption = None,
+    certify: CertifyOption = None,
+    steps: StepsOption = None,
+    shard: ShardOption = None,
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on where the Task differs.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder, or progress.")] = False,
 ) -> None:
-    """Ask a run which training samples made the model do what it does.
+    """Ask a run which training samples made the model do what it does. A replay that was cut off goes on.
 
     Example: [bold]trajrec replay --samples idx.npy --exact[/bold]
     """
     from trajrec.cli.runs import find_run, replay_folder
     from trajrec.replay import report
+    from trajrec.replay.asked import question
     from trajrec.replay.output import check_absent, new_folder, write_replay
+    from trajrec.replay.progress import ProgressFile
     from trajrec.replay.render import tables, terminal
     from trajrec.replay.session import Session
     from trajrec.runfile.reader import open as open_run
@@ -71,12 +96,21 @@ def replay(
     check_absent(folder, force)
     began = time.monotonic()
     with open_run(path) as recorded:
-        options: dict[str, Any] = {"dtype": dtype, "device": device, "allow_drift": allow_drift}
-        session = Session(recorded, _task(task, recorded), memory=_bytes(memory), **options)
+        asked: dict[str, Any] = {"exact": exact, "mode": mode, "by_epoch": by_epoch, "certify": certify}
+        asked |= {"steps": _steps(steps)}
+        precision: dict[str, Any] = {"dtype": dtype, "device": device, "allow_drift": allow_drift}
+        reference, the_task = _task(task, recorded)
+        session = Session(recorded, the_task, memory=None if memory is None else _bytes(memory), **precision)
         wanted = _load_ids(Path(targets), "--targets") if targets.endswith(".npy") else targets
         chosen = None if samples is None else _load_ids(samples, "--samples")
-        result = _solve(session, wanted, chosen, exact=exact, mode=mode, by_epoch=by_epoch)
+        whole = question(session, reference, wanted, chosen, asked | precision)
+        piece = _shard(shard)
+        file = ProgressFile(folder, f"{whole}/{shard}", _progress_seconds())
+        if force:
+            file.remove()
+        result = _solve(session, wanted, chosen, shard=piece, file=file, **asked)
         facts = {"run": str(path), "seconds": round(time.monotonic() - began, 3), "command": " ".join(sys.argv[1:])}
+        facts |= {"question": whole, "shard": None if piece is None else list(piece)}
         with new_folder(folder, force) as unfinished:
             left_out = write_replay(unfinished, result, session, facts)
             tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
@@ -86,12 +120,37 @@ def replay(
     typer.echo(f"Written to {folder}/. Next: trajrec report {shlex.quote(str(folder))}", err=True)
 
 
-def _solve(session: Any, targets: Any, samples: Any, **options: Any) -> Contributions:
+def _solve(session: Any, targets: Any, samples: Any, file: Any, **options: Any) -> Contributions:
     from trajrec.cli.progress import ReplayProgress
+    from trajrec.replay.choice import Forms
     from trajrec.replay.contribution import solve
 
+    if file.path.exists():
+        typer.echo(f"Going on from {file.path}.", err=True)
+    forms = Forms(only=os.environ.get("TRAJREC_FORM"))
     with ReplayProgress() as progress:
-        return solve(session, targets, samples, progress=progress, **options)
+        return solve(session, targets, samples, progress=progress, file=file, forms=forms, **options)
+
+
+def _progress_seconds() -> float:
+    return float(os.environ.get("TRAJREC_PROGRESS_SECONDS", "60"))
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """(a, b) of "a:b"."""
+    return None if text is None else _two(text, ":", "--steps takes A:B, as in --steps 1:200")
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    """(i, n) of "i/n"."""
+    return None if text is None else _two(text, "/", "--shard takes I/N, as in --shard 2/8")
+
+
+def _two(text: str, between: str, rule: str) -> tuple[int, int]:
+    first, _, second = text.partition(between)
+    if not (first.isdigit() and second.isdigit()):
+        raise TrajrecError(f"{rule}, not {text!r}.")
+    return int(first), int(second)
 
 
 def _bytes(size: str) -> int:
@@ -115,8 +174,8 @@ def _load_ids(path: Path, option: str) -> Any:
         raise TrajrecError(f"{option}: {path} is no .npy file of integers ({error}).") from None
 
 
-def _task(reference: str | None, run: Run) -> Task:
-    """The Task named on the command line, or by the recording if its file is still the same.
+def _task(reference: str | None, run: Run) -> tuple[str, Task]:
+    """The reference and the Task named on the command line, or by the recording if its file is still the same.
 
     Raises:
         TaskError: if there is none, or it cannot be loaded.
@@ -125,7 +184,7 @@ def _task(reference: str | None, run: Run) -> Task:
     from trajrec.task import file_sha256, load_task, task_file
 
     if reference is not None:
-        return load_task(reference)
+        return reference, load_task(reference)
     noted = run.spec.task
     if noted is None:
         raise TaskError(
@@ -141,4 +200,4 @@ def _task(reference: str | None, run: Run) -> Task:
             f"name it: --task {noted}. The certificate will tell."
         )
     typer.echo(f"Task: {noted} (noted in the run, unchanged)", err=True)
-    return load_task(noted)
+    return noted, load_task(noted)

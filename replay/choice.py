@@ -67,9 +67,9 @@ class Forms:
 
 
 def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
-    """Steps of one kind share a form: the Hessian, the number of directions, micro-batches and eval modes."""
-    modes = ",".join(step.conditions.eval_modules)
-    return f"{EXACT if hessian else 'free'}/{directions}/{len(step.parts)}/{modes}"
+    """Steps of one kind share a form: the Hessian, directions, batch size (to a factor of 2), micro-batches, modes."""
+    modes, size = ",".join(step.conditions.eval_modules), len(step.ids).bit_length()
+    return f"{EXACT if hessian else 'free'}/{directions}/{size}/{len(step.parts)}/{modes}"
 
 
 def fastest(candidates: Sequence[str], trial: Trial) -> str:

@@ -25,7 +25,6 @@ Letters: B batch, K directions, P' trainable weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -109,22 +108,25 @@ class ForwardPoint:
         weights = self._step.before.detach().requires_grad_(hessian)
         direction = direction.requires_grad_(gradient)
         wanted = [v for v in (weights, direction) if v.requires_grad]
-        inners, shares, sums = [], [], [torch.zeros_like(v) for v in wanted]
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(bool(wanted)))
-            stack.enter_context(fwd.dual_level())
-            stack.enter_context(DualOperators())
-            dual = dual_of(weights, direction)
-            for part in self._function.parts(dual, self._samples, self._step):
-                inner, slope = _tangents(part)
-                inners.append(inner.detach())
-                shares.append(part.shares)
-                if wanted and slope.requires_grad:
-                    found = torch.autograd.grad(slope, wanted, materialize_grads=True)
-                    sums = [a + b for a, b in zip(sums, found, strict=True)] if len(self._step.parts) > 1 else [*found]
+        with torch.set_grad_enabled(bool(wanted)), fwd.dual_level(), DualOperators():
+            parts = list(self._function.parts(dual_of(weights, direction), self._samples, self._step))
+            found = [_tangents(part) for part in parts]
+        # Outside of the level: inside, the backward pass would carry tangents along as well.
+        sums = _summed([slope for _, slope in found], wanted)
         if gradient:
             self._gradient = sums[-1]
-        return torch.cat(inners), sums[0] if hessian else None, torch.cat(shares)
+        inner = torch.cat([inner.detach() for inner, _ in found])
+        return inner, sums[0] if hessian else None, torch.cat([part.shares for part in parts])
+
+
+def _summed(slopes: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The gradients of the sum of slopes, one slope after the other."""
+    sums = [torch.zeros_like(v) for v in inputs]
+    for slope in slopes:
+        if inputs and slope.requires_grad:
+            found = torch.autograd.grad(slope, inputs, materialize_grads=True)
+            sums = list(found) if len(slopes) == 1 else [a + b for a, b in zip(sums, found, strict=True)]
+    return sums
 
 
 def _tangents(part: Objective) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@
 Only the contributions must succeed. If a data set makes trouble with the rest, that file is left out, and replay.json
 says so under "left_out".
 
-The folder is made beside its place and renamed, so a replay that was cut off leaves nothing half written.
+The folder is made beside its place and renamed, so a replay that was cut off leaves nothing half written: at most a
+folder with nothing but its progress in it (`replay.progress`), from which the same question goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from trajrec.errors import OutputExistsError
 from trajrec.records import IntArray
 from trajrec.replay import names
 from trajrec.replay.contribution import Contributions
+from trajrec.replay.progress import NAME as PROGRESS
 from trajrec.replay.samples import Samples
 from trajrec.replay.session import Session
 from trajrec.replay.targets import predictions
@@ -41,13 +43,21 @@ SIGN = "positive = helpful"
 UNIT = "unit of the target loss"
 
 
+def holds_progress_only(folder: Path) -> bool:
+    """Whether a folder is one that a replay was cut off in."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
+    return names == {PROGRESS}
+
+
 def check_absent(folder: Path, force: bool) -> None:
     """Checks that an output may be written.
 
     Raises:
         OutputExistsError: if it exists and force is False.
     """
-    if folder.exists() and not force:
+    if folder.exists() and not force and not holds_progress_only(folder):
         raise OutputExistsError(f"{folder} exists already. Choose another with --out, or replace it with --force.")
 
 
@@ -118,6 +128,8 @@ def _describe(result: Contributions, session: Session) -> dict[str, Any]:
         "samples": len(result.samples),
         "samples_total": session.samples,
         "steps": session.run.steps,
+        "window": None if result.window in (None, (1, session.run.steps)) else list(result.window or ()),
+        "growth": None if result.growth is None or not len(result.growth) else float(result.growth.max()),
         "epochs": len(np.unique(session.run.epochs)),
         "by_epoch": result.by_epoch is not None,
         "optimizer": spec.optimizer,

@@ -120,9 +120,14 @@ class NumberPuller:
 
     def pull(self, step: Step, state: State, gradient: Tensor | None) -> Pulled:
         """Six numbers a group."""
-        tiny = {name: torch.zeros(self.lam.shape[1], dtype=torch.float64) for name in self._rule.vectors_of(state)}
-        lam, sigma, gamma = self._numbers.pull(tiny, step.hyper, self.lam, self.sigma)
-        return Pulled(self._targets, gamma[0], lam, sigma)
+        names = list(self._rule.vectors_of(state))
+        if len(names) != 1:
+            lam, sigma, gamma = self._numbers.pull({}, step.hyper, self.lam, self.sigma)
+            return Pulled(self._targets, gamma[0], lam, sigma)
+        six = torch.tensor(self._numbers.of(step.hyper), dtype=torch.float64)
+        both = torch.stack([self.lam[0], self.sigma[names[0]][0] if self.sigma else torch.zeros_like(self.lam[0])], 1)
+        lam, sigma_row, gamma = (six * both[:, None]).sum(2).T
+        return Pulled(self._targets, gamma, lam[None], {names[0]: sigma_row[None]})
 
     def accept(self, pulled: Pulled, hvp: Tensor | None) -> None:
         """Goes on to the step before."""

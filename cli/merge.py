@@ -1,0 +1,34 @@
+"""`trajrec merge`: joins the outputs of shards of one question."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FoldersArgument = Annotated[list[Path], typer.Argument(metavar="DIR...", help="The folders of all shards.")]
+
+
+def merge(
+    folders: FoldersArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder.")],
+    top: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
+) -> None:
+    """Join the outputs of `trajrec replay --shard i/n` and check that none is missing.
+
+    Example: [bold]trajrec merge piece-1 piece-2 piece-3 --out whole[/bold]
+    """
+    from trajrec.replay import report
+    from trajrec.replay.joining import join, read_shards
+    from trajrec.replay.output import new_folder
+    from trajrec.replay.render import tables, terminal
+
+    shards = read_shards(folders)
+    with new_folder(out, force) as unfinished:
+        join(shards, unfinished)
+        tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
+    terminal.show(report.build(out, top))
+    typer.echo(f"Joined {len(shards)} shards into {out}/. Next: trajrec report {shlex.quote(str(out))}", err=True)
