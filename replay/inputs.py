@@ -67,6 +67,9 @@ class Settings:
         steps: T.
         classes: names of the classes, by number.
         details: everything else of replay.json that is a plain number or string.
+        curvature: "hessian", "ggn" or "none", where the folder says it.
+        growth: of the adjoint (`trajrec.replay.condition`), or None.
+        taylor: what the Taylor check said, or None.
     """
 
     run: str | None
@@ -86,6 +89,9 @@ class Settings:
     version: str | None
     command: str | None
     details: tuple[tuple[str, str], ...]
+    curvature: str | None = None
+    growth: float | None = None
+    taylor: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +206,14 @@ def _settings(facts: Mapping[str, Any]) -> Settings:
         version=_text(facts.get("trajrec") or facts.get("trajrec version")),
         command=_command(facts.get("command")),
         details=tuple((key, _plain(value)) for key, value in facts.items() if _is_detail(key, value)),
+        curvature=_text(facts.get("curvature")),
+        growth=_number(facts.get("growth")),
+        taylor=_text(facts.get("taylor")),
     )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _mode(facts: Mapping[str, Any]) -> str | None:

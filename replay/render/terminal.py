@@ -63,10 +63,15 @@ def header(report: Report, console: Console) -> None:
         "sign": words.SIGN,
         "share": words.SHARE,
     }
+    trust = {"sensitivity": words.sensitivity(settings), "check": settings.taylor or ""}
     console.print(plain(words.question(report), "bold"))
     console.print(
         facts(
-            [*((name, plain(text)) for name, text in lines.items()), ("certificate", certificate(report.certificate))]
+            [
+                *((name, plain(text)) for name, text in lines.items()),
+                ("certificate", certificate(report.certificate)),
+                *((name, plain(text)) for name, text in trust.items() if text),
+            ]
         )
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from trajrec.replay.condition import Sensitivity
 from trajrec.replay.findings import Clusters, Comparison, Spread
 from trajrec.replay.inputs import Certificate, Settings
 from trajrec.replay.report import Report
@@ -43,9 +44,10 @@ def unit(settings: Settings) -> str:
 
 def method(settings: Settings) -> str:
     """How the contributions were computed."""
-    form = {True: "exact (with the Hessian)", False: "Hessian-free approximation", None: "unknown form"}
+    forms = {True: "exact (with the Hessian)", False: "Hessian-free approximation", None: "unknown form"}
+    form = "Gauss-Newton form of the Hessian" if settings.curvature == "ggn" else forms[settings.exact]
     way = {"adjoint": "backwards through training (adjoint)", "tangent": "forwards through training (tangent)"}
-    return ", ".join(filter(None, [form[settings.exact], way.get(settings.mode or "")]))
+    return ", ".join(filter(None, [form, way.get(settings.mode or "")]))
 
 
 def training(settings: Settings) -> str:
@@ -81,6 +83,17 @@ def ratio(value: float) -> str:
 def certificate(proof: Certificate) -> str:
     """The certificate's sentence; a failed one begins with a warning."""
     return f"NOT PROVED. {proof.sentence}" if proof.good is False else proof.sentence
+
+
+def sensitivity(settings: Settings) -> str:
+    """How far first-order numbers go for this training, or an empty string if the folder does not say."""
+    return "" if settings.growth is None else Sensitivity(settings.growth).sentence
+
+
+def distrust(settings: Settings) -> str:
+    """What the head of a page must say of a training that is not calm, or an empty string."""
+    found = None if settings.growth is None else Sensitivity(settings.growth)
+    return "" if found is None or found.verdict == "calm" else found.sentence
 
 
 def balance(spread: Spread) -> str:
