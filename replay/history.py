@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from trajrec.records import Conditions, FloatArray, ParamSpec, RunSpec
+from trajrec.records import Conditions, FloatArray, OptimizerSpec, ParamSpec, RunSpec
 from trajrec.replay.trajectory import RecordedRun
 
 _Activity = tuple[tuple[int, bool], ...]
@@ -63,7 +64,16 @@ class RegroupedRun:
             replace(p, group=-1 if key is None else self._blocks.index(key), trainable=key is not None)
             for p, key in zip(placed, keys, strict=True)
         )
-        self.spec: RunSpec = replace(run.spec, params=params, groups=len(self._blocks))
+        self.spec: RunSpec = replace(
+            run.spec, params=params, groups=len(self._blocks), optimizers=self._regrouped(run.spec)
+        )
+
+    def _regrouped(self, spec: RunSpec) -> tuple[OptimizerSpec, ...]:
+        """The optimizers, where there are several, with the blocks that their groups have become."""
+        stops = accumulate(o.groups for o in spec.optimizers)
+        spans = [(stop - o.groups, stop) for o, stop in zip(spec.optimizers, stops, strict=True)]
+        counts = [sum(a <= group < b for group, _ in self._blocks) for a, b in spans]
+        return tuple(replace(o, groups=count) for o, count in zip(spec.optimizers, counts, strict=True))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._run, name)

@@ -179,6 +179,7 @@ class BatchLedger:
         self.dataset: Any = None if loaders is None else loaders[0].dataset
         self.epochs = 0
         self.seconds = 0.0  # CPU time spent on watching
+        self.backwards = 0  # backward passes seen
         self._drawn: list[MicroBatch] = []
         self._made_step: list[MicroBatch] = []
         self._given: list[MicroBatch] = []
@@ -253,6 +254,7 @@ class BatchLedger:
 
     def backward(self, loss: Any) -> None:
         """A backward pass has begun: what was used so far belongs to the next step."""
+        self.backwards += 1
         if self._made_step and not self._accumulates():
             # The gradients of earlier passes were thrown away without a step: a scaler that skipped it, say.
             self._made_step, self._losses = [], []

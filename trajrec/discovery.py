@@ -1,11 +1,15 @@
-"""Finds the model that a script trains, for recordings that are started from outside the script.
+"""Finds the model that a script trains, and its optimizers, for recordings that are started from outside the script.
 
 Until the first optimizer step every module call is watched; the model is the outermost called module that holds all of
 the optimizer's parameters. After that step nothing but this model is watched any more.
+
+Other optimizers that exist by then, and hold other parameters of that model for which there are gradients, are taken to
+step together with the first one. One of another model, as in adversarial training, is none of the recording's business.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +27,23 @@ def _states_for(module: nn.Module) -> Callable[[], States]:
     """Reads the generators that this module's forward pass may use."""
     parameter = next(module.parameters(), None)
     return Generators(torch.device("cpu") if parameter is None else parameter.device).states
+
+
+def companions(optimizer: Optimizer, model: nn.Module) -> list[Optimizer]:
+    """The optimizer, and others that hold other parameters of the model, with gradients."""
+    gc.collect()
+    others = {id(p) for p in model.parameters()} - {id(p) for p in _parameters_of(optimizer)}
+    found = [optimizer]
+    for candidate in [value for value in gc.get_objects() if issubclass(type(value), Optimizer)]:
+        held = {id(p) for p in _parameters_of(candidate)}
+        if held and held <= others and any(p.grad is not None for p in _parameters_of(candidate)):
+            found.append(candidate)
+            others -= held
+    return found
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Discovery:
@@ -59,17 +80,17 @@ class Discovery:
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
 
-    def model_of(self, optimizer: Optimizer) -> nn.Module:
-        """The called module that holds all parameters of the optimizer.
+    def model_of(self, *optimizers: Optimizer) -> nn.Module:
+        """The called module that holds all parameters of the optimizers.
 
         Raises:
             RecordingError: if no single module does.
         """
-        wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        wanted = {id(p) for optimizer in optimizers for p in _parameters_of(optimizer)}
         for module in self._called.values():
             if wanted <= {id(p) for p in module.parameters()}:
                 return module
         raise RecordingError(
-            f"No module that was called holds all {len(wanted)} parameters of the {type(optimizer).__name__} "
+            f"No module that was called holds all {len(wanted)} parameters of the {type(optimizers[0]).__name__} "
             "optimizer, so the model cannot be told. Use trajrec.record(model=..., optimizer=...) in the script."
         )

@@ -14,7 +14,7 @@ recorded only for steps that consumed randomness. What the recorder itself cost 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader
 from trajrec.capture import BatchLedger, Capture, StepBatch, samples_in
 from trajrec.contents import arrays_of
 from trajrec.devicecopy import RowCopy
-from trajrec.discovery import Discovery
+from trajrec.discovery import Discovery, companions
 from trajrec.errors import RecordingError
 from trajrec.nesting import is_within_step
 from trajrec.records import NO_IDS, FloatArray, Inputs, Keyframe, StepRecord
+from trajrec.rounds import Round
 from trajrec.rules import check_recordable, rehearse
 from trajrec.seeding import find_seeded
 from trajrec.sink import Sink, Summary
@@ -74,7 +75,8 @@ class Recorder:
     Args:
         sink: where records go.
         model: the model being trained; None to find it at the first step.
-        optimizer: its optimizer; None to take the first one that steps.
+        optimizer: its optimizer, or several that hold different parameters and step together; None to find them when
+            the first one steps.
         loader: the training loader or loaders; None to watch all.
         task: "FILE.py:ATTR" to be noted in the recording.
         inputs: "store" to keep what the loader yielded, "digest" to keep checksums of it.
@@ -85,7 +87,7 @@ class Recorder:
         sink: Sink,
         *,
         model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         loader: Any = None,
         task: str | None = None,
         inputs: Literal["digest", "store"] = "digest",
@@ -95,7 +97,8 @@ class Recorder:
         self.inputs = inputs
         self.sink = sink
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = _listed(optimizer)
+        self._round = Round(self.optimizers)
         self.task = task
         self.summary: Summary | None = None
         self._spent = 0.0
@@ -127,17 +130,17 @@ class Recorder:
         return self._spent + self.ledger.seconds
 
     def __enter__(self) -> Recorder:
-        if self.optimizer is not None:
-            check_recordable(self.optimizer)
+        for optimizer in self.optimizers:
+            check_recordable(optimizer)
         self._capture.install()
         if self._discovery is not None:
             self._discovery.install()
         if self.model is not None:
             self._watch_model(self.model)
-        if self.optimizer is not None:
-            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
-        else:
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if not self.optimizers:
             self._handles.append(register_optimizer_step_pre_hook(self._before_step))
             self._handles.append(register_optimizer_step_post_hook(self._after_step))
         return self
@@ -146,11 +149,13 @@ class Recorder:
         self._detach()
         # `sys.exit(main())` is how many a script ends well.
         complete = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
-        if self.close(complete) is None and complete and self.optimizer is not None:
+        if self.close(complete) is None and complete and self.optimizers:
             raise RecordingError(
-                f"The {type(self.optimizer).__name__} optimizer that was given made no step: nothing was recorded. "
+                f"The {type(self.optimizers[0]).__name__} optimizer that was given made no step: nothing was recorded. "
                 "Pass the optimizer that the loop steps: trajrec.record(optimizer=...)."
             )
+        if complete:
+            self._round.check_complete()
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -190,7 +195,7 @@ class Recorder:
         self._spent += time.thread_time() - start
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if self.optimizer is not None and optimizer is not self.optimizer:
+        if self.optimizers and not any(optimizer is known for known in self.optimizers):
             self._refuse_second(optimizer)
             return
         if self._pending is not None and is_within_step(optimizer):
@@ -205,6 +210,14 @@ class Recorder:
         start = time.thread_time()
         if self._snapshot is None:
             self._begin(optimizer)
+        if self._round.begin(optimizer, self.ledger.backwards):
+            self._pending = self._prepare()
+        else:
+            self._pending = self._with_hyper_of(optimizer)
+        self._spent += time.thread_time() - start
+
+    def _prepare(self) -> Pending:
+        """What the coming step uses."""
         assert self._snapshot is not None
         changes = self._snapshot.changes(self._step + 1)
         if self._snapshot.enters_other_modes and self._snapshot.has_buffers:
@@ -215,14 +228,23 @@ class Recorder:
         hyper = self._snapshot.hyper()
         if self._hides_state(hyper):
             self._keyframe()
-        self._pending = Pending(batch, hyper, rng, b"" if changes is None else changes.to_json())
-        self._spent += time.thread_time() - start
+        return Pending(batch, hyper, rng, b"" if changes is None else changes.to_json())
+
+    def _with_hyper_of(self, optimizer: Optimizer) -> Pending:
+        """What the step in progress uses, with the options of another optimizer as they are now."""
+        assert self._snapshot is not None
+        assert self._pending is not None
+        rows, hyper = self._snapshot.rows_of(optimizer), self._pending.hyper.copy()
+        hyper[rows] = self._snapshot.hyper()[rows]
+        return replace(self._pending, hyper=hyper)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._pending is None or optimizer is not self.optimizer or self._snapshot is None:
+        if self._pending is None or self._snapshot is None or not any(optimizer is o for o in self.optimizers):
             return
         if self._inner_steps:
             self._inner_steps -= 1
+            return
+        if not self._round.end(optimizer):
             return
         start = time.thread_time()
         pending, self._pending = self._pending, None
@@ -242,14 +264,18 @@ class Recorder:
     def _begin(self, optimizer: Optimizer) -> None:
         self._began = time.thread_time()
         check_recordable(optimizer)
-        self.optimizer = optimizer
         if self.model is None:
             assert self._discovery is not None
-            self.model = self._discovery.model_of(optimizer)
+            self.model = self._discovery.model_of(*(self.optimizers or [optimizer]))
             self._discovery.remove()
             self._watch_model(self.model)
+        if not self.optimizers:
+            self.optimizers = companions(optimizer, self.model)
+            self._round = Round(self.optimizers)
+        for known in self.optimizers:
+            check_recordable(known)
         batch = self._first_batch = self.ledger.take()
-        snapshot = Snapshot(self.model, optimizer)
+        snapshot = Snapshot(self.model, *self.optimizers)
         spec = snapshot.spec(self._describe(batch))
         rehearse(spec, snapshot.hyper())
         self.sink.open(spec)
@@ -284,11 +310,11 @@ class Recorder:
         }
 
     def _refuse_second(self, optimizer: Optimizer) -> None:
-        known = {id(p) for group in (self.optimizer.param_groups if self.optimizer else ()) for p in group["params"]}
+        known = {id(p) for known in self.optimizers for group in known.param_groups for p in group["params"]}
         if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
             raise RecordingError(
-                "A second optimizer has stepped on the parameters that are being recorded. trajrec records the "
-                "steps of one optimizer: pass it to trajrec.record(optimizer=...) in the part that is to be recorded."
+                "A second optimizer has stepped on the parameters that are being recorded. trajrec records one "
+                "optimizer of a parameter: pass it to trajrec.record(optimizer=...) in the part that is to be recorded."
             )
 
     # -- records -------------------------------------------------------------------------------------------------
@@ -362,11 +388,26 @@ class Recorder:
         self._last_keyframe = self._step
 
 
+def _listed(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """The optimizers as a list; empty for none.
+
+    Raises:
+        RecordingError: if they are no optimizers, or two of them hold the same parameter.
+    """
+    optimizers = [] if given is None else [given] if isinstance(given, Optimizer) else list(given)
+    if not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
+        raise RecordingError(f"optimizer= takes one or several of torch.optim.Optimizer, not {given!r}.")
+    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    if len(optimizers) > 1 and len(set(held)) < len(held):
+        raise RecordingError("Two of the optimizers hold the same parameter: only one may step it.")
+    return optimizers
+
+
 def record(
     path: str | Path,
     *,
     model: nn.Module | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     loader: Any = None,
     task: str | None = None,
     force: bool = False,
@@ -386,7 +427,8 @@ def record(
     Args:
         path: the run file to be written.
         model: the model being trained; left out, it is found at the first step.
-        optimizer: its optimizer; left out, the first one that steps.
+        optimizer: its optimizer, or a list of those that hold different parameters of it and step together; left out,
+            they are found when the first one steps.
         loader: the training DataLoader, or a list of them; left out, all are watched and validation is told apart.
         task: "FILE.py:ATTR" of the Task, noted in the recording so that `trajrec replay` finds it.
         force: replace an existing recording.

@@ -60,6 +60,24 @@ class BufferSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """One of several optimizers that step together.
+
+    Attributes:
+        name: class name; `module` of that class, to be shown.
+        defaults: as `RunSpec.defaults`.
+        groups: how many parameter groups it has; those of all optimizers follow one another.
+        hyperparameters: the names of the numeric values that its own groups have.
+    """
+
+    name: str
+    module: str
+    defaults: dict[str, Any]
+    groups: int
+    hyperparameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunSpec:
     """What stays the same during a run.
 
@@ -69,12 +87,13 @@ class RunSpec:
         params: parameter table in row order; `group` is -1 for parameters outside the optimizer.
         buffers: buffer table.
         dtype: numpy name of a row's dtype ("float32", "float64").
-        optimizer: class name; looked up in torch.optim, never imported from here.
+        optimizer: class name; looked up in torch.optim, never imported from here. Of several "A + B".
         optimizer_module: module of that class, to be shown.
         defaults: the optimizer's `defaults`, numbers, booleans, strings and None only.
         hyperparameters: names of the H numeric values recorded for every group at every step; a tuple-valued one
             is split ("betas.0", "betas.1"). A missing value (None) is NaN.
         groups: G.
+        optimizers: where there are several, each of them; `optimizer_module` and `defaults` are empty then.
         samples: N, the length of the training set; 0 where the recorder saw no data set (`set_batch`).
         inputs: "store" where the batches of every step are in the recording, "digest" where their CRC-32 is.
         rng: names and lengths in bytes of the random generator states whose concatenation is `StepRecord.rng`.
@@ -99,6 +118,7 @@ class RunSpec:
     groups: int
     samples: int
     inputs: str = "digest"
+    optimizers: tuple[OptimizerSpec, ...] = ()
     rng: tuple[tuple[str, int], ...] = ()
     eval_modules: tuple[str, ...] = ()
     task: str | None = None
@@ -125,6 +145,9 @@ class RunSpec:
         known["params"] = tuple(ParamSpec(**{**p, "shape": tuple(p["shape"])}) for p in known["params"])
         known["buffers"] = tuple(BufferSpec(**{**b, "shape": tuple(b["shape"])}) for b in known["buffers"])
         known["rng"] = tuple((str(name), int(size)) for name, size in known.get("rng", ()))
+        known["optimizers"] = tuple(
+            OptimizerSpec(**{**o, "hyperparameters": tuple(o["hyperparameters"])}) for o in known.get("optimizers", ())
+        )
         for name in ("hyperparameters", "eval_modules", "command"):
             known[name] = tuple(known.get(name, ()))
         return cls(**known)

@@ -26,7 +26,7 @@ from trajrec.capture import States
 from trajrec.checksum import crc32
 from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
-from trajrec.records import BufferSpec, Conditions, FloatArray, ParamSpec, Row, RunSpec
+from trajrec.records import BufferSpec, Conditions, FloatArray, OptimizerSpec, ParamSpec, Row, RunSpec
 
 # What an optimizer makes inside its steps, in a parameter group instead of its state.
 GROUP_STATE = "group:"
@@ -35,21 +35,25 @@ _IMPLEMENTATION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable",
 
 
 class Snapshot:
-    """Reads a model and its optimizer: the spec, rows, hyperparameters and keyframes of a run."""
+    """Reads a model and its optimizer: the spec, rows, hyperparameters and keyframes of a run.
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    Of several optimizers the parameter groups are those of all, one optimizer after the other.
+    """
+
+    def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
         self.model = model = uncompiled(model)
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.parameters = dict(model.named_parameters())
-        self._groups = _groups_of(optimizer)
-        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
-        self._optimized = [p for group in optimizer.param_groups for p in group["params"]]
+        self._groups: dict[int, int] = {}
+        self._group_sizes: list[int] = []
+        self._optimized: list[Tensor] = []
+        self._read_groups()
         self._modules = list(model.modules())
         self._joined: dict[str, int] = {}
         self._seen: object = None
         self.enters_other_modes = False  # the step that `changes` was last asked about
         self._conditions: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
-        self.names = _hyperparameter_names(optimizer)
+        self.names = tuple(dict.fromkeys(name for o in optimizers for name in _hyperparameter_names(o)))
         self._keys = [(name.partition(".")[0], name.partition(".")[2]) for name in self.names]
         self.generators = Generators(next(iter(self.parameters.values())).device)
         self._hyper: FloatArray | None = None
@@ -74,6 +78,25 @@ class Snapshot:
                 "trajrec.record(model=...)."
             )
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers."""
+        if len(self.optimizers) == 1:
+            return self.optimizers[0].param_groups
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def _read_groups(self) -> None:
+        groups = self.param_groups
+        self._groups = _groups_of(groups)
+        self._group_sizes = [len(group["params"]) for group in groups]
+        self._optimized = [p for group in groups for p in group["params"]]
+
+    def rows_of(self, optimizer: Optimizer) -> slice:
+        """Which of all groups are an optimizer's."""
+        place = next(k for k, other in enumerate(self.optimizers) if other is optimizer)
+        start = sum(len(other.param_groups) for other in self.optimizers[:place])
+        return slice(start, start + len(optimizer.param_groups))
+
     def changes(self, step: int) -> Conditions | None:
         """The conditions of the coming step, where they differ from those of the step before; else None.
 
@@ -81,9 +104,8 @@ class Snapshot:
             RecordingError: if a parameter left the optimizer, or one came that the model does not have.
         """
         self.enters_other_modes = False
-        groups = self.optimizer.param_groups
         seen = (
-            [len(group["params"]) for group in groups],
+            [len(group["params"]) for group in self.param_groups],
             [module.training for module in self._modules],
             [(p.grad is None, p.requires_grad) for p in self._optimized],
         )
@@ -109,7 +131,12 @@ class Snapshot:
 
     def _regroup(self, step: int) -> None:
         """Takes in parameters that were added to the optimizer."""
-        found = _groups_of(self.optimizer)
+        if len(self.optimizers) > 1:
+            raise RecordingError(
+                f"Before step {step} one of several optimizers was given or lost parameters. That is recorded of a "
+                "single optimizer only: give all of them their parameters before the recording begins."
+            )
+        found = _groups_of(self.param_groups)
         names = {id(p): name for name, p in self.parameters.items()}
         if any(found.get(key) != group for key, group in self._groups.items()):
             raise RecordingError(
@@ -122,9 +149,7 @@ class Snapshot:
                 "Make all modules before the recording begins."
             )
         self._joined |= {names[key]: group for key, group in found.items() if key not in self._groups}
-        self._groups = found
-        self._group_sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        self._optimized = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._read_groups()
 
     def _present_conditions(self) -> Conditions:
         return Conditions(
@@ -160,11 +185,9 @@ class Snapshot:
                 BufferSpec(name, tuple(b.shape), _dtype_name(b.dtype)) for name, b in self.model.named_buffers()
             ),
             dtype=_dtype_name(self.dtype),
-            optimizer=type(self.optimizer).__name__,
-            optimizer_module=type(self.optimizer).__module__,
-            defaults={k: v for k, v in self.optimizer.defaults.items() if _is_plain(v)},
+            **self._optimizer_fields(),
             hyperparameters=self.names,
-            groups=len(self.optimizer.param_groups),
+            groups=len(self.param_groups),
             rng=self.generators.table(),
             eval_modules=self.eval_modules(),
             versions={
@@ -178,6 +201,22 @@ class Snapshot:
             command=tuple(sys.argv),
             **around,
         )
+
+    def _optimizer_fields(self) -> dict[str, Any]:
+        known = tuple(
+            OptimizerSpec(
+                type(optimizer).__name__,
+                type(optimizer).__module__,
+                {k: v for k, v in optimizer.defaults.items() if _is_plain(v)},
+                len(optimizer.param_groups),
+                _hyperparameter_names(optimizer),
+            )
+            for optimizer in self.optimizers
+        )
+        if len(known) > 1:
+            name = " + ".join(o.name for o in known)
+            return {"optimizer": name, "optimizer_module": "", "defaults": {}, "optimizers": known}
+        return {"optimizer": known[0].name, "optimizer_module": known[0].module, "defaults": known[0].defaults}
 
     def _param_table(self) -> tuple[ParamSpec, ...]:
         table, offset = [], 0
@@ -227,11 +266,11 @@ class Snapshot:
     def hyper(self) -> FloatArray:
         """Hyperparameters in force, [G, H]."""
         # Mostly nothing has changed since the last step; a tensor may have, in place.
-        options = [[group.get(key) for key, _ in self._keys] for group in self.optimizer.param_groups]
+        options = [[group.get(key) for key, _ in self._keys] for group in self.param_groups]
         if self._hyper is None or options != self._options or self._has_tensors:
             self._options = options
             self._has_tensors = any(isinstance(value, Tensor) for row in options for value in row)
-            rows = [[_number(group, key, place) for key, place in self._keys] for group in self.optimizer.param_groups]
+            rows = [[_number(group, key, place) for key, place in self._keys] for group in self.param_groups]
             self._hyper = np.array(rows, dtype=np.float64)
         return self._hyper
 
@@ -255,7 +294,7 @@ class Snapshot:
         offset, count = 0, len(self.parameters)
         total = sum(p.numel() for p in self.parameters.values())
         for index, p in enumerate(self.parameters.values()):
-            for name, value in self.optimizer.state.get(p, {}).items():
+            for name, value in self._state_of(p).items():
                 path = f"optimizer/{name}"
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     row = arrays.setdefault(path, np.zeros(total, dtype=_dtype_name(value.dtype)))
@@ -269,12 +308,16 @@ class Snapshot:
             offset += p.numel()
         return arrays | self._late_options(count)
 
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        return next((o.state[parameter] for o in self.optimizers if parameter in o.state), {})
+
     def _late_options(self, count: int) -> dict[str, npt.NDArray[Any]]:
         """Numbers that the optimizer put into its groups on the way, as state of each of the group's parameters."""
         known = _IMPLEMENTATION_OPTIONS | {key for key, _ in self._keys}
+        groups = self.param_groups
         arrays: dict[str, npt.NDArray[Any]] = {}
         for index, p in enumerate(self.parameters.values()):
-            group = self.optimizer.param_groups[self._groups[id(p)]] if id(p) in self._groups else {}
+            group = groups[self._groups[id(p)]] if id(p) in self._groups else {}
             for key, value in group.items():
                 if key not in known and isinstance(value, bool | int | float):
                     path = f"optimizer/{GROUP_STATE}{key}.scalar"
@@ -288,9 +331,9 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _groups_of(optimizer: Optimizer) -> dict[int, int]:
+def _groups_of(groups: Sequence[dict[str, Any]]) -> dict[int, int]:
     """The group of every parameter, by its id."""
-    return {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    return {id(p): index for index, group in enumerate(groups) for p in group["params"]}
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

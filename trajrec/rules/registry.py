@@ -20,6 +20,7 @@ from trajrec.records import FloatArray, Keyframe, ParamSpec, RunSpec
 from trajrec.rules.adafactor import AdafactorRule
 from trajrec.rules.adaptive import KEPT, AdaptiveRule
 from trajrec.rules.flat import FlatLayout
+from trajrec.rules.joint import JointRule, parts_of
 from trajrec.rules.muon import MuonRule
 from trajrec.rules.own import OwnRule
 from trajrec.rules.selftest import self_test
@@ -117,18 +118,25 @@ def rule_for(spec: RunSpec, layout: FlatLayout, optimizer_class: type[Optimizer]
     Args:
         spec: of the run.
         layout: the order of its trainable weights.
-        optimizer_class: the class that the Task brings, if it does.
+        optimizer_class: the class that the Task brings, if it does; one of several optimizers' where there are.
 
     Raises:
         TaskError: if the Task's class is not the run's.
         UnsupportedOptimizerError: if there is no rule.
     """
+    names = [o.name for o in spec.optimizers]
+    if names and (optimizer_class is None or optimizer_class.__name__ in names):
+        return JointRule(spec, layout, lambda own, piece: rule_for(own, piece, _if_of(own, optimizer_class)))
     if optimizer_class is not None and optimizer_class.__name__ != spec.optimizer:
         raise TaskError(
             f"The run was trained with {spec.optimizer} (of {spec.optimizer_module}), but the Task says "
             f"optimizer={optimizer_class.__name__}."
         )
     return _rule_class(spec, optimizer_class)(spec, layout)
+
+
+def _if_of(spec: RunSpec, kind: type[Optimizer] | None) -> type[Optimizer] | None:
+    return kind if kind is not None and kind.__name__ == spec.optimizer else None
 
 
 def _rule_class(spec: RunSpec, given: type[Optimizer] | None) -> type[Rule]:
@@ -160,6 +168,10 @@ def rehearse(spec: RunSpec, hyper: FloatArray) -> None:
     Raises:
         UnsupportedOptimizerError: if it does not.
     """
+    if spec.optimizers:
+        for part in parts_of(spec, FlatLayout(spec)):
+            rehearse(part.spec, part.hyper(hyper))
+        return
     kind = _find(spec)
     if kind is None:
         return
