@@ -41,6 +41,13 @@ ShardOption = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Only piece I of N of the question; see `trajrec merge`.", show_default=False),
 ]
+CurvatureOption = Annotated[
+    str | None,
+    typer.Option(metavar="hessian|ggn|none", help="--exact is hessian; ggn the Gauss-Newton form.", show_default=False),
+]
+TaylorOption = Annotated[
+    int, typer.Option(min=0, help="Train again without so many of the samples, as a check.", show_default=False)
+]
 CertifyOption = Annotated[
     str | None,
     typer.Option(
@@ -65,6 +72,7 @@ def replay(
     samples: SamplesOption = None,
     targets: TargetsOption = "mean",
     exact: ExactOption = False,
+    curvature: CurvatureOption = None,
     mode: ModeOption = "auto",
     by_epoch: Annotated[bool, typer.Option("--by-epoch", help="Also the part of each epoch.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
@@ -75,6 +83,7 @@ def replay(
     certify: CertifyOption = None,
     steps: StepsOption = None,
     shard: ShardOption = None,
+    taylor: TaylorOption = 0,
     allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Go on where the Task differs.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder, or progress.")] = False,
 ) -> None:
@@ -97,7 +106,7 @@ def replay(
     began = time.monotonic()
     with open_run(path) as recorded:
         asked: dict[str, Any] = {"exact": exact, "mode": mode, "by_epoch": by_epoch, "certify": certify}
-        asked |= {"steps": _steps(steps)}
+        asked |= {"steps": _steps(steps), "curvature": curvature}
         precision: dict[str, Any] = {"dtype": dtype, "device": device, "allow_drift": allow_drift}
         reference, the_task = _task(task, recorded)
         session = Session(recorded, the_task, memory=None if memory is None else _bytes(memory), **precision)
@@ -111,6 +120,7 @@ def replay(
         result = _solve(session, wanted, chosen, shard=piece, file=file, **asked)
         facts = {"run": str(path), "seconds": round(time.monotonic() - began, 3), "command": " ".join(sys.argv[1:])}
         facts |= {"question": whole, "shard": None if piece is None else list(piece)}
+        facts |= {"taylor": _check(session, result, taylor)} if taylor else {}
         with new_folder(folder, force) as unfinished:
             left_out = write_replay(unfinished, result, session, facts)
             tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
@@ -130,6 +140,23 @@ def _solve(session: Any, targets: Any, samples: Any, file: Any, **options: Any) 
     forms = Forms(only=os.environ.get("TRAJREC_FORM"))
     with ReplayProgress() as progress:
         return solve(session, targets, samples, progress=progress, file=file, forms=forms, **options)
+
+
+def _check(session: Any, result: Contributions, count: int) -> str:
+    """What the Taylor check says of the most influential sample, the median one and others evenly between."""
+    import numpy as np
+
+    from trajrec.cli.progress import ReplayProgress
+    from trajrec.replay.targets import choose_targets
+    from trajrec.replay.taylor import taylor_check, taylor_steps
+
+    ranks = np.argsort(-np.abs(result.values).sum(axis=1))
+    places = ranks[np.linspace(0, (len(ranks) - 1) // 2, min(count, len(ranks))).astype(int)]
+    samples = result.samples[places]
+    targets = choose_targets(result.targets if result.target_kind == "chosen" else result.target_kind, session.test)
+    with ReplayProgress() as progress:
+        progress.start("taylor check", taylor_steps(session, samples.tolist()))
+        return taylor_check(session, targets, samples, result.values[places], progress.advance).sentence
 
 
 def _progress_seconds() -> float:

@@ -41,6 +41,11 @@ from trajrec.replay.thumbnails import thumbnails
 
 SIGN = "positive = helpful"
 UNIT = "unit of the target loss"
+METHODS = {
+    "hessian": "exact (Hessian-vector products)",
+    "ggn": "Gauss-Newton (curvature of the loss in the model's outputs)",
+    "none": "Hessian-free (HYDRA)",
+}
 
 
 def holds_progress_only(folder: Path) -> bool:
@@ -115,8 +120,9 @@ def _write_extras(folder: Path, result: Contributions, session: Session) -> Iter
 def _describe(result: Contributions, session: Session) -> dict[str, Any]:
     spec = session.run.spec
     return {
-        "method": "exact (Hessian-vector products)" if result.exact else "Hessian-free (HYDRA)",
+        "method": METHODS[result.curvature],
         "exact": result.exact,
+        "curvature": result.curvature,
         "mode": result.mode,
         "sign": SIGN,
         "unit": UNIT,
@@ -132,6 +138,7 @@ def _describe(result: Contributions, session: Session) -> dict[str, Any]:
         "growth": None if result.growth is None or not len(result.growth) else float(result.growth.max()),
         "epochs": len(np.unique(session.run.epochs)),
         "by_epoch": result.by_epoch is not None,
+        "reduction": session.reduction,
         "optimizer": spec.optimizer,
         "dtype": str(session.dtype).removeprefix("torch."),
         "device": str(session.device),

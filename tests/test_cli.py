@@ -398,3 +398,15 @@ def test_the_demo_shows_the_whole_path(tmp_path):
     assert done.returncode == 0, done.stderr
     for part in ("Hessian-free", "exact", "Spearman", "sign error", "of the 200 wrong labels", "The run:"):
         assert part in done.stdout
+
+
+def test_gauss_newton_and_taylor_check_are_in_the_folder_and_on_the_terminal(here):
+    done = call("replay", "--curvature", "ggn", "--taylor", "2", cwd=here)
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert "Gauss-Newton form of the Hessian" in shown
+    assert "Removing each of 2 samples on the recorded schedule did" in shown
+    assert "going back through the run the adjoint grew to at most" in shown
+    facts = json.loads((the_run(here).with_name(f"{the_run(here).stem}-replay") / "replay.json").read_text())
+    assert (facts["curvature"], facts["exact"], facts["reduction"]) == ("ggn", False, "mean-of-means")
+    assert call("replay", "--exact", "--curvature", "none", cwd=here).returncode == 2
