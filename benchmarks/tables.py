@@ -97,10 +97,29 @@ def agreement():
     )
 
 
+def sensitivity():
+    result = json.loads((RESULTS / "sensitivity.json").read_text())
+    rows = [
+        [
+            f"{r['activation']}, lr {r['rate']:g}",
+            *(f"{r['hessian'][key]:g}" for key in ("growth", "ratio", "rate", "spearman")),
+            *(f"{r['ggn'][key]:g}" for key in ("ratio", "spearman")),
+        ]
+        for r in result["rows"]
+    ]
+    head = ["training", "growth of the adjoint", "ratio", "rate", "Spearman", "ratio, Gauss-Newton", "Spearman, G.-N."]
+    return (
+        f"{result['samples']} samples, each removed on the recorded schedule. Ratio: what happened over what its "
+        "contribution says, median, ideal 1. Rate: order of what is missing, ideal 2. Spearman: predicted against what "
+        "happened.\n\n" + table(head, rows)
+    )
+
+
 SECTIONS = (
     ("What recording costs", overhead, "record_overhead"),
     ("How fast a run is read", reading, "read_speed"),
     ("Hessian-free against exact", agreement, "agreement"),
+    ("When first-order numbers come true", sensitivity, "sensitivity"),
 )
 
 

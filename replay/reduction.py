@@ -29,7 +29,8 @@ def found_reduction(run: RecordedRun, function: LossFunction, samples: Samples) 
         fits = set(REDUCTIONS)
         for t in _telling(run):
             fits &= {name for name in REDUCTIONS if _fits(run, function, samples, t, name)}
-        function.reduction = next((name for name in _PREFERRED if name in fits), _PREFERRED[0])
+        preferred = _PREFERRED if function.usual_parts > 1 else REDUCTIONS
+        function.reduction = next((name for name in preferred if name in fits), preferred[0])
     return function.reduction
 
 
