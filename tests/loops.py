@@ -86,6 +86,7 @@ class Loop:
     set: Callable = lambda data: data
     test: Callable | None = None
     dtype: torch.dtype = torch.float64
+    device: str = "cpu"
 
 
 @dataclass
@@ -101,13 +102,13 @@ class Trained:
 def train(loop, eps=None, interval=4, **options):
     """Trains; records if eps is None, with these options of the recorder."""
     recorded = eps is None
-    eps = torch.zeros(N, dtype=torch.float64) if eps is None else eps
+    eps = (torch.zeros(N, dtype=torch.float64) if eps is None else eps).to(loop.device, loop.dtype)
     torch.manual_seed(0)
     x, y = torch.randn(N, 4, dtype=loop.dtype), torch.randint(0, CLASSES, (N,))
     tx, ty = torch.randn(5, 4, dtype=loop.dtype), torch.randint(0, CLASSES, (5,))
     data = loop.set(TensorDataset(*loop.data(x, y), torch.arange(N)))
     test = TensorDataset(*loop.data(tx, ty), torch.arange(5))
-    model = loop.build().to(loop.dtype)
+    model = loop.build().to(loop.device, loop.dtype)
     used = loop.wrap(model)
     optimizer = loop.optimizer(model)
     loader = DataLoader(data, loop.batch_size, shuffle=True)
@@ -119,10 +120,10 @@ def train(loop, eps=None, interval=4, **options):
         _fit(loop, model, used, optimizer, loader, eps)
     model.eval()
     with torch.no_grad():
-        values = (loop.test or loop.loss)(model, next(iter(DataLoader(test, 5))))
+        values = (loop.test or loop.loss)(model, [part.to(loop.device) for part in next(iter(DataLoader(test, 5)))])
     model.train()
     task = Task(loop.build, data, test, loss=loop.loss, measure=loop.test, **loop.task)
-    return Trained(values.detach(), MemoryRun(sink) if recorded else None, task, model)
+    return Trained(values.detach().cpu(), MemoryRun(sink) if recorded else None, task, model)
 
 
 def _fit(loop, model, used, optimizer, loader, eps):
@@ -132,7 +133,7 @@ def _fit(loop, model, used, optimizer, loader, eps):
         if isinstance(loader.dataset, Seeded):
             loader.dataset.set_epoch(epoch)
         for number, batch in enumerate(loader, 1):
-            for piece in loop.pieces(batch):
+            for piece in loop.pieces([part.to(loop.device) for part in batch]):
                 total = loop.objective(used, piece, eps)
                 loop.backward(total)
             if number % loop.every and number < len(loader):

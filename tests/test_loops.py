@@ -6,6 +6,7 @@ little, in float64. Adjoint and tangent must both give that, exactly; without th
 
 import copy
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def check(loop, tolerance=1e-6):
     expected = differences(loop)
     assert np.abs(expected).max() > 1e-6
     for mode in ("adjoint", "tangent"):
-        c = contributions(made.run, made.task, "each", samples=np.array(SAMPLES), exact=True, mode=mode)
+        asked = {"samples": np.array(SAMPLES), "exact": True, "mode": mode, "device": loop.device}
+        c = contributions(made.run, made.task, "each", **asked)
         assert c.certificate.verdict in ("bit-exact", "within rounding")
         assert c.certificate.steps_checked == made.run.steps
         assert relative(c.values, expected) < tolerance
@@ -303,11 +305,11 @@ CLASS_WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
 def class_weighted(model, batch, eps):
     """As F.cross_entropy(..., weight=) does it, with sample weights."""
     x, y, ids = batch
-    w = CLASS_WEIGHTS[y]
+    w = CLASS_WEIGHTS.to(y.device, x.dtype)[y]
     losses = F.cross_entropy(model(x), y, reduction="none")
     value = (w * losses * (1 + N * eps[ids])).sum() / w.sum()
     if not eps.any():
-        torch.testing.assert_close(value, F.cross_entropy(model(x), y, weight=CLASS_WEIGHTS))
+        torch.testing.assert_close(value, F.cross_entropy(model(x), y, weight=CLASS_WEIGHTS.to(x)))
     return value
 
 
@@ -379,7 +381,9 @@ def mean_over_tokens(model, batch, eps):
 
 
 LOSSES = {
-    "weights of classes": Loop(objective=class_weighted, task={"weight": lambda batch: CLASS_WEIGHTS[batch[1]]}),
+    "weights of classes": Loop(
+        objective=class_weighted, task={"weight": lambda batch: CLASS_WEIGHTS.to(batch[1].device)[batch[1]]}
+    ),
     "weights of samples": Loop(objective=sample_weighted, task={"weight": lambda batch: 1.0 + batch[2] % 3}),
     "label smoothing": Loop(loss=smoothed, objective=Objective(smoothed)),
     "mean over tokens": Loop(
@@ -647,3 +651,34 @@ def test_a_keyframe_whose_state_does_not_follow_is_refused():
     with pytest.raises(DriftError, match=r"drifted at step 9: the optimizer's exp_avg, made again.*keyframe of step 8"):
         contributions(made.run, made.task, exact=True, mode="adjoint")
     assert contributions(made.run, made.task, exact=True, mode="adjoint", allow_drift=True).values.any()
+
+
+# -- all of it in single precision, and on a GPU -----------------------------------------------------------------------
+
+EVERYTHING = {
+    **PARAMETERS,
+    **ACCUMULATION,
+    **LOSSES,
+    **MODELS,
+    **{name: Loop(before_step=hook, task={"gradient": change}) for name, (hook, change) in GRADIENTS.items()},
+    **{f"schedule: {name}": Scheduled(*options).loop() for name, options in SCHEDULES.items()},
+}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_no_clean_run_is_refused_in_single_precision(name, exact):
+    made = loops.train(replace(EVERYTHING[name], dtype=torch.float32))
+    values = []
+    for mode in ("adjoint", "tangent"):
+        c = contributions(made.run, made.task, exact=exact, mode=mode, certify="all")
+        assert c.certificate.verdict in ("bit-exact", "within rounding")
+        assert c.certificate.steps_checked == made.run.steps
+        values.append(c.values)
+    assert relative(values[0], values[1]) < 1e-2
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["dropout", "batch norm", "layer norm", "Adam", "no decay on biases", "penalty"])
+def test_training_on_a_gpu(name):
+    check(replace(EVERYTHING[name], device="cuda"))
