@@ -26,6 +26,7 @@ from torch import Tensor
 
 from trajrec.errors import DriftError
 from trajrec.records import FloatArray
+from trajrec.replay.precision import tolerance_of
 from trajrec.replay.trajectory import RecordedRun, Step
 from trajrec.rules import Rule
 from trajrec.rules.step import State
@@ -92,7 +93,7 @@ class Certifier:
         self.rule = rule
         self.allow_drift = allow_drift
         coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
-        self.rtol = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance)
+        self.rtol = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance, tolerance_of(run.spec))
         self._rounding = _ROUNDING * coarser
         self._checked: set[int] = set()
         self._worst, self._worst_step = 0.0, 0

@@ -27,6 +27,7 @@ from trajrec.replay.certificate import Certificate, Drifted, verdict_of
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.plan import Advance, Drop, Hold, Load, Recall, Visit, backward_plan
+from trajrec.replay.precision import tolerance_of
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, make_step, vector_of
 from trajrec.rules import FlatLayout, Rule
@@ -56,7 +57,7 @@ class KeyframeChecks:
         self.layout = layout
         self.rule = rule
         self.allow_drift = allow_drift
-        self.tolerance = max(TOLERANCE, rule.tolerance)
+        self.tolerance = max(TOLERANCE, rule.tolerance, tolerance_of(run.spec))
         # Every row that is made again is compared, whatever the stride, and none has to wait.
         self.stride = 1
         self.waiting: tuple[Step, Tensor | None] | None = None
@@ -235,7 +236,8 @@ class RecomputedTrajectory:
             self._check_state(made, first.t)
 
     def _check_state(self, made: Point, start: int) -> None:
-        recorded, tolerance = self._load(made.t).state, max(TOLERANCE, self._rule.tolerance)
+        recorded = self._load(made.t).state
+        tolerance = max(TOLERANCE, self._rule.tolerance, tolerance_of(self.run.spec))
         for name, value in recorded.items():
             error = float((made.state[name] - value).abs().max()) if name in made.state else 0.0
             drift = error / (float(value.abs().max()) or 1.0)

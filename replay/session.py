@@ -22,6 +22,7 @@ from trajrec.replay.heap import budget
 from trajrec.replay.history import RegroupedRun, as_seen
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
+from trajrec.replay.precision import full_single_precision
 from trajrec.replay.recompute import KeyframeChecks, OtherState, RebuiltTrajectory, RecomputedTrajectory
 from trajrec.replay.reduction import found_reduction
 from trajrec.replay.samples import OtherInputs, Samples
@@ -266,7 +267,8 @@ class Session:
     def guarded(self, work: Callable[[], Any]) -> Any:
         """Does the work; a drift in it becomes an explained refusal."""
         try:
-            return work()
+            with full_single_precision():
+                return work()
         except Drifted as drifted:
             raise self.explain(drifted) from None
         except OtherState as other:

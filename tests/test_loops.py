@@ -682,3 +682,24 @@ def test_no_clean_run_is_refused_in_single_precision(name, exact):
 @pytest.mark.parametrize("name", ["dropout", "batch norm", "layer norm", "Adam", "no decay on biases", "penalty"])
 def test_training_on_a_gpu(name):
     check(replace(EVERYTHING[name], device="cuda"))
+
+
+def test_a_training_in_tensor_float_32_is_given_room(monkeypatch):
+    """As a GPU rounds: inputs of the first layer to ten bits."""
+    made = loops.train(Loop(build=Rounding, dtype=torch.float32))
+    monkeypatch.setattr(Rounding, "bits", 23)
+    with pytest.raises(DriftError):
+        contributions(made.run, made.task, exact=True)
+    made.run.spec.data["tf32"] = True
+    assert contributions(made.run, made.task, exact=True).certificate.verdict == "within rounding"
+
+
+class Rounding(nn.Sequential):
+    bits = 10
+
+    def __init__(self):
+        super().__init__(*mlp())
+
+    def forward(self, x):
+        scale = 2.0**self.bits
+        return super().forward((x * scale).round() / scale)

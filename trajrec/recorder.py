@@ -300,6 +300,8 @@ class Recorder:
             data["seeded_from"] = self.ledger.passes_before
         if batch.digest is not None:
             data["first_batch_crc32"] = batch.digest
+        if self._generators.device.type == "cuda":
+            data["tf32"] = bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
         file = None if self.task is None else task_file(self.task)
         return {
             "samples": length,
