@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "cli" / "mnist"))
 
-from model import LeNet5  # noqa: E402
+from model import LeNet5
 
 __all__ = ["DenseNet40", "LeNet5", "Transformer", "images"]
 

@@ -3,8 +3,8 @@
     python benchmarks/full_mnist.py [--data-root ../shared/data/mnist] [--work DIR] [--threads 1]
 
 LeNet-5 with ReLU, 50,000 training images, batch 64, 20 epochs (15,640 steps), SGD with momentum .9, weight decay 2e-5,
-learning rate .01, times .1 from epoch 5 on (supplement, table 3). Contributions of all 50,000 images to the mean loss of
-the 10,000 test images. As in the paper's figures 3 to 5 the Hessian-free form is compared with the exact one after
+learning rate .01, times .1 from epoch 5 on (supplement, table 3). Contributions of all 50,000 images to the mean loss
+of the 10,000 test images. As in the paper's figures 3 to 5 the Hessian-free form is compared with the exact one after
 several epochs; each of these is a question of its own about the weights at that epoch, so the training is recorded up
 to there again (same seed: the recordings agree to the bit), at a small size on disk.
 

@@ -1,0 +1,275 @@
+"""What a replay costs, beside the training itself, in one run.
+
+    python benchmarks/replay_cost.py [--data-root ../shared/data/mnist] [--out benchmarks/results/replay_cost.json]
+
+LeNet-5 on MNIST (batch 64), DenseNet-40 with BatchNorm on random 32 x 32 images (batch 64), a transformer of 0.9 M
+parameters on random bytes (batch 32). Unit: a step of the plain training loop (DataLoader, forward, backward, SGD)
+measured in turn with the replays; medians over the rounds. A replay's time a step is that between its second and its
+last step: reading, certificate and bookkeeping are in it, its set-up and the trial of forms are not. "limit" is the
+same ratio counted in floating-point operations (torch.utils.flop_counter) of what must be computed: for the exact form
+tangents, the gradient, and one Hessian-vector product. Times below it are possible where something else than these
+limits the training.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import DenseNet40, LeNet5, Transformer, images
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+import trajrec
+from trajrec.replay import adjoint as adjoint_module
+from trajrec.replay import heap
+from trajrec.replay.adjoint import Adjoint
+from trajrec.replay.choice import Forms
+from trajrec.replay.contribution import solve
+from trajrec.replay.linearize import FORMS
+from trajrec.replay.passes import problem_of, sampled_stride
+from trajrec.replay.session import Session, Silent
+from trajrec.replay.tangent import Tangent
+
+ROOT = Path(__file__).parent.parent
+STEPS = {"lenet": 96, "densenet": 6, "transformer": 16}
+BLOCKS = {"lenet": (4, 16, 64, 256), "densenet": (4, 16), "transformer": (4, 16)}
+MANY = 1000
+
+
+def mean_loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def next_byte_loss(model, batch):
+    return cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none").mean(1)
+
+
+def setting(name, root):
+    """(model, loss, data, batch size)."""
+    torch.manual_seed(0)
+    count = STEPS[name] * (32 if name == "transformer" else 64)
+    if name == "lenet":
+        return LeNet5, mean_loss, Subset(images(root), range(count)), 64
+    if name == "densenet":
+        return DenseNet40, mean_loss, TensorDataset(torch.randn(count, 3, 32, 32), torch.randint(10, (count,))), 64
+    text = torch.randint(256, (count, 33))
+    return Transformer, next_byte_loss, TensorDataset(text[:, :-1], text[:, 1:]), 32
+
+
+def train(build, loss, data, batch, run=None):
+    """Seconds a step of a plain epoch after its first step; recorded, if `run` is given."""
+    torch.manual_seed(0)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    loader = DataLoader(data, batch_size=batch, shuffle=True)
+    marks = []
+
+    def loop():
+        for x in loader:
+            optimizer.zero_grad()
+            loss(model, x).mean().backward()
+            optimizer.step()
+            marks.append(time.perf_counter())
+
+    if run is None:
+        loop()
+    else:
+        with trajrec.record(run, model=model, optimizer=optimizer, loader=loader, force=True):
+            loop()
+    return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+class Marks(Silent):
+    """The time of every step of a replay, and the time inside the derivatives."""
+
+    def __init__(self):
+        self.times, self.derivatives = [], 0.0
+
+    def advance(self, count):
+        if count == 1:
+            self.times.append(time.perf_counter())
+
+    @property
+    def a_step(self):
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+
+def timed_forms(marks):
+    """The forms, each adding its time to the marks once two steps are done."""
+
+    def timed(form):
+        class Timed(form):
+            def __init__(self, *a, **k):
+                began = time.perf_counter()
+                super().__init__(*a, **k)
+                self._note(began)
+
+            def _note(self, began):
+                if marks.times:
+                    marks.derivatives += time.perf_counter() - began
+
+            def along(self, *a, **k):
+                began = time.perf_counter()
+                found = super().along(*a, **k)
+                self._note(began)
+                return found
+
+        return Timed
+
+    return {name: timed(form) for name, form in FORMS.items()}
+
+
+def replayed(session, forms, **options):
+    """Seconds a step of a replay for one target, and the share that is not derivatives."""
+    marks = Marks()
+    adjoint_module.POINTS.update(timed_forms(marks))
+    solve(session, [0], mode="adjoint", forms=forms, progress=marks, **options)
+    adjoint_module.POINTS.update(FORMS)
+    return marks.a_step, 1 - marks.derivatives / (marks.times[-1] - marks.times[0])
+
+
+def block(session, count, exact, steps):
+    """Seconds a step of a replay of `count` targets at once (random ones), and the form."""
+    forms, marks = Forms(), Marks()
+    last = session.run.steps
+    targets = 1e-3 * torch.randn(count, session.layout.size)
+    with heap.kept():
+        adjoint = Adjoint.begin(problem_of(session, exact, forms), targets, last - steps)
+        adjoint.go(None, lambda *_: None, marks.advance)
+    return marks.a_step, sorted(set(forms.names.values()))[0]
+
+
+def forwards(session, count, exact):
+    """Seconds a step of a replay forwards with `count` samples."""
+    marks = Marks()
+    session.checks.stride = 1
+    problem = problem_of(session, exact, Forms())
+    with heap.kept():
+        tracked = torch.arange(count).numpy()
+        Tangent.begin(problem, tracked, session.samples, (1, session.run.steps)).go(session.checks, marks.advance)
+    return marks.a_step
+
+
+def operations(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def limits(session, build, loss, data, batch):
+    """Operations of the exact and the Hessian-free step over those of a training step."""
+    x = next(iter(DataLoader(data, batch_size=batch)))
+    model = build()
+    plain = operations(lambda: loss(model, x).mean().backward())
+    step = next(iter(session.trajectory.backwards()))
+    gamma = torch.randn(1, session.layout.size)
+
+    def along(hessian, gradient):
+        point = FORMS["forward"](session.function, session.train, step, 0)
+        return operations(lambda: point.along(gamma, hessian=hessian, gradient=gradient)) / plain
+
+    return {"gflop": round(plain / 1e9, 3), "exact": round(along(True, True), 2), "free": round(along(False, False), 2)}
+
+
+def ratio(values, base):
+    return round(statistics.median(values) / base, 3)
+
+
+def measure(name, root, folder, rounds):
+    build, loss, data, batch = setting(name, root)
+    train(build, loss, data, batch, folder / f"{name}.h5")
+    task = trajrec.Task(build, data, Subset(data, range(8)), loss=loss)
+    times = {"training": [], "exact": [], "exact_sampled": [], "free": []}
+    shares = {"exact": [], "free": []}
+    with trajrec.open(folder / f"{name}.h5") as run:
+        session, chosen = Session(run, task), Forms()
+        for _ in range(rounds):
+            times["training"].append(train(build, loss, data, batch))
+            for key, options in (
+                ("exact", {"exact": True}),
+                ("exact_sampled", {"exact": True, "certify": "sampled"}),
+                ("free", {"exact": False}),
+            ):
+                session.checks = session._checks(False)
+                seconds, share = replayed(session, chosen, **options)
+                times[key].append(seconds)
+                shares.get(key, []).append(share)
+        base = statistics.median(times["training"])
+        row = {
+            "parameters": session.layout.size,
+            "batch": batch,
+            "steps": run.steps,
+            "training_ms": round(1e3 * base, 3),
+            "limit": limits(session, build, loss, data, batch),
+            **{key: ratio(values, base) for key, values in times.items() if key != "training"},
+            "certified_every": {"exact": 1, "free": sampled_stride(run.steps)},
+            "not_derivatives": {key: round(statistics.median(v), 3) for key, v in shares.items()},
+            "forms": sorted(set(chosen.names.items())),
+        }
+        row["blocks"] = blocks_of(session, name, base)
+        row["tangent"] = {str(exact): ratio([forwards(session, 4, exact) / 4], base) for exact in (True, False)}
+        if name == "lenet":
+            row["many"] = many(session, base)
+    return row
+
+
+def blocks_of(session, name, base):
+    rows = []
+    for count in BLOCKS[name]:
+        steps = 4 if count <= 64 else 2
+        row = {"targets": count}
+        for key, exact in (("exact", True), ("free", False)):
+            seconds, form = block(session, count, exact, steps)
+            row |= {key: round(seconds / count / base, 3), f"{key}_form": form}
+        rows.append(row)
+    return rows
+
+
+def many(session, base):
+    """All contributions of a batch to 1,000 targets, beside the matrix product alone."""
+    rows, targets = torch.randn(64, session.layout.size), torch.randn(MANY, session.layout.size)
+    product = []
+    for _ in range(5):
+        began = time.perf_counter()
+        targets @ rows.T
+        product.append(time.perf_counter() - began)
+    seconds, form = block(session, MANY, False, 5)
+    alone = statistics.median(product)
+    return {
+        "targets": MANY,
+        "form": form,
+        "over_product": round(seconds / alone, 2),
+        "product_gflops": round(2 * 64 * session.layout.size * MANY / alone / 1e9, 1),
+        "a_target": round(seconds / MANY / base, 4),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", type=Path, default=ROOT.parent / "shared" / "data" / "mnist")
+    parser.add_argument("--models", nargs="+", default=list(STEPS))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "replay_cost.json")
+    options = parser.parse_args()
+    about = {"torch": str(torch.__version__), "cores": os.cpu_count(), "machine": platform.machine()}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for name in options.models:
+                row = measure(name, options.data_root, Path(folder), options.rounds if name == "lenet" else 3)
+                rows.append({"model": name, "threads": threads} | row | {"load_average": round(os.getloadavg()[0], 1)})
+                print(json.dumps(rows[-1]), flush=True)
+    options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
