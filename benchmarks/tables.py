@@ -115,10 +115,80 @@ def sensitivity():
     )
 
 
+MODELS = {"lenet": "LeNet-5", "densenet": "DenseNet-40", "transformer": "transformer"}
+
+
+def replaying():
+    result = json.loads((RESULTS / "replay_cost.json").read_text())
+    head = ["model", "threads", "exact", "exact, sampled certificate", "Hessian-free", "limit exact / Hessian-free"]
+    head += ["not derivatives, exact / Hessian-free", "load"]
+    rows, blocks = [], []
+    for r in result["rows"]:
+        name, limit, rest = MODELS[r["model"]], r["limit"], r["not_derivatives"]
+        rows.append([name, r["threads"], f"{r['exact']:.2f}", f"{r['exact_sampled']:.2f}", f"{r['free']:.2f}"])
+        rows[-1] += [f"{limit['exact']:.2f} / {limit['free']:.2f}", f"{rest['exact']:.0%} / {rest['free']:.0%}"]
+        rows[-1].append(r["load_average"])
+        for b in r["blocks"]:
+            forms = f"{b['exact_form']} / {b['free_form']}"
+            blocks.append([name, r["threads"], b["targets"], f"{b['exact']:.2f}", f"{b['free']:.3f}", forms])
+    many = [r for r in result["rows"] if "many" in r]
+    products = ", ".join(f"{r['many']['over_product']:.1f} ({r['threads']} thread(s))" for r in many)
+    return (
+        "Time of a replay for all contributions to one target over that of the same steps of plain training; the limit "
+        "is the same ratio in floating-point operations. Load: of the two cores, other work included.\n\n"
+        + table(head, rows)
+        + "\n\nBlocks of targets: training steps a target and step, and the form that was chosen.\n\n"
+        + table(["model", "threads", "targets", "exact", "Hessian-free", "form"], blocks)
+        + f"\n\nLeNet-5, 1,000 targets, Hessian-free: {products} times what the matrix product alone takes."
+    )
+
+
+def full_size():
+    result = json.loads((RESULTS / "full_mnist.json").read_text())
+    head = ["epochs", "steps", "test accuracy", "training, s", "Hessian-free", "exact", "Spearman", "Pearson"]
+    head += ["sign error", "relative error", "growth of the exact adjoint"]
+    rows = [
+        [
+            r["epochs"],
+            f"{r['steps']:,}",
+            f"{r['test_accuracy']:.2%}",
+            f"{r['seconds']['training']:,.0f}",
+            f"{r['over_training']['hessian_free']:.2f}",
+            f"{r['over_training']['exact']:.2f}",
+            f"{r['spearman']:.3f}",
+            f"{r['pearson']:.3f}",
+            f"{r['sign_error']:.1%}",
+            f"{r['relative_error']:.3g}",
+            f"{r['adjoint_growth']['exact']:.3g}",
+        ]
+        for r in result["rows"]
+    ]
+    return (
+        "The paper's MNIST training (50,000 images, LeNet-5), contributions of all training images to the mean test "
+        "loss after so many epochs; times over that of training, set-up included, beside other work on the machine. "
+        "Relative error: of the Hessian-free contributions, in the 2-norm.\n\n" + table(head, rows)
+    )
+
+
+def growing():
+    result = json.loads((RESULTS / "growth.json").read_text())
+    rows = [
+        [r["series"], f"{r['x']:,}", r["steps"], f"{r['seconds']:.2f}", f"{r['peak_MB']:.0f}"] for r in result["rows"]
+    ]
+    slopes = "; ".join(
+        f"{name}: time {found['seconds']:.2f}, memory {found['peak_MB']:.2f}"
+        for name, found in result["slopes"].items()
+    )
+    return f"Slopes in log-log: {slopes}.\n\n" + table(["series", "size", "steps", "seconds", "peak, MB"], rows)
+
+
 SECTIONS = (
     ("What recording costs", overhead, "record_overhead"),
     ("How fast a run is read", reading, "read_speed"),
+    ("What a replay costs", replaying, "replay_cost"),
+    ("How a replay grows", growing, "growth"),
     ("Hessian-free against exact", agreement, "agreement"),
+    ("The paper's MNIST run at full size", full_size, "full_mnist"),
     ("When first-order numbers come true", sensitivity, "sensitivity"),
 )
 

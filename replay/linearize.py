@@ -171,10 +171,11 @@ class ReversePoint:
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
-        outputs, cotangents = [self._losses], [multipliers]
-        if directions is not None:
-            outputs, cotangents = [self._losses, self._gradient], [multipliers, directions]
-        return self._pull(outputs, [self._weights], cotangents)[0]
+        if directions is None:
+            return self._pull([self._losses], [self._weights], [multipliers])[0]
+        if not multipliers.any():
+            return self._pull([self._gradient], [self._weights], [directions])[0]
+        return self._pull([self._losses, self._gradient], [self._weights], [multipliers, directions])[0]
 
     def _pull(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
         count = len(cotangents[0])
