@@ -16,7 +16,6 @@ integers, loops without a DataLoader) is an error that says to call `trajrec.set
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from trajrec.contents import Contents, contents_of
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.records import FloatArray, IntArray
 from trajrec.seeding import find_seeded
+from trajrec.stopwatch import Stopwatch
 from trajrec.task import digest, sketch
 
 States = tuple[Tensor, ...]
@@ -143,7 +143,7 @@ class SamplerTap:
 class WatchedIterator:
     """A loader's iterator that reports each batch when the loop receives it."""
 
-    def __init__(self, iterator: Any, received: Callable[[Any, Any, float], None], drawn: deque[Any] | None) -> None:
+    def __init__(self, iterator: Any, received: Callable[[Any, Any], None], drawn: deque[Any] | None) -> None:
         self._iterator = iterator
         self._received = received
         self._drawn = drawn
@@ -153,8 +153,7 @@ class WatchedIterator:
 
     def __next__(self) -> Any:
         content = next(self._iterator)
-        began = time.thread_time()
-        self._received(self._drawn.popleft() if self._drawn else None, content, began)
+        self._received(self._drawn.popleft() if self._drawn else None, content)
         return content
 
     def __len__(self) -> int:
@@ -178,7 +177,7 @@ class BatchLedger:
         self.keeps_contents = keeps_contents
         self.dataset: Any = None if loaders is None else loaders[0].dataset
         self.epochs = 0
-        self.seconds = 0.0  # CPU time spent on watching
+        self.watch = Stopwatch()
         self.backwards = 0  # backward passes seen
         self._drawn: list[MicroBatch] = []
         self._made_step: list[MicroBatch] = []
@@ -395,9 +394,9 @@ class Capture:
             return capture._watch(loader)
 
         def watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time()
+            began = capture.ledger.watch.start()
             capture.ledger.backward(tensors)
-            capture.ledger.seconds += time.thread_time() - began
+            capture.ledger.watch.stop(began)
             return capture._original_backward(tensors, *args, **kwargs)
 
         DataLoader.__iter__ = watched_iter  # type: ignore[method-assign]
@@ -420,9 +419,10 @@ class Capture:
         # Read after the iterator exists: making it is what starts the sampler anew.
         drawn = tap.drawn if tap is not None else None
 
-        def received(ids: Any, content: Any, began: float) -> None:
+        def received(ids: Any, content: Any) -> None:
+            began = self.ledger.watch.start()
             self.ledger.draw(loader, ids, content)
-            self.ledger.seconds += time.thread_time() - began
+            self.ledger.watch.stop(began)
 
         return WatchedIterator(iterator, received, drawn)
 

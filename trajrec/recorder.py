@@ -101,20 +101,19 @@ class Recorder:
         self._round = Round(self.optimizers)
         self.task = task
         self.summary: Summary | None = None
-        self._spent = 0.0
-        self.training_seconds = 0.0
         loaders = None if loader is None else list(loader) if isinstance(loader, list | tuple) else [loader]
         for given in loaders or ():
             if not isinstance(given, DataLoader):
                 raise RecordingError(f"loader= takes the DataLoader of the training, not {type(given).__name__}.")
         self.ledger = BatchLedger(loaders, keeps_contents=inputs == "store")
+        self._watch = self.ledger.watch
         self._capture = Capture(self.ledger)
         self._discovery = Discovery(self.ledger) if model is None else None
         self._handles: list[Any] = []
         self._snapshot: Snapshot | None = None
         self._pending: Pending | None = None
         self._step = 0
-        self._began = 0.0
+        self._began = self._ended = 0.0
         self._last_keyframe = -1
         self._inner_steps = 0
         self._rates: list[float] = []
@@ -127,7 +126,12 @@ class Recorder:
     @property
     def seconds(self) -> float:
         """CPU seconds that recording has taken from the training thread, since the second step."""
-        return self._spent + self.ledger.seconds
+        return self._watch.seconds
+
+    @property
+    def training_seconds(self) -> float:
+        """CPU seconds of the training thread in the same time, recording included."""
+        return (self._ended or time.thread_time()) - self._began
 
     def __enter__(self) -> Recorder:
         for optimizer in self.optimizers:
@@ -147,6 +151,7 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self._detach()
+        self._ended = time.thread_time()
         # `sys.exit(main())` is how many a script ends well.
         complete = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
         if self.close(complete) is None and complete and self.optimizers:
@@ -190,31 +195,34 @@ class Recorder:
     def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if module is not self.model:
             return  # a copy (an average of weights, say) brings its hooks along
-        start = time.thread_time()
+        began = self._watch.start()
         self.ledger.forward(torch.is_grad_enabled(), module.training, samples_in(inputs), self._generators.states)
-        self._spent += time.thread_time() - start
+        self._watch.stop(began)
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if self.optimizers and not any(optimizer is known for known in self.optimizers):
+        if self.optimizers and not self._is_ours(optimizer):
             self._refuse_second(optimizer)
             return
         if self._pending is not None and is_within_step(optimizer):
             self._inner_steps += 1
             return
         self._inner_steps = 0
-        if any(callable(value) for value in (*arguments[1:], *options.values())):
+        if (options or len(arguments) > 1) and any(map(callable, (*arguments[1:], *options.values()))):
             raise RecordingError(
                 "optimizer.step(closure) cannot be recorded: the gradient is made inside the step. Call backward() "
                 "yourself and then optimizer.step() without a closure."
             )
-        start = time.thread_time()
+        began = self._watch.start()
         if self._snapshot is None:
             self._begin(optimizer)
         if self._round.begin(optimizer, self.ledger.backwards):
             self._pending = self._prepare()
         else:
             self._pending = self._with_hyper_of(optimizer)
-        self._spent += time.thread_time() - start
+        self._watch.stop(began)
+
+    def _is_ours(self, optimizer: Optimizer) -> bool:
+        return optimizer is self.optimizers[0] or any(optimizer is known for known in self.optimizers[1:])
 
     def _prepare(self) -> Pending:
         """What the coming step uses."""
@@ -239,25 +247,25 @@ class Recorder:
         return replace(self._pending, hyper=hyper)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._pending is None or self._snapshot is None or not any(optimizer is o for o in self.optimizers):
+        if self._pending is None or self._snapshot is None or not self._is_ours(optimizer):
             return
         if self._inner_steps:
             self._inner_steps -= 1
             return
         if not self._round.end(optimizer):
             return
-        start = time.thread_time()
+        began = self._watch.start()
         pending, self._pending = self._pending, None
         self._step += 1
         self._commit(pending)
         if self.sink.wants_keyframe(self._step):
             self._keyframe()
-        now = time.thread_time()
-        self._spent += now - start
-        self.training_seconds = now - self._began
+        self._watch.stop(began)
+        self._watch.next_step()
         if self._step == self.sink.resumed_at + 1:
             # Starting (a process, a file) is not what recording costs a step: the clocks begin with the second one.
-            self._spent, self._began, self.ledger.seconds = 0.0, now, 0.0
+            self._watch.reset()
+            self._began = time.thread_time()
 
     # -- the first step ------------------------------------------------------------------------------------------
 
@@ -385,9 +393,11 @@ class Recorder:
 
     def _keyframe(self) -> None:
         assert self._snapshot is not None
+        began = time.thread_time()
         self._flush()
         self.sink.keyframe(Keyframe(self._step, self._snapshot.keyframe(with_weights=not self._keeps_rows)))
         self._last_keyframe = self._step
+        self._watch.rare(began)
 
 
 def _listed(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

@@ -381,11 +381,12 @@ class Generators:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._on_cuda = device.type == "cuda"
 
     def states(self) -> States:
         """Their states, each a vector of bytes."""
         cpu = torch.default_generator.get_state()
-        return (cpu, torch.cuda.get_rng_state(self.device)) if self.device.type == "cuda" else (cpu,)
+        return (cpu, torch.cuda.get_rng_state(self.device)) if self._on_cuda else (cpu,)
 
     def table(self) -> tuple[tuple[str, int], ...]:
         """Their names with the lengths of their states in bytes."""
@@ -400,6 +401,8 @@ def consumed(before: Sequence[States], after: States) -> bytes:
 
 
 def _joined(states: States) -> bytes:
+    if len(states) == 1:
+        return states[0].numpy().tobytes()
     return b"".join([state.numpy().tobytes() for state in states])
 
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -240,30 +241,48 @@ def digest(batch: Batch) -> int:
     return _digest(batch, 0)
 
 
-_SMALL, _SAMPLED = 8192, 256
+_SMALL, _SAMPLED = 4096, 64
+_heads: dict[Any, bytes] = {}
 
 
 def sketch(batch: Batch) -> int | None:
     """CRC-32 of a sample of a batch's contents, cheap enough for every step; None if nothing of it is in host memory.
 
-    Of every tensor its dtype and shape, all bytes of small ones (labels, say), and of larger ones 256 bytes from the
+    Of every tensor its dtype and shape, all bytes of small ones (labels, say), and of larger ones 64 bytes from the
     middle of each row along the first dimension, of 64 rows at most.
     """
     crc, known = 0, False
-    for value in tree_leaves(batch):
+    for value in batch if type(batch) in (list, tuple) and not any(map(_is_nested, batch)) else tree_leaves(batch):
         if not isinstance(value, Tensor):
             crc = crc32(_text(value), crc)
-        elif value.device.type == "cpu" and value.layout is torch.strided and value.numel():
+        elif value.is_cpu and value.layout is torch.strided and value.numel():
             known = True
-            crc = crc32(_sampled(value.detach()), crc32(f"{value.dtype}{tuple(value.shape)}".encode(), crc))
+            crc = crc32(_sampled(value), crc32(_head(value), crc))
     return crc if known else None
 
 
+def _is_nested(value: Any) -> bool:
+    return not isinstance(value, Tensor)
+
+
+def _head(tensor: Tensor) -> bytes:
+    """Dtype and shape as text; made once, because it takes as long as all the rest."""
+    key = tensor.dtype, tensor.shape
+    if key not in _heads:
+        if len(_heads) > 1000:
+            _heads.clear()
+        _heads[key] = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return _heads[key]
+
+
 def _sampled(tensor: Tensor) -> Any:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    if flat.size <= _SMALL:
-        return flat.data
-    rows = flat.reshape(len(tensor), -1)
+    try:
+        values = tensor.numpy()
+    except (RuntimeError, TypeError):  # a gradient is wanted, or a dtype that numpy lacks
+        values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().reshape(len(tensor), -1)
+    if values.nbytes <= _SMALL:
+        return values.tobytes()
+    rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
     middle = max(0, rows.shape[1] - _SAMPLED) // 2
     return rows[:: -(-len(rows) // 64), middle : middle + _SAMPLED].tobytes()
 

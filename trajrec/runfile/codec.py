@@ -24,9 +24,8 @@ _INT = np.dtype("<i8")
 
 def encode(record: StepRecord) -> bytes:
     """The record as bytes."""
-    hyper = np.ascontiguousarray(record.hyper, dtype=_FLOAT)
-    ids = np.ascontiguousarray(record.ids, dtype=_INT)
-    weights = b"" if record.weights is None else np.ascontiguousarray(record.weights, dtype=_FLOAT).tobytes()
+    hyper, ids = record.hyper.astype(_FLOAT, copy=False), record.ids.astype(_INT, copy=False)
+    weights = b"" if record.weights is None else record.weights.astype(_FLOAT, copy=False).tobytes()
     groups, names = hyper.shape
     head = _HEAD.pack(
         record.step,

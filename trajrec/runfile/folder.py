@@ -34,6 +34,7 @@ FORMAT = "trajrec recording"
 VERSION = 1
 _SEGMENT = re.compile(r"segment-(\d{10})-(\d{10})\.h5")
 _KEYFRAME = re.compile(r"keyframe-(\d{10})\.bin")
+_RECORD = re.compile(r"record-(\d{10})\.bin")
 _INPUTS = re.compile(r"inputs-(\d{10})\.bin")
 
 
@@ -136,6 +137,11 @@ class Folder:
     def raw_inputs(self) -> dict[int, Path]:
         """The raw inputs by step, in order."""
         return self._by_step(_INPUTS)
+
+    def drop_sealed(self, stop: int) -> None:
+        """Deletes raw inputs and records of their own of steps before `stop`, which are in segments now."""
+        for path in [p for name in (_INPUTS, _RECORD) for step, p in self._by_step(name).items() if step < stop]:
+            path.unlink(missing_ok=True)
 
     def _by_step(self, name: re.Pattern[str]) -> dict[int, Path]:
         found = [(p, name.fullmatch(p.name)) for p in self._entries()]

@@ -27,7 +27,7 @@ from trajrec.runfile.geometry import chunk_shape
 from trajrec.runfile.keyfile import has_inputs, read_inputs, read_keyframe
 from trajrec.runfile.layout import ColumnSizes, Head
 from trajrec.runfile.pieces import Pieces
-from trajrec.runfile.ring import Ring, overflow_path
+from trajrec.runfile.ring import Ring
 from trajrec.runfile.table import table_of
 
 _ENTRIES = 4096
@@ -48,16 +48,15 @@ def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) 
         _take_in_inputs(file, folder, manifest, range(first, stop))
         file.close()
         trailer.append(tmp)
-    for step in range(first, stop):
-        overflow_path(folder.path, step).unlink(missing_ok=True)
-        folder.inputs(step).unlink(missing_ok=True)
+    folder.drop_sealed(stop)
     return stop
 
 
 def _intact(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> Iterator[StepRecord]:
+    stored = manifest.spec.inputs == "store"
     for entry in range(first, stop):
         record = ring.intact(entry)
-        if record is None or not has_inputs(folder.inputs(entry), manifest.spec, entry):
+        if record is None or (stored and not has_inputs(folder.inputs(entry), manifest.spec, entry)):
             return
         yield record
 

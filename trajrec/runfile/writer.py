@@ -43,9 +43,7 @@ class Writer:
         folder.sweep()
         segments = folder.segments()
         self.next = segments[-1].stop if segments else self.ring.first
-        for step, path in folder.raw_inputs().items():
-            if step < self.next:
-                path.unlink()  # in a segment already: an earlier writer was killed before it deleted them
+        folder.drop_sealed(self.next)  # an earlier writer may have been killed before it did
         self.ring.set(Control.TAIL, self.next)
         self.ring.set(Control.STATUS, Status.RUNNING)
 
