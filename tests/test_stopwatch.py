@@ -1,4 +1,4 @@
-"""What the recorder says that it costs, although it looks at the clock in one step of eight only."""
+"""What the recorder says that it costs, although it looks at the clock in one step of seven only."""
 
 import time
 
@@ -26,7 +26,7 @@ def clock(monkeypatch):
     return found
 
 
-def test_one_step_stands_for_eight(clock):
+def test_one_step_stands_for_several(clock):
     watch = Stopwatch()
     for _ in range(10 * EVERY):
         for _ in range(3):

@@ -41,7 +41,7 @@ from trajrec.snapshot import Generators, Snapshot, consumed, copy_row
 from trajrec.task import file_sha256, task_file
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
     """A step between its pre-hook and its post-hook: samples, hyperparameters [G, H], generator states, changes."""
 

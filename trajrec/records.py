@@ -153,7 +153,7 @@ class RunSpec:
         return cls(**known)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: the training thread makes one a step, and that takes four times as long
 class StepRecord:
     """What one optimizer step used, besides the weights. Step 0 stands for the weights before the first step.
 

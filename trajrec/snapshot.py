@@ -107,7 +107,8 @@ class Snapshot:
         seen = (
             [len(group["params"]) for group in self.param_groups],
             [module.training for module in self._modules],
-            [(p.grad is None, p.requires_grad) for p in self._optimized],
+            [p.grad is None for p in self._optimized],
+            [p.requires_grad for p in self._optimized],
         )
         if seen == self._seen:
             return None

@@ -174,6 +174,7 @@ class RunFileSink:
         self._keep_rows = self.folder.read_manifest().keep == "steps"
         self._geometry = self._measure()
         self.resumed_at = step
+        self._needed = {t for t in self.folder.keyframes() if t % self._interval}
         self._start_writer(step + 1)
         logger.warning("Recording of %s goes on after step %d.", self.output, step)
 
