@@ -21,12 +21,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from trajrec.contents import Contents, contents_of
@@ -37,6 +39,7 @@ from trajrec.stopwatch import Stopwatch
 from trajrec.task import digest, sketch
 
 States = tuple[Tensor, ...]
+_MOST_DRAWN = 64
 _HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
 
 
@@ -52,7 +55,10 @@ class MicroBatch:
         digest: checksum of the whole content, made until the first step.
         sketch: checksum of a sample of the content, or None.
         used_in_training_mode: None if no forward pass with gradients was seen.
+        evaluated: a forward pass without gradients was seen.
         passes: sizes of what went into the model's forward passes with gradients, and generator states before them.
+        spent: how many of the passes were made before the last backward pass.
+        serial: of the pass over a loader that it came from.
     """
 
     ids: IntArray | None
@@ -62,7 +68,10 @@ class MicroBatch:
     digest: int | None = None
     sketch: int | None = None
     used_in_training_mode: bool | None = None
+    evaluated: bool = False
     passes: list[tuple[int, States]] = field(default_factory=list)
+    spent: int = 0
+    serial: int = 0
 
     def cut(self) -> list[tuple[int, States | None]]:
         """Sizes and generator states of the pieces that went through the model one by one; most often only one."""
@@ -187,9 +196,13 @@ class BatchLedger:
         self._given_is_open = False
         self._losses: list[Tensor] = []
         self._passes: dict[int, int] = {}
+        self._serial = 0
+        self._last_serial = 0
         self.passes_before = 0  # over the training data, before the one that the first step was in
         self._loose_rng: States | None = None
         self._first = True
+        self._cleared = False
+        self.owners: list[Any] = []  # of the gradients: the model, its optimizers
         self._accumulates: Callable[[], bool] = lambda: True
 
     def ask_for_gradients(self, accumulates: Callable[[], bool]) -> None:
@@ -200,23 +213,34 @@ class BatchLedger:
         """Whether batches of this loader can be training batches."""
         return self.loaders is None or any(loader is known for known in self.loaders)
 
-    def begin_pass(self, loader: Any) -> None:
-        """A new pass over a loader has begun."""
+    def begin_pass(self, loader: Any) -> int:
+        """A new pass over a loader has begun. Returns its serial number."""
         key = id(loader.dataset)
         self._passes[key] = self._passes.get(key, 0) + 1
-        if (seeded := find_seeded(loader.dataset)) is not None:
+        seeded = find_seeded(loader.dataset)
+        # Another loader over the same items (validation, say) does not tell the epoch of the training.
+        if seeded is not None and self.dataset in (None, loader.dataset):
             seeded.set_epoch(self._passes[key] - 1)
+        self._serial += 1
+        return self._serial
 
-    def draw(self, loader: Any, ids: Any, content: Any) -> None:
+    def draw(self, loader: Any, ids: Any, content: Any, serial: int = 0) -> None:
         """The loop has received a batch."""
-        for batch in self._drawn:
-            if batch.used_in_training_mode is None:
-                batch.contents = None
-        batch = MicroBatch(_as_ids(ids), loader)
+        self._drawn = [batch for batch in self._drawn if not self._is_over(batch, loader)]
+        batch = MicroBatch(_as_ids(ids), loader, serial=serial)
         if self.dataset is None or loader.dataset is self.dataset:
             self._look_at(batch, content)
         self._drawn.append(batch)
-        del self._drawn[:-64]  # ids of an evaluation loop do not pile up
+        del self._drawn[:-_MOST_DRAWN]
+
+    def _is_over(self, batch: MicroBatch, loader: Any) -> bool:
+        """Whether a batch is done with now that its loader has handed out the next one.
+
+        It was evaluated; or it went through the model and the loop went on without a backward pass: skipped. (Losses
+        of several batches of one loader that are added up before one backward pass look the same: they need
+        `set_batch`.)
+        """
+        return batch.loader is loader and (batch.evaluated or batch.used_in_training_mode is not None)
 
     def _look_at(self, batch: MicroBatch, content: Any) -> None:
         """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place."""
@@ -243,27 +267,56 @@ class BatchLedger:
         before it (shuffling, an evaluation) do not count.
         """
         if not gradients:
+            if self._drawn and self._drawn[-1].used_in_training_mode is None:
+                self._drawn[-1].evaluated = True
             return
         if self._given_is_open:
             self._given[-1].passes.append((size, states()))
-        used = self._drawn[-1] if self._drawn else self._made_step[-1] if self._made_step else None
+        used = self._used(training)
         if used is None:
             self._loose_rng = self._loose_rng or states()
             return
         used.used_in_training_mode = training
         used.passes.append((size, states()))
 
+    def _used(self, training: bool) -> MicroBatch | None:
+        """The batch that a forward pass with gradients is about: the newest of the training set that fits."""
+        if not self._drawn:
+            return self._made_step[-1] if self._made_step else None
+        own = [batch for batch in self._drawn if self.dataset in (None, batch.loader.dataset)] or self._drawn
+        fitting = [b for b in own if not b.evaluated and b.used_in_training_mode in (None, training)]
+        return (fitting or own)[-1]
+
+    def cleared(self, by: Any) -> None:
+        """An optimizer or a module has set its gradients to zero."""
+        self._cleared |= any(by is known for known in self.owners)
+
     def backward(self, loss: Any) -> None:
         """A backward pass has begun: what was used so far belongs to the next step."""
         self.backwards += 1
-        if self._made_step and not self._accumulates():
-            # The gradients of earlier passes were thrown away without a step: a scaler that skipped it, say.
-            self._made_step, self._losses = [], []
+        if self._made_step and (self._cleared or not self._accumulates()):
+            self._start_anew()
+        self._cleared = False
         self._made_step += self._training_batches()
+        for batch in self._made_step:
+            batch.spent = len(batch.passes)
         self._drawn = []
         self._given_is_open = False
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
+
+    def _start_anew(self) -> None:
+        """The gradients of earlier backward passes were thrown away without a step.
+
+        A scaler skipped it, say: then a newer batch was drawn. Otherwise the pass was for something else (the gradient
+        of the inputs, another model), and the batch is still in use.
+        """
+        self._losses = []
+        self._given = self._given[-1:] if self._given_is_open else []
+        if self._drawn:
+            self._made_step = []
+        for batch in self._made_step:
+            batch.passes = batch.passes[batch.spent :] or batch.passes
 
     def _training_batches(self) -> list[MicroBatch]:
         """Of the batches used with gradients, those of the training set and, if any, in training mode.
@@ -292,6 +345,8 @@ class BatchLedger:
             if len(given) == len(batches):
                 for named, drawn in zip(given, batches, strict=True):
                     named.contents = drawn.contents
+            if batches:
+                self._count_epoch(batches[-1])
             self._first = False
             return _joined(given, losses, loose)
         self._check_known(batches)
@@ -301,15 +356,19 @@ class BatchLedger:
 
     def _count_epoch(self, batch: MicroBatch) -> None:
         self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
-        passes = self._passes.get(id(self.dataset), 1)
         if self._first:
-            # A look at the data before training (`next(iter(loader))`) is no epoch.
-            self.passes_before = passes - 1
-        self.epochs = passes - self.passes_before
+            self.passes_before = self._passes.get(id(self.dataset), 1) - 1
+        if batch.serial != self._last_serial or not self.epochs:
+            # Passes that made no step (a look at the data, an evaluation on them) are no epochs.
+            self._last_serial = batch.serial
+            self.epochs += 1
 
     def _check_known(self, batches: Sequence[MicroBatch]) -> None:
         if not batches:
-            raise UnknownBatchError(f"No batch of a DataLoader was seen before this optimizer step. {_HINT}")
+            raise UnknownBatchError(
+                "No batch of a DataLoader was seen that this optimizer step could have been made of: none was drawn, "
+                f"or another step has used it. {_HINT}"
+            )
         for batch in batches:
             if batch.ids is None:
                 raise UnknownBatchError(_why_unknown(batch.loader))
@@ -386,6 +445,19 @@ class Capture:
         self._taps: list[tuple[Any, str, SamplerTap]] = []
         self._original_iter: Any = None
         self._original_backward: Any = None
+        self._original_clearing: list[tuple[Any, Any]] = []
+
+    def _watch_clearing(self, owner: Any) -> None:
+        """Watches `zero_grad` of all optimizers or modules."""
+        original, ledger = owner.zero_grad, self.ledger
+        self._original_clearing.append((owner, original))
+
+        @wraps(original)
+        def watched(cleared: Any, *args: Any, **kwargs: Any) -> None:
+            ledger.cleared(cleared)
+            original(cleared, *args, **kwargs)
+
+        owner.zero_grad = watched
 
     def install(self) -> None:
         """Starts watching."""
@@ -406,12 +478,17 @@ class Capture:
 
         DataLoader.__iter__ = watched_iter  # type: ignore[method-assign]
         torch.autograd.backward = watched_backward
+        for owner in (Optimizer, nn.Module):
+            self._watch_clearing(owner)
         _active.append(self.ledger)
 
     def remove(self) -> None:
         """Stops watching; loaders get their own samplers back."""
         DataLoader.__iter__ = self._original_iter  # type: ignore[method-assign]
         torch.autograd.backward = self._original_backward
+        for owner, original in self._original_clearing:
+            owner.zero_grad = original
+        self._original_clearing.clear()
         _active.remove(self.ledger)
         for loader, attribute, tap in self._taps:
             object.__setattr__(loader, attribute, tap.sampler)
@@ -419,14 +496,14 @@ class Capture:
 
     def _watch(self, loader: Any) -> WatchedIterator:
         tap = self._tap(loader)
-        self.ledger.begin_pass(loader)
+        serial = self.ledger.begin_pass(loader)
         iterator = self._original_iter(loader)
         # Read after the iterator exists: making it is what starts the sampler anew.
         drawn = tap.drawn if tap is not None else None
 
         def received(ids: Any, content: Any) -> None:
             began = self.ledger.watch.start()
-            self.ledger.draw(loader, ids, content)
+            self.ledger.draw(loader, ids, content, serial)
             self.ledger.watch.stop(began)
 
         return WatchedIterator(iterator, received, drawn)

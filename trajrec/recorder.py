@@ -189,8 +189,13 @@ class Recorder:
             # Compiled in place: the compiler would look into the hook, which is no part of the model.
             call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         self._handles.append(model.register_forward_pre_hook(ForwardHook(call)))
-        watched = list(model.parameters())
-        self.ledger.ask_for_gradients(lambda: any(p.grad is not None for p in watched))
+        self.ledger.owners += [model, *self.optimizers]
+        self.ledger.ask_for_gradients(self._has_gradients)
+
+    def _has_gradients(self) -> bool:
+        """Whether gradients of an earlier backward pass are there."""
+        held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        return any(p.grad is not None for p in held or (self.model.parameters() if self.model else ()))
 
     def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if module is not self.model:
@@ -280,6 +285,7 @@ class Recorder:
         if not self.optimizers:
             self.optimizers = companions(optimizer, self.model)
             self._round = Round(self.optimizers)
+            self.ledger.owners += self.optimizers
         for known in self.optimizers:
             check_recordable(known)
         batch = self._first_batch = self.ledger.take()

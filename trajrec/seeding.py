@@ -48,8 +48,13 @@ class Seeded(Dataset[Any]):
         with _seeded_generators(self.seed, epoch, int(index)):
             return self.dataset[index]
 
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        """Several items; a loader asks for them at once."""
+        return [self[index] for index in indices]
+
     def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # not there yet while a copy is being made
+        # "dataset" is not there yet while a copy is being made; special methods would go round `__getitem__`.
+        if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 

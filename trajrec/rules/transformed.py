@@ -50,21 +50,23 @@ class TransformedRule(Rule):
         """Tells the other rule."""
         self.rule.accept()
 
-    def transformed(self, gradient: Tensor) -> Tensor:
-        """f(g) [P'] of a gradient [P'].
+    def transformed(self, gradient: Tensor, hyper: FloatArray) -> Tensor:
+        """f(g) [P'] of a gradient [P']; parameters that the step passes by have no gradient in the loop, either.
 
         Raises:
             TaskError: if it has other names or shapes than the gradients that went in.
         """
-        given = self.layout.split(gradient)
-        found = self.transform({p.name: given[p.name] for p in self._order})
+        resting = {group for group in range(len(hyper)) if self.rests(hyper, group)}
+        parts = self.layout.split(gradient)
+        given = {p.name: parts[p.name] for p in self._order if p.group not in resting}
+        found = self.transform(given)
         for name, value in given.items():
             if name not in found or found[name].shape != value.shape:
                 raise TaskError(
                     f"Task.gradient must return a gradient of shape {tuple(value.shape)} for {name}; pass all names "
                     "on, changed or not."
                 )
-        return self.layout.join(found)
+        return self.layout.join(parts | found)
 
     def initial_state(self, keyframe: Keyframe, hyper: FloatArray, dtype: torch.dtype, device: torch.device) -> State:
         """The other rule's."""
@@ -72,7 +74,7 @@ class TransformedRule(Rule):
 
     def implied_state(self, before: Tensor, after: Tensor, gradient: Tensor, hyper: FloatArray) -> State | None:
         """The other rule's, of the transformed gradient."""
-        return self.rule.implied_state(before, after, self.transformed(gradient), hyper)
+        return self.rule.implied_state(before, after, self.transformed(gradient, hyper), hyper)
 
     def placeholder_state(self, weights: Tensor) -> State:
         """The other rule's."""
@@ -80,7 +82,7 @@ class TransformedRule(Rule):
 
     def step(self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> tuple[Tensor, State]:
         """(w_t, s_t) from w_{t-1} [P'], s_{t-1}, the loop's g_t [P'] and hyperparameters [G, H]; differentiable."""
-        return self.rule.step(weights, state, self.transformed(gradient), hyper)
+        return self.rule.step(weights, state, self.transformed(gradient, hyper), hyper)
 
     def options(self, hyper: FloatArray, index: int) -> dict[str, object]:
         """The other rule's."""

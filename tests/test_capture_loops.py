@@ -1,0 +1,257 @@
+"""Untidy loops, as they are written: every step is booked with the samples that made it, and replays clean."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
+
+import trajrec
+from tests.memory_run import MemoryRun
+from trajrec.recorder import Recorder
+from trajrec.replay import contributions
+from trajrec.sink import MemorySink
+from trajrec.task import Task
+
+N = 24
+
+
+class Loop:
+    """A model with everything that a loop needs; `step` books what really made each step."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.data = TensorDataset(torch.randn(N, 4), torch.randint(0, 3, (N,)), torch.arange(N))
+        self.other = TensorDataset(torch.randn(20, 4), torch.randint(0, 3, (20,)), torch.arange(20))
+        self.build = lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.model = self.build()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.5)
+        self.loader = DataLoader(self.data, 6, shuffle=True)
+        self.validation = DataLoader(self.other, 4)
+        self.made, self.kept = [], []
+        self.number = 0
+
+    def loss(self, batch, model=None):
+        return cross_entropy((model or self.model)(batch[0]), batch[1])
+
+    def step(self):
+        self.optimizer.step()
+        self.made.append(self.kept)
+        self.kept = []
+
+    def uses(self, batch):
+        self.kept = [*self.kept, *batch[2].tolist()]
+
+    def every_third(self):
+        self.number += 1
+        return self.number % 3 == 0
+
+    def ordinary(self, batch):
+        self.optimizer.zero_grad()
+        self.uses(batch)
+        self.loss(batch).backward()
+        self.step()
+
+
+def validates_in_the_middle(loop, batch):
+    if loop.every_third():
+        loop.model.eval()
+        with torch.no_grad():
+            for b in loop.validation:
+                loop.model(b[0])
+        loop.model.train()
+    loop.ordinary(batch)
+
+
+def validates_with_gradients(loop, batch):
+    if loop.every_third():
+        loop.model.eval()
+        for b in loop.validation:
+            loop.model(b[0])
+        loop.model.train()
+    loop.ordinary(batch)
+
+
+def validates_on_the_training_set(loop, batch):
+    if loop.every_third():
+        with torch.no_grad():
+            for b in DataLoader(loop.data, 5):
+                loop.model(b[0])
+    loop.ordinary(batch)
+
+
+def validates_on_much(loop, batch):
+    if loop.every_third():
+        with torch.no_grad():
+            for b in DataLoader(TensorDataset(torch.randn(200, 4)), 1):
+                loop.model(b[0])
+    loop.ordinary(batch)
+
+
+def validates_between_micro_batches(loop, batch):
+    loop.uses(batch)
+    (loop.loss(batch) / 2).backward()
+    validates = loop.every_third()
+    if validates:
+        with torch.no_grad():
+            for b in loop.validation:
+                loop.model(b[0])
+    if loop.number % 2 == 0:
+        loop.step()
+        loop.optimizer.zero_grad()
+
+
+def other_model_first(loop, batch):
+    other = nn.Linear(4, 3)
+    loop.loss(batch, other).backward()
+    loop.ordinary(batch)
+
+
+def outputs_used_before(loop, batch):
+    """The order of a GAN: the outputs go into another model's step first."""
+    other = nn.Linear(3, 1)
+    z = loop.model(batch[0])
+    other(z.detach()).mean().backward()
+    loop.optimizer.zero_grad()
+    loop.uses(batch)
+    cross_entropy(z, batch[1]).backward()
+    loop.step()
+
+
+def skipped_after_forward(loop, batch):
+    loss = loop.loss(batch)
+    if loop.every_third():
+        return
+    loop.optimizer.zero_grad()
+    loop.uses(batch)
+    loss.backward()
+    loop.step()
+
+
+def skipped_after_backward(loop, batch):
+    loop.optimizer.zero_grad(set_to_none=False)
+    loop.loss(batch).backward()
+    if loop.every_third():
+        return
+    loop.uses(batch)
+    loop.step()
+
+
+def skipped_and_cleared_by_the_model(loop, batch):
+    loop.model.zero_grad(set_to_none=False)
+    loop.loss(batch).backward()
+    if loop.every_third():
+        return
+    loop.uses(batch)
+    loop.step()
+
+
+def skipped_with_named_ids(loop, batch):
+    trajrec.set_batch(batch[2])
+    loop.optimizer.zero_grad()
+    loop.loss(batch).backward()
+    if loop.every_third():
+        return
+    loop.uses(batch)
+    loop.step()
+
+
+LOOPS = [
+    validates_in_the_middle,
+    validates_with_gradients,
+    validates_on_the_training_set,
+    validates_on_much,
+    validates_between_micro_batches,
+    other_model_first,
+    outputs_used_before,
+    skipped_after_forward,
+    skipped_after_backward,
+    skipped_and_cleared_by_the_model,
+    skipped_with_named_ids,
+]
+
+
+@pytest.mark.parametrize("body", LOOPS)
+def test_every_step_is_booked_with_its_samples(body):
+    loop, sink = Loop(), MemorySink(4)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for _ in range(3):
+            for batch in loop.loader:
+                body(loop, batch)
+    assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
+    assert {r.epoch for r in sink.records[1:]} == {0, 1, 2}
+    task = Task(loop.build, loop.data, loop.other, loss=lambda m, b: cross_entropy(m(b[0]), b[1], reduction="none"))
+    c = contributions(MemoryRun(sink), task, exact=True)
+    assert c.certificate.verdict in ("bit-exact", "within rounding")
+
+
+def test_adversarial_steps_are_booked_once():
+    """The gradient of the inputs is taken first, by a backward pass of its own."""
+    loop, sink = Loop(), MemorySink(4)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for batch in loop.loader:
+            x = batch[0].clone().requires_grad_()
+            cross_entropy(loop.model(x), batch[1]).backward()
+            loop.optimizer.zero_grad()
+            loop.uses(batch)
+            cross_entropy(loop.model(batch[0] + 0.1 * x.grad.sign()), batch[1]).backward()
+            loop.step()
+    assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
+    assert all(r.parts.size == 0 for r in sink.records)
+
+
+class Random(torch.utils.data.Dataset):
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        return torch.randn(4), i % 3, i
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda d: trajrec.seeded(Subset(d, range(16))), lambda d: Subset(trajrec.seeded(d), range(16))]
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_subsets_are_seeded(wrap, workers):
+    loop, sink = Loop(), MemorySink(4)
+    loop.loader = DataLoader(wrap(Random()), 4, shuffle=True, num_workers=workers)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for _ in range(2):
+            for batch in loop.loader:
+                loop.ordinary(batch)
+    data = loop.loader.dataset
+    task = Task(loop.build, data, loop.other, loss=lambda m, b: cross_entropy(m(b[0]), b[1], reduction="none"))
+    assert contributions(MemoryRun(sink), task, exact=True).certificate.first_bad_step is None
+
+
+def test_validation_on_another_part_of_seeded_data_does_not_tell_the_epoch():
+    loop, sink = Loop(), MemorySink(4)
+    train, rest = random_split(trajrec.seeded(Random()), [16, 8])
+    loop.loader, loop.validation = DataLoader(train, 4, shuffle=True), DataLoader(rest, 4)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for _ in range(2):
+            for batch in loop.loader:
+                validates_in_the_middle(loop, batch)
+    task = Task(loop.build, train, loop.other, loss=lambda m, b: cross_entropy(m(b[0]), b[1], reduction="none"))
+    assert contributions(MemoryRun(sink), task, exact=True).certificate.first_bad_step is None
+
+
+@pytest.mark.parametrize("steps", [{4: False}, {4: True}])
+def test_clipping_by_norm_sees_the_parameters_that_have_a_gradient(steps):
+    loop, sink = Loop(), MemorySink(4)
+    if True in steps.values():
+        loop.model[0].requires_grad_(False)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for _ in range(2):
+            for batch in loop.loader:
+                loop.optimizer.zero_grad()
+                if len(loop.made) in steps:
+                    loop.model[0].requires_grad_(steps[len(loop.made)])
+                loop.loss(batch).backward()
+                nn.utils.clip_grad_norm_(loop.model.parameters(), 0.1)
+                loop.step()
+    loss = lambda m, b: cross_entropy(m(b[0]), b[1], reduction="none")  # noqa: E731
+    task = Task(loop.build, loop.data, loop.other, loss=loss, gradient=trajrec.clip_norm(0.1))
+    values = [contributions(MemoryRun(sink), task, exact=True, mode=mode).values for mode in ("adjoint", "tangent")]
+    np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-6)
