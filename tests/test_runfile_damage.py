@@ -141,7 +141,7 @@ def test_fuzzed_files_with_inputs_are_refused_or_right(small_stored, tmp_path):
 
 @pytest.mark.long
 def test_hundreds_of_fuzzed_files_with_inputs(small_stored, tmp_path):
-    fuzz(small_stored, tmp_path / "f.h5", 500, 0, STORED)
+    fuzz(small_stored, tmp_path / "f.h5", 200, 0, STORED)
 
 
 @pytest.mark.long
