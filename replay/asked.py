@@ -1,7 +1,9 @@
 """What identifies a question: everything that decides the numbers of a replay, as one SHA-256.
 
 A replay that is taken up again, and shards that are merged, must have been asked the same: the same recording, the same
-file of the Task, the same targets, samples and options, computed by the same versions. The shard is not part of it.
+file of the Task, the same targets, samples and options, computed by the same versions. What the Task's file imports
+(data, model, loss) shows in two losses: of the first step, and the mean over the targets at the end. The shard is not
+part of it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ def question(session: Session, task: str, targets: Any, samples: Any, options: d
         "run": session.run.spec.run_id,
         "steps": session.run.steps,
         "task": task if file is None else file_sha256(file),
+        "losses": session.told_losses(targets),
         "targets": _identity(targets),
         "samples": _identity(samples),
         "options": {name: value if value is None else str(value) for name, value in options.items()},

@@ -4,9 +4,10 @@ From w_{t-1}, s_{t-1} and the recorded batch the step is made again and compared
 
     drift_t = max|w_t(recomputed) - w_t| / max|w_t - w_{t-1}|
 
-Rounding is allowed for: the tolerance on max|dw| is rtol max|w_t - w_{t-1}| plus a few units in the last place of the
-largest weight. Drift beyond it means that the Task does not describe the training. The replay then refuses, names the
-first bad step and says what the losses tell about the cause.
+Rounding is allowed for: the tolerance on |dw| is rtol max|w_t - w_{t-1}| plus a few units in the last place of the
+weight; each parameter group is held against its own movement. A step that is itself no larger than rounding proves
+nothing and counts as unchecked. Drift beyond the tolerance means that the Task does not describe the training. The
+replay then refuses, names the first bad step and the cause that was found by trying (`replay.diagnosis`).
 
 Going forwards the optimizer state is simply carried along. Going backwards, s_{t-1} follows from the rows w_{t-2},
 w_{t-1} and the gradient of step t-1 (`Rule.implied_state`), which the replay computes one step later: so each check
@@ -31,7 +32,10 @@ from trajrec.replay.trajectory import RecordedRun, Step
 from trajrec.rules import Rule
 from trajrec.rules.step import State
 
-_ROUNDING = 16
+_ROUNDING = 8
+_PROVES = 0.1
+_NOISE = 1e-3
+_NUDGE = 64.0
 _COMPILED = (
     " The step drew random numbers: a compiled model draws others for its dropout than the model itself, unless "
     "torch._inductor.config.fallback_random is set before training."
@@ -64,7 +68,7 @@ class Certificate:
     def sentence(self) -> str:
         """The certificate in words."""
         if self.verdict == "unchecked":
-            return "No step could be checked."
+            return "No step could be checked: they are hidden, or as small as rounding."
         checked = f"{self.steps_checked:,} of {self.steps:,} steps were made again"
         if self.verdict == "bit-exact":
             return f"{checked}, every one bit for bit as recorded."
@@ -118,7 +122,7 @@ class Certifier:
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """Checks a step whose state is known. Returns the state after it."""
         made, new_state = self.rule.step(step.before, state, gradient, step.hyper)
-        self._compare(step, made, 1.0, state)
+        self._compare(step, gradient, made, 1.0, state)
         return new_state
 
     def backwards(self, step: Step, gradient: Tensor | None) -> None:
@@ -156,22 +160,53 @@ class Certifier:
 
     def _check(self, step: Step, gradient: Tensor, state: State, growth: float) -> None:
         made, _ = self.rule.step(step.before, state, gradient, step.hyper)
-        self._compare(step, made, growth)
+        self._compare(step, gradient, made, growth, state)
 
-    def _compare(self, step: Step, made: Tensor, growth: float, state: State | None = None) -> None:
-        error = float((made - step.after).abs().max())
-        moved = float((step.after - step.before).abs().max())
-        rounding = self._rounding * growth * float(step.after.abs().max())
-        self._checked.add(step.t)
-        self._exact &= error == 0.0
-        within = error <= self.rtol * moved + rounding
-        drift = error / moved if moved else (0.0 if within else math.inf)
+    def _compare(self, step: Step, gradient: Tensor, made: Tensor, growth: float, state: State) -> None:
+        error, moved = (made - step.after).abs(), (step.after - step.before).abs()
+        allowance = self._rounding * growth * step.after.abs()
+        exact = not bool(error.any())
+        # A step that is as small as rounding proves nothing, unless it comes out to the last bit.
+        if exact or float(allowance.norm()) <= _PROVES * float(moved.norm()):
+            self._checked.add(step.t)
+        self._exact &= exact
+        drift, within = self._worst_group(step, error, (error - allowance).clamp_min(0), moved)
+        if not within:
+            # What a rounding error of the gradient makes of the step: all of it, where Adam divides noise by noise.
+            left = ~noisy(self.rule, step.before, state, gradient, step.hyper)
+            drift, within = self._worst_group(step, error * left, (error - allowance).clamp_min(0) * left, moved)
         if drift > self._worst:
             self._worst, self._worst_step = drift, step.t
         if not within:
             self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
             if not self.allow_drift:
                 raise Drifted(step.t, drift, step, step.t, state, step.after)
+
+    def _worst_group(self, step: Step, error: Tensor, excess: Tensor, moved: Tensor) -> tuple[float, bool]:
+        """The largest drift of any parameter group, and whether all are within tolerance.
+
+        Each group is held against its own movement, so that a slow one does not hide behind a fast one; but one whose
+        gradient is nothing but rounding (biases before BatchNorm) against a thousandth of what the others would do.
+        """
+        spans = [span for span in self.rule.layout.groups if span.start < span.stop]
+        rates = self._rates(step)
+        reach = [float(moved[span].max()) / rate for span, rate in zip(spans, rates, strict=True)]
+        drift, within = 0.0, True
+        for span, rate, reached in zip(spans, rates, reach, strict=True):
+            scale = max(reached, _NOISE * max(reach)) * rate
+            left = float(excess[span].max())
+            within &= left <= self.rtol * scale
+            found = float(error[span].max())
+            drift = max(drift, found / scale if scale else (math.inf if left else 0.0))
+        return drift, within
+
+    def _rates(self, step: Step) -> list[float]:
+        """The learning rate of every group with weights; 1 where it has none, or does not step."""
+        if "lr" not in self.rule.names:
+            return [1.0 for span in self.rule.layout.groups if span.start < span.stop]
+        column = step.hyper[:, self.rule.names.index("lr")].tolist()
+        pairs = zip(self.rule.layout.groups, column, strict=True)
+        return [rate if rate == rate and rate > 0 else 1.0 for span, rate in pairs if span.start < span.stop]
 
     def progress(self) -> dict[str, Any]:
         """What has been found so far, JSON-ready."""
@@ -202,6 +237,20 @@ class Certifier:
         checked = len(self._checked)
         verdict = verdict_of(checked, self._exact, self._first_bad)
         return Certificate(verdict, self.run.steps, checked, self._worst, self._worst_step, self.rtol, self._first_bad)
+
+
+def noisy(rule: Rule, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> Tensor:
+    """Weights [P'] whose step is made of rounding: a last-place change of the largest gradient changes it by a tenth.
+
+    Their gradient is zero but for rounding (biases before BatchNorm), and their optimizer divides by its size (Adam).
+    Nothing can be proved of them on another machine or with another number of threads.
+    """
+    with torch.no_grad():
+        nudge = _NUDGE * torch.finfo(gradient.dtype).eps * gradient.abs().max()
+        steps = [rule.step(weights, state, gradient + s * nudge, hyper)[0] for s in (-1.0, 0.0, 1.0)]
+        changed = (steps[0] - steps[2]).abs() / 2
+        rounding = _ROUNDING * torch.finfo(weights.dtype).eps * weights.abs()
+        return changed > _PROVES * (steps[1] - weights).abs() + rounding
 
 
 def verdict_of(checked: int, exact: bool, first_bad: int | None) -> str:

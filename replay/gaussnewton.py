@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import ReplayError
 from trajrec.replay.linearize import Derivatives, ReversePoint
@@ -106,11 +106,22 @@ def _cut(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         cuts.append((value, leaf))
         return leaf
 
-    handle = model.register_forward_hook(lambda module, inputs, output: tree_map(cut, output))
+    def check(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if cuts and any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(inputs)):
+            raise ReplayError(
+                "curvature='ggn' is not defined for this loss: it feeds the model its own outputs. Put the repetition "
+                "into the model, or ask for the Hessian."
+            )
+
+    handles = [
+        model.register_forward_pre_hook(check),
+        model.register_forward_hook(lambda module, inputs, output: tree_map(cut, output)),
+    ]
     try:
         yield cuts
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class GaussNewtonPoint(ReversePoint):

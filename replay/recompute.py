@@ -13,8 +13,9 @@ what the weights moved between the keyframes. More means that the Task does not 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from trajrec.checksum import crc32
 from trajrec.records import Row
-from trajrec.replay.certificate import Certificate, Drifted, verdict_of
+from trajrec.replay.certificate import Certificate, Drifted, noisy, verdict_of
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.plan import Advance, Drop, Hold, Load, Recall, Visit, backward_plan
@@ -71,14 +72,18 @@ class KeyframeChecks:
         self.layout.fill(self._row, point.weights.cpu().numpy())
         self._equal[point.t] = crc32(self._row.data) == self.run.crc32(point.t)
 
-    def keyframe(self, made: Point, start: Point, recorded: Tensor) -> None:
+    def keyframe(self, made: Point, start: Point, recorded: Tensor, left_out: Callable[[], Tensor]) -> None:
         """Compares recomputed weights with a keyframe's, `start` being the keyframe before.
+
+        `left_out` tells the weights [P'] that are made of rounding; it is asked only where the others do not suffice.
 
         Raises:
             Drifted: if they differ by more than the tolerance.
         """
         moved = float((recorded - start.weights).abs().max())
         error = float((made.weights - recorded).abs().max())
+        if error > self.tolerance * moved:
+            error = float(((made.weights - recorded) * ~left_out()).abs().max())
         drift = error / moved if moved else float(error > 0)
         if drift > self._worst:
             self._worst, self._worst_step = drift, made.t
@@ -186,7 +191,7 @@ class RecomputedTrajectory:
             if made.t in self.run.keyframe_steps:
                 after = self._load(made.t)
                 if self.checks is not None:
-                    self.checks.keyframe(made, start, after.weights)
+                    self.checks.keyframe(made, start, after.weights, partial(self._noisy, start, made))
                 start = after
             yield self._step(made.t, point, after.weights)
             point = after
@@ -231,9 +236,15 @@ class RecomputedTrajectory:
     def _check_end(self, made: Point, first: Point, after: Tensor) -> None:
         """Compares what was made again since the keyframe before with the next one."""
         if self.checks is not None:
-            self.checks.keyframe(made, first, after)
+            self.checks.keyframe(made, first, after, partial(self._noisy, first, made))
         if not self._allow_drift:
             self._check_state(made, first.t)
+
+    def _noisy(self, start: Point, made: Point) -> Tensor:
+        """Weights [P'] that are made of rounding, by the gradient at the first and the state at the last point."""
+        step = make_step(self.run, start.t + 1, start.weights, start.weights)
+        gradient = gradient_of(self._function, self._samples, step)
+        return noisy(self._rule, start.weights, made.state, gradient, step.hyper)
 
     def _check_state(self, made: Point, start: int) -> None:
         recorded = self._load(made.t).state

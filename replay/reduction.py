@@ -28,24 +28,35 @@ def found_reduction(run: RecordedRun, function: LossFunction, samples: Samples) 
     if function.task.reduction is None and run.recorded_weights(1) is None:
         fits = set(REDUCTIONS)
         for t in _telling(run):
-            fits &= {name for name in REDUCTIONS if _fits(run, function, samples, t, name)}
+            found = {name: _ratio(run, function, samples, t, name) for name in REDUCTIONS}
+            if run.stored(t - 1):
+                fits &= {name for name, ratio in found.items() if ratio <= _TOLERANCE}
+            elif fits:
+                # At the weights of a keyframe nearby the loss is another, but near enough to tell thirds from halves.
+                least = min(found[name] for name in fits)
+                fits = {name for name in fits if found[name] <= least + _TOLERANCE}
         preferred = _PREFERRED if function.usual_parts > 1 else REDUCTIONS
         function.reduction = next((name for name in preferred if name in fits), preferred[0])
     return function.reduction
 
 
 def _telling(run: RecordedRun) -> list[int]:
-    """Step 1, and the first with other micro-batches, as far as the weights before them are stored."""
+    """Step 1, and the first with unequal micro-batches, and with more or fewer."""
     steps, first = range(1, min(run.steps, _LOOKED_AT) + 1), run.parts(1).tolist()
-    unequal = (t for t in steps if len(set(run.parts(t).tolist())) > 1 and run.stored(t - 1))
-    fewer = (t for t in steps if len(run.parts(t)) != len(first) and run.stored(t - 1))
+    unequal = (t for t in steps if len(set(run.parts(t).tolist())) > 1)
+    fewer = (t for t in steps if len(run.parts(t)) != len(first))
     return sorted({1, next(unequal, 1), next(fewer, 1)})
 
 
-def _fits(run: RecordedRun, function: LossFunction, samples: Samples, t: int, name: str) -> bool:
-    before = vector_of(run.row(t - 1), t - 1, function.layout).to(samples.device, samples.dtype)
+def _ratio(run: RecordedRun, function: LossFunction, samples: Samples, t: int, name: str) -> float:
+    """How far the computed loss of a step is from the recorded one: |log of their ratio|; 0 where none was recorded."""
+    at = max(step for step in (*run.keyframe_steps, t - 1) if step < t and run.stored(step))
+    before = vector_of(run.row(at), at, function.layout).to(samples.device, samples.dtype)
     function.reduction = name
     with torch.no_grad():
         computed = float(function.objective(before, samples, make_step(run, t, before, before)).total)
     recorded = run.loss(t)
-    return math.isnan(recorded) or abs(computed - recorded) <= _TOLERANCE * max(abs(recorded), 1e-12)
+    if math.isnan(recorded):
+        return 0.0
+    comparable = 0 < computed < math.inf and 0 < recorded < math.inf
+    return abs(math.log(computed) - math.log(recorded)) if comparable else float(computed != recorded)

@@ -26,7 +26,7 @@ from trajrec.replay.precision import full_single_precision
 from trajrec.replay.recompute import KeyframeChecks, OtherState, RebuiltTrajectory, RecomputedTrajectory
 from trajrec.replay.reduction import found_reduction
 from trajrec.replay.samples import OtherInputs, Samples
-from trajrec.replay.targets import Targets, target_gradients
+from trajrec.replay.targets import Targets, choose_targets, target_gradients, target_values
 from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, Trajectory, make_step, vector_of
 from trajrec.rules import FlatLayout, rule_for
 from trajrec.rules.selftest import self_test
@@ -104,8 +104,8 @@ class Session:
         self._test: Samples | None = None
         self.samples = run.spec.samples or len(self.train)
         self._check_data()
-        self._test_rule()
-        self._finish_buffers()
+        self.guarded(self._test_rule)
+        self.guarded(self._finish_buffers)
 
     def _training_samples(self, dtype: torch.dtype) -> Samples:
         first_pass = int(self.run.spec.data.get("seeded_from", 0))
@@ -292,6 +292,12 @@ class Session:
             except OtherInputs:
                 return t
         return seen_at
+
+    def told_losses(self, targets: Any) -> list[str]:
+        """The loss of the first step and the mean target loss at the end, to five digits: other data show in them."""
+        wanted = choose_targets(targets, self.test)
+        values = target_values(wanted, self.function, self.test, self.trajectory.weights(self.run.steps))
+        return [f"{value:.5g}" for value in (self._loss(self._step_at_start()), float(values.mean()))]
 
     def target_gradients(self, targets: Targets) -> Tensor:
         """Grad l_j(w_T) of every target, [M, P']."""

@@ -703,3 +703,70 @@ class Rounding(nn.Sequential):
     def forward(self, x):
         scale = 2.0**self.bits
         return super().forward((x * scale).round() / scale)
+
+
+# -- what rounding may and may not do ----------------------------------------------------------------------------------
+
+
+def noisy_biases():
+    """Biases before BatchNorm: their gradient is nothing but rounding, which Adam blows up to whole steps."""
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh(), nn.Linear(6, CLASSES)
+    )
+
+
+@pytest.mark.parametrize("mode", ["adjoint", "tangent"])
+def test_steps_made_of_rounding_are_no_drift(mode, monkeypatch):
+    """Another machine rounds differently: here by last-place changes of every gradient."""
+    from trajrec.replay import certificate
+
+    made = loops.train(Loop(build=noisy_biases, optimizer=adam, dtype=torch.float32))
+    step = certificate.Certifier._compare
+    nudged = lambda self, at, g, w, *rest: step(self, at, g, nudge(self, at, g, *rest), *rest)  # noqa: E731
+
+    def nudge(self, at, gradient, growth, state):
+        other = gradient + 1e-7 * gradient.abs().max() * torch.randn(gradient.shape)
+        return self.rule.step(at.before, state, other, at.hyper)[0]
+
+    monkeypatch.setattr(certificate.Certifier, "_compare", nudged)
+    c = contributions(made.run, made.task, exact=True, mode=mode)
+    assert c.certificate.verdict == "within rounding"
+    monkeypatch.setattr(certificate, "noisy", lambda rule, w, *rest: torch.zeros_like(w, dtype=torch.bool))
+    with pytest.raises(DriftError):
+        contributions(made.run, made.task, exact=True, mode=mode)
+
+
+def normalised():
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+def test_steps_as_small_as_rounding_prove_nothing_and_hide_nothing():
+    def creeping(model):
+        return torch.optim.SGD(model.parameters(), lr=1e-5)
+
+    made = loops.train(
+        Loop(build=normalised, optimizer=creeping, dtype=torch.float32, loss=smoothed, objective=Objective(smoothed))
+    )
+    wrong = contributions_of(made, loops.per_sample)
+    with pytest.raises(DriftError):
+        wrong()
+    assert contributions_of(made, smoothed)().certificate.first_bad_step is None
+
+
+def contributions_of(made, loss):
+    task = trajrec.Task(normalised, made.task.train, made.task.test, loss=loss)
+    return lambda: contributions(made.run, task, exact=True)
+
+
+def test_a_slow_group_does_not_hide_behind_a_fast_one():
+    def optimizer(model):
+        return torch.optim.SGD(
+            [{"params": model[0].parameters(), "lr": 1e-6}, {"params": model[2].parameters()}], lr=0.1
+        )
+
+    def objective(model, batch, eps):
+        return Objective()(model, batch, eps) + 5 * model[0](batch[0]).pow(2).mean()
+
+    made = loops.train(Loop(optimizer=optimizer, objective=objective))
+    with pytest.raises(DriftError):
+        contributions(made.run, made.task, exact=True)

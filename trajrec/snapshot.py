@@ -327,9 +327,12 @@ class Snapshot:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile` was called on, whose parameters have the names that a Task's model has."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
+    """The model inside `torch.compile` or `nn.DataParallel`: its parameters have the names that a Task's model has."""
+    while True:
+        inner = model.module if isinstance(model, nn.DataParallel) else getattr(model, "_orig_mod", model)
+        if inner is model or not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _groups_of(groups: Sequence[dict[str, Any]]) -> dict[int, int]:
