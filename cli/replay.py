@@ -56,9 +56,7 @@ CertifyOption = Annotated[
 ]
 MemoryOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="1GB", help="What it may take (default: a quarter of what is free).", show_default=False
-    ),
+    typer.Option(metavar="1GB", help="What it may take (default: a quarter of what is free).", show_default=False),
 ]
 DtypeOption = Annotated[
     str | None,

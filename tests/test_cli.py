@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import polars.testing
 import pytest
 import torch
 
@@ -89,8 +90,8 @@ def test_replay_gives_the_numbers_of_the_python_api(here):
         c = contributions(run, load_task(f"{here / 'task.py'}"), samples=[7, 3, 29], exact=True)
     assert frame["sample"].to_list() == [7, 3, 29]
     assert frame["target"].to_list() == [-1, -1, -1]
-    assert frame["contribution"].to_list() == c.values[:, 0].tolist()
-    assert c.frame().collect().equals(frame)
+    # Which form computes the derivatives is chosen by speed; two replays may differ by rounding.
+    pl.testing.assert_frame_equal(frame, c.frame().collect(), rel_tol=1e-4)
     metadata = pl.read_parquet_metadata(folder / "contributions.parquet")
     assert metadata["sign"] == "positive = helpful"
     assert {"method", "exact", "mode", "unit", "run_id", "certificate"} <= set(metadata)

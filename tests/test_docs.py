@@ -33,7 +33,10 @@ NOT_RUN = {
 }
 # What a page takes for granted: commands run before it.
 BEFORE = {
-    "docs/commands.md": ["trajrec record --out runs/first.h5 train.py --epochs 1"],
+    "docs/commands.md": [
+        "trajrec record --out runs/first.h5 train.py --epochs 1",
+        *(f"trajrec replay runs/first.h5 --targets each --shard {i}/3 --out piece-{i}" for i in (1, 2, 3)),
+    ],
     "docs/format.md": ["trajrec record --out run.h5 train.py --epochs 1"],
 }
 
