@@ -213,8 +213,7 @@ class Diagnosis:
     def _loss(self, seed: int) -> float:
         torch.manual_seed(seed)
         step = replace(self.first, parts=tuple(Part(part.span) for part in self.first.parts))
-        with torch.no_grad():
-            return float(self.function.objective(self.first.before, self.samples, step).total)
+        return self.function.value(self.first.before, self.samples, step)
 
     def _batch(self) -> Cause | None:
         """The samples of a neighbouring step."""
@@ -262,8 +261,7 @@ class Diagnosis:
         return self._explained(reached, sentence + advice)
 
     def _step_loss(self) -> float:
-        with torch.no_grad():
-            return float(self.function.objective(self.first.before, self.samples, self.first).total)
+        return self.function.value(self.first.before, self.samples, self.first)
 
     def _loss_agrees(self, recorded: float, computed: float) -> bool:
         return abs(recorded - computed) <= 1e-3 * max(abs(recorded), 1e-12)

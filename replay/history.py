@@ -29,10 +29,6 @@ class History:
         self._steps = [0, *run.changes]
         self._conditions = [Conditions(run.spec.eval_modules, still), *run.changes.values()]
 
-    def at(self, t: int) -> Conditions:
-        """The conditions of step t."""
-        return self._conditions[bisect_right(self._steps, t) - 1]
-
     @property
     def joined(self) -> dict[str, int]:
         """Parameters that came into the optimizer after the first step, with their group."""

@@ -25,7 +25,7 @@ Letters: B batch, K directions, P' trainable weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -41,13 +41,17 @@ from trajrec.replay.trajectory import Step
 from trajrec.rules.step import pull_batched
 
 
-def gradient_of(function: LossFunction, samples: Samples, step: Step) -> Tensor:
-    """The gradient g_t [P'] alone, micro-batches added up one after the other as a training loop does."""
+def gradient_of(function: LossFunction, samples: Samples, step: Step, factors: Tensor | None = None) -> Tensor:
+    """The gradient g_t [P'] alone, micro-batches added up one after the other as a training loop does.
+
+    `factors` [B] multiply the c[t,i]; all one by default.
+    """
     weights = step.before.detach().requires_grad_()
     total: Tensor | None = None
     with torch.enable_grad():
-        for part in function.parts(weights, samples, step):
-            (gradient,) = torch.autograd.grad(part.total, weights)
+        for part, piece in zip(function.parts(weights, samples, step), step.parts, strict=True):
+            counted = part if factors is None else replace(part, shares=part.shares * factors[piece.span])
+            (gradient,) = torch.autograd.grad(counted.total, weights)
             total = gradient if total is None else total + gradient
     assert total is not None
     return function.free(total, step)

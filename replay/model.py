@@ -196,6 +196,11 @@ class LossFunction:
         """
         return Objective.joined(list(self.parts(weights, samples, step)))
 
+    def value(self, weights: Tensor, samples: Samples, step: Step) -> float:
+        """The scalar that the gradient of a recorded step is of, at weights [P']."""
+        with torch.no_grad():
+            return float(self.objective(weights, samples, step).total)
+
     def parts(self, weights: Tensor, samples: Samples, step: Step) -> Iterator[Objective]:
         """The objective of one micro-batch after the other; they add up to `objective`."""
         self._set_modes(step.conditions.eval_modules)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from trajrec.replay.model import LossFunction
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import RecordedRun, make_step, vector_of
@@ -53,8 +51,7 @@ def _ratio(run: RecordedRun, function: LossFunction, samples: Samples, t: int, n
     at = max(step for step in (*run.keyframe_steps, t - 1) if step < t and run.stored(step))
     before = vector_of(run.row(at), at, function.layout).to(samples.device, samples.dtype)
     function.reduction = name
-    with torch.no_grad():
-        computed = float(function.objective(before, samples, make_step(run, t, before, before)).total)
+    computed = function.value(before, samples, make_step(run, t, before, before))
     recorded = run.loss(t)
     if math.isnan(recorded):
         return 0.0

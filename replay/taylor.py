@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trajrec.records import FloatArray, IntArray
+from trajrec.replay.linearize import gradient_of
 from trajrec.replay.session import Session
 from trajrec.replay.targets import Targets, target_values
 from trajrec.replay.trajectory import Step, make_step
@@ -97,9 +98,15 @@ class _Again:
         self.targets = targets
         self.advance = advance
         self._base: dict[int, FloatArray] = {}
+        self._starts: dict[int, int] = {}
 
     def start(self, sample: int) -> int:
         """The last keyframe before the first step that used a sample; T if none did."""
+        if sample not in self._starts:
+            self._starts[sample] = self._find_start(sample)
+        return self._starts[sample]
+
+    def _find_start(self, sample: int) -> int:
         run = self.session.run
         used = (t for t in range(1, run.steps + 1) if sample in run.sample_ids(t))
         first = next(used, None)
@@ -128,12 +135,4 @@ class _Again:
     def _gradient(self, step: Step, sample: int | None, part: float) -> Tensor:
         factors = torch.ones(len(step.ids), dtype=self.session.dtype, device=self.session.device)
         factors[torch.as_tensor(step.ids == sample)] = 1.0 - part
-        weights = step.before.detach().requires_grad_()
-        total = torch.zeros_like(step.before)
-        with torch.enable_grad():
-            parts = self.session.function.parts(weights, self.session.train, step)
-            for one, piece in zip(parts, step.parts, strict=True):
-                objective = torch.dot(one.shares * factors[piece.span], one.losses)
-                objective = objective if one.penalty is None else objective + one.penalty
-                total += torch.autograd.grad(objective, weights)[0]
-        return self.session.function.free(total, step)
+        return gradient_of(self.session.function, self.session.train, step, factors)
