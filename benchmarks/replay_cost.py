@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy
 import torch
 from common import DenseNet40, LeNet5, Transformer, images
 from torch.nn.functional import cross_entropy
@@ -148,7 +149,7 @@ def block(session, count, exact, steps):
     last = session.run.steps
     targets = 1e-3 * torch.randn(count, session.layout.size)
     with heap.kept():
-        adjoint = Adjoint.begin(problem_of(session, exact, forms), targets, last - steps)
+        adjoint = Adjoint.begin(problem_of(session, exact, forms), targets, numpy.arange(count), last - steps)
         adjoint.go(None, lambda *_: None, marks.advance)
     return marks.a_step, sorted(set(forms.names.values()))[0]
 
@@ -159,7 +160,7 @@ def forwards(session, count, exact):
     session.checks.stride = 1
     problem = problem_of(session, exact, Forms())
     with heap.kept():
-        tracked = torch.arange(count).numpy()
+        tracked = numpy.arange(count)
         Tangent.begin(problem, tracked, session.samples, (1, session.run.steps)).go(session.checks, marks.advance)
     return marks.a_step
 

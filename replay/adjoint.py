@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trajrec.records import IntArray
 from trajrec.replay.certificate import StepChecks
 from trajrec.replay.choice import GAUSS_NEWTON, Forms, kind_of
 from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import FORMS, Derivatives, saved_bytes
-from trajrec.replay.model import LossFunction, check_finite
+from trajrec.replay.model import LossFunction
+from trajrec.replay.overflow import check_adjoint
 from trajrec.replay.pull import NumberPuller, Pulled, Puller, VectorPuller
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Step, Trajectory
@@ -35,7 +37,6 @@ from trajrec.rules import Rule
 from trajrec.rules.step import State
 
 POINTS = FORMS | {GAUSS_NEWTON: GaussNewtonPoint}
-_OVERFLOW = "The adjoint (it grew beyond the number range going backwards)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Adjoint:
 
     Attributes:
         puller: lam and sigma.
+        names: of the targets [K].
         first: the next step to be done.
         until: the last step to be done, going backwards; 1 for the whole run.
         initial: s_0.
@@ -72,17 +74,18 @@ class Adjoint:
 
     problem: Problem
     puller: Puller
+    names: IntArray
     first: int
     until: int
     initial: State
 
     @classmethod
-    def begin(cls, problem: Problem, targets: Tensor, until: int = 1) -> Adjoint:
-        """The adjoint at the end of the run, from gradients of K target losses at w_T, [K, P']."""
+    def begin(cls, problem: Problem, targets: Tensor, names: IntArray, until: int = 1) -> Adjoint:
+        """The adjoint at the end of the run, from gradients of K target losses at w_T, [K, P'], and their names."""
         numbers = problem.rule.constant and not problem.exact
         puller = (NumberPuller if numbers else VectorPuller)(problem.rule, targets)
         initial = initial_state(problem.trajectory, problem.rule)
-        return cls(problem, puller, problem.trajectory.run.steps, until, initial)
+        return cls(problem, puller, names, problem.trajectory.run.steps, until, initial)
 
     def go(
         self,
@@ -101,6 +104,7 @@ class Adjoint:
             NonFiniteError: if a loss or the adjoint overflows, naming the step.
             Drifted: if a step differs from the recorded one.
         """
+        last = self.problem.trajectory.run.steps
         for step in self.problem.trajectory.backwards(self.first):
             if step.t < self.until:
                 break
@@ -111,7 +115,7 @@ class Adjoint:
                 certifier.backwards(step, free)
             self.puller.accept(pulled, found.hvp)
             inner = _scaled(found.inner, pulled, self.problem.rule)
-            check_finite(inner, _OVERFLOW, step.t)
+            check_adjoint(inner, self.names, step.t, last, exact=self.problem.exact)
             collect(step, -found.shares * inner)
             self.first = step.t - 1
             advance(1)

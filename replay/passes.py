@@ -135,7 +135,7 @@ class AdjointPasses:
     def _block(self, number: int, piece: slice, values: dict[str, Any], arrays: Arrays) -> None:
         session, wanted = self._session, self._question.wanted
         part = Targets(wanted.kind, wanted.names[piece], wanted.groups[piece])
-        adjoint = Adjoint.begin(self._problem, session.target_gradients(part), self._question.window[0])
+        adjoint = Adjoint.begin(self._problem, session.target_gradients(part), part.names, self._question.window[0])
         norms = Norms(adjoint, session, self._growth, keep=number == 0)
         certifier = session.checks if number == 0 or not session.certifies_once else None
         if values:

@@ -100,7 +100,8 @@ class VectorPuller:
 
     def norms(self) -> Tensor:
         """|lam| of every target, [K]."""
-        norms: Tensor = torch.linalg.vector_norm(self.lam, dim=1)
+        # In single precision the squares leave the range long before the adjoint does.
+        norms: Tensor = torch.linalg.vector_norm(self.lam, dim=1, dtype=torch.float64)
         return norms
 
 
@@ -136,7 +137,7 @@ class NumberPuller:
 
     def norms(self) -> Tensor:
         """|lam| of every target, [K]."""
-        squares = torch.stack([self._targets[:, span].norm(dim=1) ** 2 for span in self._rule.layout.groups])
+        squares = torch.stack([self._targets[:, span].norm(dim=1, dtype=torch.float64) ** 2 for span in self._rule.layout.groups])
         norms: Tensor = (self.lam[0].to(squares) ** 2 @ squares).sqrt()
         return norms
 

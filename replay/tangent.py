@@ -23,7 +23,7 @@ from trajrec.replay.adjoint import Problem, initial_state
 from trajrec.replay.certificate import StepChecks
 from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import ReversePoint
-from trajrec.replay.model import check_finite
+from trajrec.replay.overflow import check_tangent
 from trajrec.replay.trajectory import Step
 from trajrec.rules.step import State
 
@@ -77,7 +77,7 @@ class Tangent:
             after = certifier.forwards(step, self.state, gradient)
             k = function.free(self._force(point, step), step)
             self.d, self.r = self.problem.rule.push(step.before, self.state, gradient, step.hyper, self.d, self.r, k)
-            check_finite(self.d, "A hypergradient", step.t)
+            check_tangent(self.d, self.tracked, step.t, exact=self.problem.exact)
             self.state, self.first = after, step.t + 1
             advance(1)
         return self.d

@@ -25,6 +25,7 @@ from trajrec.replay.model import LossFunction, check_finite
 from trajrec.replay.samples import Samples
 from trajrec.rules.step import pull_batched
 
+MEAN = -1
 _BLOCK = 256
 
 
@@ -49,7 +50,7 @@ def choose_targets(question: Any, samples: Samples) -> Targets:
         raise TaskError("The Task's test set is empty: there is no loss to measure contributions on.")
     if isinstance(question, str):
         if question == "mean":
-            return Targets("mean", np.array([-1]), (everything,))
+            return Targets("mean", np.array([MEAN]), (everything,))
         if question == "each":
             return Targets("each", everything, tuple(everything[:, None]))
         if question == "class":

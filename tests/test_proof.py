@@ -1,5 +1,7 @@
 """The proof: every mode against naive autograd through the whole training and against finite differences."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -197,11 +199,37 @@ def test_a_target_loss_that_is_not_finite_is_refused():
         contributions(s.run, s.task)
 
 
-def test_an_adjoint_that_overflows_is_reported_at_its_step():
-    s = scenario.train(groups=[{"lr": 20.0}], dtype=torch.float32)
-    s.task.measure = lambda model, batch: 1e36 * model(batch[0])[:, 0]
-    with pytest.raises(NonFiniteError, match=r"grew beyond the number range going backwards\) at step \d+ became"):
-        contributions(s.run, s.task, exact=True)
+OVERFLOWS = {
+    "adjoint": r"Going backwards, the adjoint of target 3 became NaN or infinite at step (\d+): .* --steps (\d+):\d+",
+    "tangent": r"Going forwards, the hypergradient of sample 4 became NaN or infinite at step (\d+): ",
+}
+
+
+@pytest.mark.parametrize("mode", OVERFLOWS)
+def test_exact_derivatives_that_overflow_are_reported_at_their_step(mode):
+    """A training whose derivatives grow by a power of ten every twenty steps."""
+    s = scenario.train(groups=[{"lr": 20.0}], epochs=200, dtype=torch.float32)
+    asked = {"targets": [3], "exact": True, "mode": mode, "samples": [4]}
+    with pytest.raises(NonFiniteError, match=OVERFLOWS[mode]) as refusal:
+        contributions(s.run, s.task, **asked)
+    for part in ("beyond the range of float32", "--dtype float64 has a wider range", "(--curvature ggn) is tamer"):
+        assert part in str(refusal.value)
+    assert np.isfinite(contributions(s.run, s.task, dtype="float64", **asked).values).all()
+    if mode == "adjoint":
+        later = int(re.search(OVERFLOWS[mode], str(refusal.value))[2])
+        c = contributions(s.run, s.task, steps=(later, 800), **asked)
+        assert np.isfinite(c.values).all()
+        assert 1e19 < c.growth.max() < np.inf
+
+
+@pytest.mark.parametrize("mode", OVERFLOWS)
+def test_hessian_free_derivatives_that_overflow_are_reported_at_their_step(mode):
+    s = scenario.train(groups=[{"lr": 1e-30, "momentum": 1.9}], epochs=30, dtype=torch.float32)
+    inner = s.task.loss
+    s.task.loss = lambda model, batch: 1e18 * inner(model, batch)
+    s.task.measure = lambda model, batch: 1e18 * model(batch[0])[:, 0]
+    with pytest.raises(NonFiniteError, match=OVERFLOWS[mode]):
+        contributions(s.run, s.task, [3], mode=mode, samples=[4], allow_drift=True)
 
 
 def test_samples_that_were_never_drawn_contribute_nothing():
