@@ -13,8 +13,8 @@ For a normalisation with cotangents (u, v) of (n, n') the backward pass is, a be
     x'-bar = s a(v)
     x-bar  = s a(u - s (v mean(n x') + x' mean(n v))) - s n (mean(v n') + ...)      see `_BatchNorm.backward`
 
-GELU has a formula of its own because torch's second derivative goes through many small steps, and max pooling over
-2 x 2 finds the same places as torch's, faster. Values are torch's own to the bit: where they differed in the last one,
+GELU has a formula of its own because torch's second derivative goes through many small steps, products have theirs to
+sum in place (`replay.products`), and max pooling over 2 x 2 finds the same places as torch's, faster. Values are torch's own to the bit: where they differed in the last one,
 a ReLU behind would flip now and then, and the certificate would see another gradient. Everything else is torch's
 forward mode. That all of it is right for a model is proved at the first step of every replay (`replay.choice`); these
 formulas are tested one by one.
@@ -25,19 +25,20 @@ Letters: B batch, C channels, M values that one statistic is taken of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwd
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from trajrec.replay import products
+from trajrec.replay.tangents import Handler, both_of, dual_of, parts_of
+
 _batch_norm = torch.ops.aten.native_batch_norm
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
-Handler = Callable[..., Any]
+_gelu_backward = torch.ops.aten.gelu_backward
 
 
 class DualOperators(TorchFunctionMode):
@@ -53,24 +54,12 @@ class DualOperators(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def parts_of(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Value and tangent of a tensor."""
-    parts = fwd.unpack_dual(x)  # type: ignore[no-untyped-call]
-    return parts.primal, parts.tangent
-
-
 def _pair(x: Tensor | None, like: Tensor, value: float) -> tuple[Tensor, Tensor]:
     """An affine parameter and its tangent; constant where there is none."""
     if x is None:
         return torch.full_like(like, value), torch.zeros_like(like)
     primal, tangent = parts_of(x)
     return primal, torch.zeros_like(primal) if tangent is None else tangent
-
-
-def dual_of(value: Tensor, tangent: Tensor) -> Tensor:
-    """A tensor that carries a tangent."""
-    dual: Tensor = fwd.make_dual(value, tangent)  # type: ignore[no-untyped-call]
-    return dual
 
 
 def _log_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor | None:
@@ -115,28 +104,6 @@ def _cross_entropy(
     return functional.nll_loss(logs, target, weight, ignore_index=ignore_index, reduction=reduction)
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    # With dropout the mask must come from the same random numbers: left to torch's own plain path.
-    if dropout_p or enable_gqa or all(parts_of(x)[1] is None for x in (query, key, value)):
-        return None
-    scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill_(~attn_mask, -math.inf)
-    shares = _softmax(scores if attn_mask is None else scores + attn_mask, -1)
-    return None if shares is None else shares @ value
-
-
 def _batch_normalised(
     x: Tensor,
     running_mean: Tensor | None,
@@ -175,11 +142,13 @@ class _BatchNorm(torch.autograd.Function):
         x, dx, w, dw = inputs[:4]
         ctx.save_for_backward(x, dx, w, dw, *output[2:])
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
         ctx.eps = inputs[-1]
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dx, w, dw, n, mean, s, n_dx, mean_dx = ctx.saved_tensors
+        u, v = both_of(bars)
         shape, count = _channels(x)
 
         def backwards(g: Tensor, weight: Tensor | None, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,10 +202,12 @@ class _LayerNorm(torch.autograd.Function):
         x, dx, w, dw, _, _, ctx.shape, _ = inputs
         ctx.save_for_backward(x, dx, w, dw, *output[2:])
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dx, w, dw, n, mean, s, dn, n_dx = ctx.saved_tensors
+        u, v = both_of(bars)
         dims, rows = list(range(-len(ctx.shape), 0)), list(range(x.dim() - len(ctx.shape)))
         dx_bar, dw_bar, db_bar = _layer_norm_backward(v, x, ctx.shape, mean, s, w, w, [True, True, True])
         _, w_bar, b_bar = _layer_norm_backward(u, x, ctx.shape, mean, s, w, w, [False, True, True])
@@ -254,7 +225,7 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
     value, tangent = parts_of(x)
     if tangent is None or approximate != "none":
         return None
-    y, dy = _Gelu.apply(value, tangent)[:2]  # type: ignore[no-untyped-call]
+    y, dy = _Gelu.apply(value, tangent)  # type: ignore[no-untyped-call]
     return dual_of(y, dy)
 
 
@@ -262,22 +233,22 @@ class _Gelu(torch.autograd.Function):
     """(y, y') of x Phi(x): first derivative Phi + x phi, second phi (2 - x^2)."""
 
     @staticmethod
-    def forward(x: Tensor, dx: Tensor) -> tuple[Tensor, ...]:
-        below = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
-        density = (x * x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        slope = torch.addcmul(below, x, density)
-        return functional.gelu(x), dx * slope, slope, density
+    def forward(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.gelu(x), _gelu_backward(dx, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs, *output[2:])
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-        x, dx, slope, density = ctx.saved_tensors
-        x_bar = (2 - x * x).mul_(density).mul_(dx).mul_(v).addcmul_(u, slope)
-        return x_bar, v * slope
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, dx = ctx.saved_tensors
+        u, v = both_of(bars)
+        square = x * x
+        density = (-0.5 * square).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        x_bar = square.neg_().add_(2).mul_(density).mul_(dx).mul_(v).add_(_gelu_backward(u, x))
+        return x_bar, _gelu_backward(v, x)
 
 
 def _max_pool2d(
@@ -319,7 +290,7 @@ def pool_places(x: Tensor) -> Tensor:
     return is_below.long().mul_(x.shape[3]).add_(column).add_(corner)
 
 
-HANDLERS: dict[Any, Handler] = {
+HANDLERS: dict[Any, Handler] = products.HANDLERS | {
     functional.log_softmax: _log_softmax,
     torch.log_softmax: _log_softmax,
     Tensor.log_softmax: _log_softmax,
@@ -329,7 +300,6 @@ HANDLERS: dict[Any, Handler] = {
     torch.logsumexp: _logsumexp,
     Tensor.logsumexp: _logsumexp,
     functional.cross_entropy: _cross_entropy,
-    functional.scaled_dot_product_attention: _attention,
     functional.batch_norm: _batch_normalised,
     functional.layer_norm: _layer_normalised,
     functional.gelu: _gelu,

@@ -34,9 +34,10 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
-from trajrec.replay.dual import DualOperators, dual_of, parts_of
+from trajrec.replay.dual import DualOperators
 from trajrec.replay.model import LossFunction, Objective
 from trajrec.replay.samples import Samples
+from trajrec.replay.tangents import dual_of, parts_of
 from trajrec.replay.trajectory import Step
 from trajrec.rules.step import pull_batched
 

@@ -137,7 +137,9 @@ class NumberPuller:
 
     def norms(self) -> Tensor:
         """|lam| of every target, [K]."""
-        squares = torch.stack([self._targets[:, span].norm(dim=1, dtype=torch.float64) ** 2 for span in self._rule.layout.groups])
+        squares = torch.stack(
+            [self._targets[:, span].norm(dim=1, dtype=torch.float64) ** 2 for span in self._rule.layout.groups]
+        )
         norms: Tensor = (self.lam[0].to(squares) ** 2 @ squares).sqrt()
         return norms
 
