@@ -23,6 +23,7 @@ from torch.nn import functional
 from trajrec.replay.tangents import Handler, both_of, dual_of, parts_of
 
 _convolution_backward = torch.ops.aten.convolution_backward
+_FEW_CHANNELS = 16
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -67,6 +68,72 @@ class _Linear(torch.autograd.Function):
             u.sum(0) if of_b else None,
             v.sum(0) if of_db else None,
         )
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    (value, dx), (w, dw) = parts_of(x), parts_of(weight)
+    b, db = (None, None) if bias is None else parts_of(bias)
+    if dw is None or (bias is not None and db is None):
+        return None
+    # Of many channels several convolutions are as fast as one over all of them, and torch sums them well.
+    if isinstance(padding, str) or groups != 1 or x.dim() != 4 or x.shape[1] > _FEW_CHANNELS:
+        return None
+    options = [list(o) if isinstance(o, tuple | list) else [o, o] for o in (stride, padding, dilation)]
+    y, dy = _Convolution.apply(value, dx, w, dw, b, db, options)  # type: ignore[no-untyped-call]
+    return dual_of(y, dy)
+
+
+class _Convolution(torch.autograd.Function):
+    """(y, y') of y = x * w + b; x * w' + x' * w is one convolution over twice the channels."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, dx: Tensor | None, w: Tensor, dw: Tensor, b: Tensor | None, db: Tensor | None, options: Any
+    ) -> tuple[Tensor, Tensor]:
+        both = (x, dw) if dx is None else _joined(x, dx, w, dw)
+        return functional.conv2d(x, w, b, *options), functional.conv2d(*both, db, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *saved, _, _, ctx.options = inputs
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dx, w, dw = ctx.saved_tensors
+        u, v = both_of(bars)
+        of_x, of_dx, of_w, of_dw, of_b, of_db, _ = ctx.needs_input_grad
+
+        def backwards(g: Tensor, x: Tensor, w: Tensor, of_x: bool, of_w: bool) -> tuple[Any, Any]:
+            mask = [of_x, of_w, False]
+            found = _convolution_backward(g, x, w, None, *ctx.options, False, [0, 0], 1, mask)
+            return found[0], found[1]
+
+        x_bar, w_bar = backwards(u, x, w, of_x, of_w)
+        if dx is None:
+            dx_bar, dw_bar = None, backwards(v, x, w, False, of_dw)[1]
+        else:
+            of_both, of_weights = backwards(v, *_joined(x, dx, w, dw), of_x or of_dx, of_w or of_dw)
+            of_x_part, dx_bar = (None, None) if of_both is None else of_both.chunk(2, 1)
+            dw_bar, of_w_part = (None, None) if of_weights is None else of_weights.chunk(2, 1)
+            x_bar = None if x_bar is None else x_bar.add_(of_x_part)
+            w_bar = None if w_bar is None else w_bar.add_(of_w_part)
+        spread = (0, 2, 3)
+        return x_bar, dx_bar, w_bar, dw_bar, u.sum(spread) if of_b else None, v.sum(spread) if of_db else None, None
+
+
+def _joined(x: Tensor, dx: Tensor, w: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and weights of x * w' + x' * w."""
+    return torch.cat([x, dx], 1), torch.cat([dw, w], 1)
 
 
 def _attention(
@@ -161,5 +228,6 @@ class _Attention(torch.autograd.Function):
 
 HANDLERS: dict[Any, Handler] = {
     functional.linear: _linear,
+    functional.conv2d: _conv2d,
     functional.scaled_dot_product_attention: _attention,
 }
