@@ -1,11 +1,15 @@
 """How time and memory of a replay grow: with parameters, tracked samples, targets and steps (supplement, figure 1).
 
-    python benchmarks/growth.py [--out benchmarks/results/growth.json]
+    python benchmarks/growth.py [--merge] [--out benchmarks/results/growth.json]
 
-Random data, batch 64. Parameters: LeNet-5, DenseNet-40 and MobileNetV2 (2,236,682 for ten classes), exact contributions
-of all samples to one target. Tracked samples: 400, 2,000 and 10,000 hypergradients of LeNet-5, Hessian-free. Targets: 1
-to 256 of LeNet-5, exact. Steps: LeNet-5, exact. Every measurement is a process of its own; memory is its peak over that
-of the process before the replay. Slopes are those of least squares in log-log: 1 is linear, 0 is constant.
+Random data, batch 64, one thread. Parameters: LeNet-5, DenseNet-40 and MobileNetV2 (2,236,682 for ten classes), exact
+contributions of all samples to one target. Tracked samples: 400, 2,000 and 10,000 of LeNet-5, forwards, Hessian-free,
+each of them a hypergradient. Targets: 1 to 64 of LeNet-5, exact. Steps: LeNet-5, exact.
+
+Every recording and every replay is a process of its own. Seconds are CPU time: of the whole replay, and of its steps
+alone, without set-up and the trial of forms. Memory is the peak of the process over what it held before it opened the
+run: torch and the data. Slopes are those of least squares in log-log, of the steps' time: 1 is linear, 0 is constant.
+Ten minutes; the result is written after every row, and `--merge` goes on with one that was cut off.
 """
 
 import argparse
@@ -26,11 +30,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import trajrec
 from trajrec.replay.contribution import solve
-from trajrec.replay.session import Session
+from trajrec.replay.session import Session, Silent
 
 SERIES = {
-    "parameters": [("lenet", 6), ("densenet", 6), ("mobilenet", 6)],
-    "samples": [("400", 20), ("2000", 20), ("10000", 20)],
+    "parameters": [("lenet", 4), ("densenet", 4), ("mobilenet", 4)],
+    "samples": [("400", 12), ("2000", 12), ("10000", 12)],
     "targets": [("1", 12), ("4", 12), ("16", 12), ("64", 12)],
     "steps": [("20", 20), ("200", 200), ("2000", 2000)],
 }
@@ -45,82 +49,120 @@ def mobilenet():
 MODELS = {"lenet": (LeNet5, (1, 28, 28)), "densenet": (DenseNet40, (3, 32, 32)), "mobilenet": (mobilenet, (3, 32, 32))}
 
 
-def task_of(name, samples):
-    build, shape = MODELS[name]
+def task_of(series, point):
+    build, shape = MODELS[point if series == "parameters" else "lenet"]
+    count = 10_000 if series == "samples" else 640
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(samples, *shape), torch.randint(10, (samples,)))
+    data = TensorDataset(torch.randn(count, *shape), torch.randint(10, (count,)))
     test = TensorDataset(torch.randn(256, *shape), torch.randint(10, (256,)))
     return trajrec.Task.supervised(build, data, test, torch.nn.CrossEntropyLoss(reduction="none"))
 
 
-def record(task, steps, run):
+def record(series, point, steps, run):
+    """Records a training and prints the CPU seconds of one of its steps."""
+    task = task_of(series, point)
     torch.manual_seed(0)
-    model, done = task.build_model(), 0
+    model, marks = task.build_model(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
     loader = DataLoader(task.train, batch_size=64, shuffle=True, drop_last=True)
     with trajrec.record(run, model=model, optimizer=optimizer, loader=loader, force=True):
-        while done < steps:
+        while len(marks) < steps:
             for x, y in loader:
                 optimizer.zero_grad()
                 cross_entropy(model(x), y).backward()
                 optimizer.step()
-                done += 1
-                if done == steps:
+                marks.append(time.thread_time())
+                if len(marks) == steps:
                     break
+    print(json.dumps({"training_step_seconds": round(a_step(marks), 5)}))
 
 
-def trial(series, point, steps, run):
-    """One measurement; prints it as JSON."""
-    torch.set_num_threads(1)
-    name = point if series == "parameters" else "lenet"
-    task = task_of(name, 10_000 if series == "samples" else 640)
-    record(task, steps, run)
+class Marks(Silent):
+    """The CPU time of every step of a replay."""
+
+    def __init__(self):
+        self.times = []
+
+    def advance(self, count):
+        if count == 1:
+            self.times.append(time.process_time())
+
+
+def a_step(times):
+    return (times[-1] - times[0]) / (len(times) - 1)
+
+
+def peak():
+    """The largest resident size of this process so far, in megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def replay(series, point, steps, run):
+    """Asks the series' question and prints what it took."""
+    task, marks = task_of(series, point), Marks()
     options = {
-        "samples": {"samples": np.arange(int(point)), "mode": "tangent"} if series == "samples" else {},
-        "targets": {"targets": np.arange(int(point)), "exact": True} if series == "targets" else {},
-    }.get(series) or {"exact": True}
+        "samples": lambda: {"samples": np.arange(int(point)), "mode": "tangent", "targets": [0]},
+        "targets": lambda: {"targets": np.arange(int(point)), "mode": "adjoint", "exact": True},
+    }.get(series, lambda: {"targets": [0], "mode": "adjoint", "exact": True})()
+    before, began = peak(), time.process_time()
     with trajrec.open(run) as recorded:
         session = Session(recorded, task, memory=2 << 30)
-        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        solve(session, **({"mode": "adjoint", "targets": [0]} | options))
-        seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        solve(session, progress=marks, **options)
+    steps_alone = a_step(marks.times) * len(marks.times)
+    found = {"seconds": round(time.process_time() - began, 2), "steps_seconds": round(steps_alone, 4)}
     x = {"parameters": session.layout.size, "steps": steps}.get(series) or int(point)
-    print(json.dumps({"series": series, "point": point, "x": x, "steps": steps, "seconds": round(seconds, 2),
-                      "peak_MB": round(peak / 1024, 1)}))  # fmt: skip
+    print(json.dumps({"x": x, "peak_MB": round(peak() - before, 1)} | found))
 
 
-def slope(rows, key):
-    """The slope in log-log; time of models is taken a step, and memory below a megabyte is noise."""
-    x = np.log([row["x"] for row in rows])
-    y = np.log([max(row[key], 1.0) if key == "peak_MB" else row[key] for row in rows])
+def measured(series, point, steps, run):
+    """A row: a recording and a replay, each in a process of its own."""
+    row = {"series": series, "point": point, "steps": steps}
+    for part in ("record", "replay"):
+        command = [sys.executable, __file__, "--part", part, series, point, str(steps), str(run)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        row |= json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def slope(rows, key, least):
+    """The slope in log-log; what is below `least` is noise."""
+    x, y = (np.log([max(row[k], least) for row in rows]) for k in ("x", key))
     return round(float(np.polyfit(x, y, 1)[0]), 2)
+
+
+def slopes(rows):
+    """By series, of those with two rows at least."""
+    series = {name: [row for row in rows if row["series"] == name] for name in SERIES}
+    return {
+        name: {"time": slope(mine, "steps_seconds", 0), "memory": slope(mine, "peak_MB", 1)}
+        for name, mine in series.items()
+        if len(mine) > 1
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--series", nargs="+", default=list(SERIES))
+    parser.add_argument("--merge", action="store_true", help="keep the rows that --out holds, measure the others")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "growth.json")
-    parser.add_argument("--trial", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--part", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.trial:
-        series, point, steps, run = options.trial
-        return trial(series, point, int(steps), Path(run))
-    rows = []
+    if options.part:
+        torch.set_num_threads(1)
+        part, series, point, steps, run = options.part
+        return {"record": record, "replay": replay}[part](series, point, int(steps), Path(run))
+    rows = json.loads(options.out.read_text())["rows"] if options.merge and options.out.exists() else []
+    known = {(row["series"], row["point"], row["steps"]) for row in rows}
+    wanted = [(series, *at) for series in options.series for at in SERIES[series]]
     with tempfile.TemporaryDirectory() as folder:
-        for series in options.series:
-            for point, steps in SERIES[series]:
-                arguments = [series, point, str(steps), f"{folder}/run.h5"]
-                command = [sys.executable, __file__, "--trial", *arguments]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
-                print(rows[-1], flush=True)
-    slopes = {
-        s: {key: slope([r for r in rows if r["series"] == s], key) for key in ("seconds", "peak_MB")}
-        for s in options.series
-    }
-    about = {"load_average": round(os.getloadavg()[0], 1), "torch": str(torch.__version__), "threads": 1}
-    options.out.write_text(json.dumps({"about": about, "slopes": slopes, "rows": rows}, indent=1) + "\n")
+        for series, point, steps in [at for at in wanted if at not in known]:
+            rows.append(measured(series, point, steps, Path(folder) / "run.h5"))
+            rows[-1]["load_average"] = round(os.getloadavg()[0], 1)
+            print(rows[-1], flush=True)
+            rows.sort(key=lambda row: (list(SERIES).index(row["series"]), row["x"]))
+            about = {"torch": str(torch.__version__), "threads": 1, "cores": os.cpu_count()}
+            result = {"about": about, "slopes": slopes(rows), "rows": rows}
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
     return None
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/measurements.md from the results beside this script: no figure is typed by hand.
+"""Writes docs/measurements.md and its picture from the results beside this script: no figure is typed by hand.
 
 python benchmarks/tables.py [--check]
 """
@@ -8,8 +8,11 @@ import json
 import sys
 from pathlib import Path
 
+from picture import grid
+
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "measurements.md"
+PICTURE = PAGE.with_name("growth.svg")
 
 NAMES = {
     "trajrec-raw": "trajrec, every step, uncompressed",
@@ -120,7 +123,7 @@ def sensitivity():
     )
 
 
-MODELS = {"lenet": "LeNet-5", "densenet": "DenseNet-40", "transformer": "transformer"}
+MODELS = {"lenet": "LeNet-5", "densenet": "DenseNet-40", "mobilenet": "MobileNetV2", "transformer": "transformer"}
 
 
 def replaying():
@@ -150,6 +153,7 @@ def replaying():
 
 def full_size():
     result = json.loads((RESULTS / "full_mnist.json").read_text())
+    clocks = " and ".join(sorted({row.get("clock", "wall") for row in result["rows"]}))
     head = ["epochs", "steps", "test accuracy", "training, s", "Hessian-free", "exact", "Spearman", "Pearson"]
     head += ["sign error", "relative error", "growth of the exact adjoint"]
     rows = [
@@ -170,7 +174,8 @@ def full_size():
     ]
     return (
         "The paper's MNIST training (50,000 images, LeNet-5), contributions of all training images to the mean test "
-        "loss after so many epochs; times over that of training, set-up included, beside other work on the machine. "
+        f"loss after so many epochs; {clocks} times over that of training, set-up included, beside other work on the "
+        "machine. "
         "Relative error: of the Hessian-free contributions, in the 2-norm.\n\n" + table(head, rows)
     )
 
@@ -178,13 +183,39 @@ def full_size():
 def growing():
     result = json.loads((RESULTS / "growth.json").read_text())
     rows = [
-        [r["series"], f"{r['x']:,}", r["steps"], f"{r['seconds']:.2f}", f"{r['peak_MB']:.0f}"] for r in result["rows"]
+        [
+            r["series"],
+            MODELS.get(r["point"], "LeNet-5"),
+            f"{r['x']:,}",
+            r["steps"],
+            f"{r['seconds']:.1f}",
+            f"{r['steps_seconds']:.3g}",
+            f"{r['steps_seconds'] / r['steps'] / r['training_step_seconds']:.3g}",
+            f"{r['peak_MB']:,.0f}",
+        ]
+        for r in result["rows"]
     ]
     slopes = "; ".join(
-        f"{name}: time {found['seconds']:.2f}, memory {found['peak_MB']:.2f}"
-        for name, found in result["slopes"].items()
+        f"{name}: time {found['time']:.2f}, memory {found['memory']:.2f}" for name, found in result["slopes"].items()
     )
-    return f"Slopes in log-log: {slopes}.\n\n" + table(["series", "size", "steps", "seconds", "peak, MB"], rows)
+    head = ["grows", "model", "size", "steps", "CPU seconds", "of the steps alone", "over training", "peak, MB"]
+    return (
+        "Exact contributions to one target; tracked samples: forwards, Hessian-free. Over training: time of the steps "
+        "alone over that of the same steps of training. Slopes in log-log (1 is linear, 0 is constant), time of the "
+        f"steps alone: {slopes}.\n\n![Time and memory of a replay in log-log](growth.svg)\n\n" + table(head, rows)
+    )
+
+
+def growth_picture():
+    """The paper's supplementary figure 1, redone: time above, memory below."""
+    result = json.loads((RESULTS / "growth.json").read_text())
+    rows = []
+    for key, label, slope in (("steps_seconds", "CPU seconds", "time"), ("peak_MB", "peak, MB", "memory")):
+        rows.append([])
+        for series, found in result["slopes"].items():
+            points = [(r["x"], max(r[key], 1e-3)) for r in result["rows"] if r["series"] == series]
+            rows[-1].append((f"{slope}, slope {found[slope]:.2f}", series, label, points))
+    return grid(rows)
 
 
 SECTIONS = (
@@ -208,12 +239,19 @@ def page():
     return text
 
 
+def files():
+    """The text of every file that follows from the results."""
+    pictures = {PICTURE: growth_picture()} if (RESULTS / "growth.json").is_file() else {}
+    return {PAGE: page()} | pictures
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     if parser.parse_args().check:
-        sys.exit(PAGE.read_text() != page())
-    PAGE.write_text(page())
+        sys.exit(any(not path.is_file() or path.read_text() != text for path, text in files().items()))
+    for path, text in files().items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":
