@@ -1,5 +1,7 @@
 """Which samples made a step: told right for every way that loops draw their batches, or refused with a reason."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import trajrec
+from trajrec.capture import MicroBatch, StepBatch, _alone, _joined
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
 from trajrec.recorder import Recorder
 from trajrec.sink import MemorySink
@@ -111,6 +114,16 @@ def test_an_abandoned_pass_and_a_skipped_batch_are_told_apart():
                 if i == 3:
                     break
     assert [r.ids.tolist() for r in sink.records[1:]] == seen
+
+
+@pytest.mark.parametrize("weights", [None, np.array([0.5, 0.25, 0.25])])
+@pytest.mark.parametrize("sketch", [None, 7])
+def test_a_batch_alone_gives_what_joining_gives(weights, sketch):
+    batch = MicroBatch(np.array([3, 1, 2]), weights=weights, digest=5, sketch=sketch)
+    batch.passes.append((3, (torch.arange(4, dtype=torch.uint8),)))
+    alone, joined = _alone(batch, [torch.tensor(1.0)]), _joined([batch], [torch.tensor(1.0)], None)
+    for field in fields(StepBatch):
+        np.testing.assert_equal(getattr(alone, field.name), getattr(joined, field.name))
 
 
 def test_micro_batches_of_one_step_are_joined():

@@ -348,11 +348,11 @@ class BatchLedger:
             if batches:
                 self._count_epoch(batches[-1])
             self._first = False
-            return _joined(given, losses, loose)
+            return _step_of(given, losses, loose)
         self._check_known(batches)
         self._count_epoch(batches[-1])
         self._first = False
-        return _joined(batches, losses, loose)
+        return _step_of(batches, losses, loose)
 
     def _count_epoch(self, batch: MicroBatch) -> None:
         self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
@@ -374,6 +374,12 @@ class BatchLedger:
                 raise UnknownBatchError(_why_unknown(batch.loader))
 
 
+def _step_of(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States | None) -> StepBatch:
+    if len(batches) == 1 and len(batches[0].passes) == 1:
+        return _alone(batches[0], losses)
+    return _joined(batches, losses, loose)
+
+
 def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States | None) -> StepBatch:
     """The step that these micro-batches made; `loose` are generator states of a pass that belongs to none of them."""
     ids = [batch.ids for batch in batches if batch.ids is not None]
@@ -391,6 +397,21 @@ def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States |
         tuple(sketches) if len(sketches) == len(pieces) else None,
         tuple(contents) if len(contents) == len(pieces) else (),
         batches[0].digest if len(batches) == 1 else None,
+    )
+
+
+def _alone(batch: MicroBatch, losses: list[Tensor]) -> StepBatch:
+    """`_joined` of one batch that went through the model once, as most do: every step pays for this."""
+    assert batch.ids is not None
+    return StepBatch(
+        batch.ids,
+        batch.weights,
+        losses,
+        (len(batch.ids),),
+        (batch.passes[0][1],),
+        None if batch.sketch is None else (batch.sketch,),
+        tuple(batch.cut_contents()),
+        batch.digest,
     )
 
 

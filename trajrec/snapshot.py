@@ -55,6 +55,7 @@ class Snapshot:
         self._conditions: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
         self.names = tuple(dict.fromkeys(name for o in optimizers for name in _hyperparameter_names(o)))
         self._keys = [(name.partition(".")[0], name.partition(".")[2]) for name in self.names]
+        self._options_read = dict.fromkeys(key for key, _ in self._keys)
         self.generators = Generators(next(iter(self.parameters.values())).device)
         self._hyper: FloatArray | None = None
         self._options: list[list[Any]] = []
@@ -107,8 +108,7 @@ class Snapshot:
         seen = (
             [len(group["params"]) for group in self.param_groups],
             [module.training for module in self._modules],
-            [p.grad is None for p in self._optimized],
-            [p.requires_grad for p in self._optimized],
+            [None if p.grad is None else p.requires_grad for p in self._optimized],
         )
         if seen == self._seen:
             return None
@@ -267,7 +267,7 @@ class Snapshot:
     def hyper(self) -> FloatArray:
         """Hyperparameters in force, [G, H]."""
         # Mostly nothing has changed since the last step; a tensor may have, in place.
-        options = [[group.get(key) for key, _ in self._keys] for group in self.param_groups]
+        options = [[*map(group.get, self._options_read)] for group in self.param_groups]
         if self._hyper is None or options != self._options or self._has_tensors:
             self._options = options
             self._has_tensors = any(isinstance(value, Tensor) for row in options for value in row)
@@ -298,7 +298,9 @@ class Snapshot:
             for name, value in self._state_of(p).items():
                 path = f"optimizer/{name}"
                 if isinstance(value, Tensor) and value.shape == p.shape:
-                    row = arrays.setdefault(path, np.zeros(total, dtype=_dtype_name(value.dtype)))
+                    row = arrays.get(path)
+                    if row is None:
+                        row = arrays[path] = np.zeros(total, dtype=_dtype_name(value.dtype))
                     row[offset : offset + p.numel()] = value.detach().cpu().reshape(-1).numpy()
                     arrays.setdefault(f"{path}.present", np.zeros(count, dtype=np.uint8))[index] = 1
                 # A step count of a parameter without dimensions has the parameter's shape too: it is kept as both.
@@ -400,8 +402,8 @@ class Generators:
 def consumed(before: Sequence[States], after: States) -> bytes:
     """The states before each forward pass, one after the other, if the step drew random numbers; else b""."""
     # Comparing bytes is several times cheaper here than torch.equal.
-    first, last = _joined(before[0]), _joined(after)
-    return b"" if first == last else b"".join([first, *(_joined(states) for states in before[1:])])
+    first = _joined(before[0])
+    return b"" if first == _joined(after) else b"".join([first, *map(_joined, before[1:])])
 
 
 def _joined(states: States) -> bytes:
@@ -415,7 +417,7 @@ def _all_generator_states() -> dict[str, npt.NDArray[Any]]:
     legacy: Any = np.random.get_state()
     arrays: dict[str, npt.NDArray[Any]] = {
         "rng/python": np.array([version, *words, np.nan if gauss is None else gauss], dtype=np.float64),
-        "rng/numpy": np.array([*legacy[1], legacy[2], legacy[3], legacy[4]], dtype=np.float64),
+        "rng/numpy": np.append(legacy[1].astype(np.float64), legacy[2:]),
         "rng/cpu": torch.get_rng_state().numpy().copy(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

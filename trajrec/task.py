@@ -241,48 +241,35 @@ def digest(batch: Batch) -> int:
     return _digest(batch, 0)
 
 
-_SMALL, _SAMPLED = 4096, 64
-_heads: dict[Any, bytes] = {}
+_SMALL, _SAMPLED = 256 * 1024, 64
 
 
 def sketch(batch: Batch) -> int | None:
     """CRC-32 of a sample of a batch's contents, cheap enough for every step; None if nothing of it is in host memory.
 
-    Of every tensor its dtype and shape, all bytes of small ones (labels, say), and of larger ones 64 bytes from the
-    middle of each row along the first dimension, of 64 rows at most.
+    Of every tensor up to 256 kB all bytes; of larger ones 64 bytes from the middle of each row along the first
+    dimension, of 64 rows at most.
     """
     crc, known = 0, False
-    for value in batch if type(batch) in (list, tuple) and not any(map(_is_nested, batch)) else tree_leaves(batch):
+    flat = type(batch) in (list, tuple) and {*map(type, batch)} == {Tensor}
+    for value in batch if flat else tree_leaves(batch):
         if not isinstance(value, Tensor):
             crc = crc32(_text(value), crc)
         elif value.is_cpu and value.layout is torch.strided and value.numel():
             known = True
-            crc = crc32(_sampled(value), crc32(_head(value), crc))
+            crc = crc32(_sampled(value), crc)
     return crc if known else None
-
-
-def _is_nested(value: Any) -> bool:
-    return not isinstance(value, Tensor)
-
-
-def _head(tensor: Tensor) -> bytes:
-    """Dtype and shape as text; made once, because it takes as long as all the rest."""
-    key = tensor.dtype, tensor.shape
-    if key not in _heads:
-        if len(_heads) > 1000:
-            _heads.clear()
-        _heads[key] = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return _heads[key]
 
 
 def _sampled(tensor: Tensor) -> Any:
     try:
-        values = tensor.numpy()
+        values = np.ascontiguousarray(tensor.numpy())
     except (RuntimeError, TypeError):  # a gradient is wanted, or a dtype that numpy lacks
-        values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().reshape(len(tensor), -1)
+        count = tensor.shape[:1].numel()
+        values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().reshape(count, -1)
     if values.nbytes <= _SMALL:
-        return values.tobytes()
-    rows = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+        return values
+    rows = values.reshape(len(values), -1).view(np.uint8)
     middle = max(0, rows.shape[1] - _SAMPLED) // 2
     return rows[:: -(-len(rows) // 64), middle : middle + _SAMPLED].tobytes()
 

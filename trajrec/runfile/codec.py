@@ -11,8 +11,11 @@ All little-endian. The training thread pays for `encode`, so there is no JSON an
 from __future__ import annotations
 
 import struct
+import sys
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trajrec.records import NO_IDS, IntArray, StepRecord
 
@@ -20,12 +23,12 @@ _HEAD = struct.Struct("<qqddIIIIqq")
 _REST = struct.Struct("<qqq")
 _FLOAT = np.dtype("<f8")
 _INT = np.dtype("<i8")
+_LITTLE = sys.byteorder == "little"
 
 
 def encode(record: StepRecord) -> bytes:
     """The record as bytes."""
-    hyper, ids = record.hyper.astype(_FLOAT, copy=False), record.ids.astype(_INT, copy=False)
-    weights = b"" if record.weights is None else record.weights.astype(_FLOAT, copy=False).tobytes()
+    hyper, ids, weights = record.hyper, record.ids, record.weights
     groups, names = hyper.shape
     head = _HEAD.pack(
         record.step,
@@ -35,19 +38,24 @@ def encode(record: StepRecord) -> bytes:
         record.crc32,
         groups,
         names,
-        record.weights is not None,
-        ids.size,
+        weights is not None,
+        len(ids),
         len(record.rng),
     )
-    return b"".join((head, hyper.tobytes(), ids.tobytes(), weights, record.rng, _encode_rest(record)))
+    given = b"" if weights is None else _bytes(weights)
+    return b"".join((head, _bytes(hyper), _bytes(ids), given, record.rng, _encode_rest(record)))
+
+
+def _bytes(array: npt.NDArray[Any]) -> bytes:
+    """The array's bytes, little-endian."""
+    return array.tobytes() if _LITTLE else array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
 def _encode_rest(record: StepRecord) -> bytes:
     parts, digests, changes = record.parts, record.digests, record.changes
-    if not (parts.size or digests.size or changes):
+    if not (len(parts) or len(digests) or changes):
         return b""
-    head = _REST.pack(parts.size, digests.size, len(changes))
-    return b"".join((head, parts.astype(_INT, copy=False).tobytes(), digests.astype(_INT).tobytes(), changes))
+    return b"".join((_REST.pack(len(parts), len(digests), len(changes)), _bytes(parts), _bytes(digests), changes))
 
 
 def decode(data: bytes) -> StepRecord:
