@@ -123,7 +123,7 @@ def test_a_batch_alone_gives_what_joining_gives(weights, sketch):
     batch.passes.append((3, (torch.arange(4, dtype=torch.uint8),)))
     alone, joined = _alone(batch, [torch.tensor(1.0)]), _joined([batch], [torch.tensor(1.0)], None)
     for field in fields(StepBatch):
-        np.testing.assert_equal(getattr(alone, field.name), getattr(joined, field.name))
+        assert repr(getattr(alone, field.name)) == repr(getattr(joined, field.name))
 
 
 def test_micro_batches_of_one_step_are_joined():
