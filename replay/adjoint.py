@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import FORMS, Derivatives, saved_bytes
 from trajrec.replay.model import LossFunction
 from trajrec.replay.overflow import check_adjoint
+from trajrec.replay.pieces import CutPoint, Form, cut
 from trajrec.replay.pull import NumberPuller, Pulled, Puller, VectorPuller
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Step, Trajectory
@@ -133,18 +135,28 @@ class Adjoint:
         usual = certifier is not None and certifier.stride == 1 and wanted
 
         def trial(name: str, wanted: bool = usual) -> Derivatives:
-            point = POINTS[name](function, samples, step, forms.chunk)
+            point = point_at(POINTS[name], self.problem, step)
             gradient = function.free(point.gradient(), step) if self.puller.needs_gradient else None
             made[:] = [self.puller.pull(step, state, gradient)]
             directions = function.free(_directions(made[0], self.problem.rule), step)
-            return point.along(directions, hessian=self.problem.exact, gradient=wanted)
+            found: Derivatives = point.along(directions, hessian=self.problem.exact, gradient=wanted)
+            return found
 
         count = self.puller.count
         if count > 1:
-            forms.settle_chunk(lambda: saved_bytes(function, samples, step))
+            forms.settle_chunk(lambda: saved_bytes(function, samples, _piece(self.problem, step)))
         kind = kind_of(step, count, hessian=self.problem.exact)
-        found = trial(forms.form(kind, _candidates(count, self.problem.exact), trial), wanted)
+        found = trial(forms.form(kind, self._candidates(step), trial), wanted)
         return made[0], found
+
+    def _candidates(self, step: Step) -> tuple[str, ...]:
+        """The forms that may serve."""
+        if self.puller.count == 1:
+            return ("forward", "reverse")
+        rows = len(_piece(self.problem, step).ids) * step.before.nbytes
+        if self.problem.exact or rows > self.problem.forms.memory:
+            return ("reverse", "batched", "forward")
+        return ("reverse", "samples", "batched", "forward")
 
     def norms(self) -> Tensor:
         """|lam| of every target, [K]."""
@@ -156,10 +168,19 @@ class Adjoint:
         return self.initial if step.t == 1 else self.problem.rule.placeholder_state(step.before)
 
 
-def _candidates(count: int, exact: bool) -> tuple[str, ...]:
-    if count == 1:
-        return ("forward", "reverse")
-    return ("reverse", "batched", "forward") if exact else ("reverse", "samples", "batched", "forward")
+def point_at(form: Form, problem: Problem, step: Step) -> Any:
+    """A step in a form; in pieces, where it does not fit as a whole."""
+    forms, function, samples = problem.forms, problem.function, problem.samples
+    size = forms.cutting.size(function, samples, step)
+    if not 0 < size < len(step.ids):
+        return form(function, samples, step, forms.chunk)
+    return CutPoint(form, function, samples, step, forms.chunk, size)
+
+
+def _piece(problem: Problem, step: Step) -> Step:
+    """What of a step is computed at once."""
+    size = problem.forms.cutting.size(problem.function, problem.samples, step)
+    return next(cut(problem.function, problem.samples, step, size)) if 0 < size < len(step.ids) else step
 
 
 def _directions(pulled: Pulled, rule: Rule) -> Tensor:

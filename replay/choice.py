@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trajrec.replay.linearize import Derivatives
+from trajrec.replay.pieces import Cutting
 from trajrec.replay.trajectory import Step
 
 REFERENCE = "reverse"
@@ -42,12 +43,14 @@ class Forms:
         names: the form by kind of step.
         memory: bytes that the intermediate values of several directions may take.
         chunk: directions that "batched" takes together; 0 before it is known.
+        cutting: how many samples of a batch are taken at once.
     """
 
     only: str | None = None
     gauss_newton: bool = False
     memory: int = 1 << 30
     chunk: int = 0
+    cutting: Cutting = field(default_factory=Cutting)
     names: dict[str, str] = field(default_factory=dict)
 
     def settle_chunk(self, needed: Callable[[], int]) -> None:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import torch
+
 # Numbers of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _SHARE = 4
@@ -21,9 +23,10 @@ _FALLBACK = 1 << 30
 _depth = 0
 
 
-def budget(memory: int | None) -> int:
-    """The bytes that a replay may take for blocks of targets and states: as asked, or a quarter of what is free."""
-    return memory or max(_FALLBACK, _free() // _SHARE)
+def budget(memory: int | None, device: torch.device) -> int:
+    """The bytes that a replay may take on its device: as asked, or a quarter of what is free."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free()
+    return memory or max(_FALLBACK, free // _SHARE)
 
 
 def _free() -> int:

@@ -212,7 +212,8 @@ class LossFunction:
             with self._random_state(part.rng):
                 losses = self._call(self.task.loss, "loss", named, batch, part.span.stop - part.span.start)
             check_finite(losses.detach(), "The training loss", step.t)
-            yield Objective(losses, share, self._penalty(named, len(batches)))
+            divisor = self.penalty_divisor(len(batches)) if part.penalty is None else part.penalty
+            yield Objective(losses, share, self._penalty(named, divisor))
 
     def free(self, values: Tensor, step: Step) -> Tensor:
         """Values [..., P'] with zeros at weights that were frozen in a step, and stepped with a gradient of zeros."""
@@ -253,14 +254,17 @@ class LossFunction:
             raise TaskError(f"Task.weight must return one value a sample, shape ({size},), but returned {found}.")
         return values.detach().to(like.device, like.dtype)
 
-    def _penalty(self, named: dict[str, Tensor], parts: int) -> Tensor | None:
-        if self.task.penalty is None:
+    def penalty_divisor(self, parts: int) -> int:
+        """By what the Task's penalty is divided in each of so many micro-batches."""
+        if self.reduction.startswith("sum"):
+            return 1
+        return self.usual_parts if self.reduction == "scaled-means" else parts
+
+    def _penalty(self, named: dict[str, Tensor], divisor: int) -> Tensor | None:
+        if self.task.penalty is None or not divisor:
             return None
         penalty = self.task.penalty
-        value = self._evaluate(lambda model, _: penalty(model), named, None)
-        if self.reduction.startswith("sum"):
-            return value
-        return value / (self.usual_parts if self.reduction == "scaled-means" else parts)
+        return self._evaluate(lambda model, _: penalty(model), named, None) / divisor
 
     def measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
         """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""

@@ -80,6 +80,7 @@ class Means:
             return {}, {}
         self.forms.names.update(found[0]["forms"])
         self.forms.chunk = found[0]["chunk"]
+        self.forms.cutting.sizes.update(found[0]["pieces"])
         self.block = found[0]["block"]
         return found
 
@@ -243,7 +244,9 @@ def sampled_stride(steps: int) -> int:
 
 def problem_of(session: Session, exact: bool, forms: Forms) -> Problem:
     """The session as the mathematics sees it."""
-    forms.memory = budget(session.memory) // 4
+    whole = budget(session.memory, session.device)
+    forms.memory = whole // 4
+    forms.cutting.memory, forms.cutting.most = (whole if session.memory is None else whole // 4), session.memory
     return Problem(session.trajectory, session.function, session.train, session.rule, exact, forms)
 
 
@@ -251,7 +254,7 @@ def block_size(session: Session, kind: str) -> int:
     """Targets or samples at once: half of the memory is for their vectors."""
     item = torch.finfo(session.dtype).bits // 8
     each = max(1, session.layout.size * item * _VECTORS[kind])
-    return max(1, min(_MOST[kind], budget(session.memory) // 2 // each))
+    return max(1, min(_MOST[kind], budget(session.memory, session.device) // 2 // each))
 
 
 def carried_arrays(**carried: Any) -> Arrays:
@@ -277,6 +280,7 @@ def common_values(session: Session, means: Means, arrays: Arrays) -> dict[str, A
     return {
         "forms": means.forms.names,
         "chunk": means.forms.chunk,
+        "pieces": means.forms.cutting.sizes,
         "block": means.block,
         "checks": session.checks.progress(),
         "waiting": None if waiting is None else waiting[0].t,

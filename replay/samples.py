@@ -98,6 +98,8 @@ class Samples:
         Raises:
             OtherInputs: if `checks_inputs` is set and the training loop received something else.
         """
+        if part.batch is not None:
+            return part.batch
         if (recorded := self._recorded(step.t)) is not None:
             return self._place(recorded[step.parts.index(part)], copy=True)
         ids = step.ids[part.span]

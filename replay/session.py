@@ -222,7 +222,7 @@ class Session:
             self.rule,
             self.dtype,
             of_rows,
-            budget(self.memory) // 4,
+            budget(self.memory, self.device) // 4,
             self.allow_drift,
         )
         return recomputed if of_rows is not None else RebuiltTrajectory(stored, recomputed)

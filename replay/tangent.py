@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from trajrec.records import IntArray
-from trajrec.replay.adjoint import Problem, initial_state
+from trajrec.replay.adjoint import Problem, initial_state, point_at
 from trajrec.replay.certificate import StepChecks
 from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import ReversePoint
+from trajrec.replay.pieces import CutPoint
 from trajrec.replay.overflow import check_tangent
 from trajrec.replay.trajectory import Step
 from trajrec.rules.step import State
@@ -72,7 +73,7 @@ class Tangent:
         for step in self.problem.trajectory.forwards(self.first):
             function = self.problem.function
             kind = GaussNewtonPoint if self.problem.forms.gauss_newton else ReversePoint
-            point = kind(function, self.problem.samples, step)
+            point = point_at(kind, self.problem, step)
             gradient = function.free(point.gradient(), step)
             after = certifier.forwards(step, self.state, gradient)
             k = function.free(self._force(point, step), step)
@@ -82,7 +83,7 @@ class Tangent:
             advance(1)
         return self.d
 
-    def _force(self, point: ReversePoint, step: Step) -> Tensor:
+    def _force(self, point: ReversePoint | CutPoint, step: Step) -> Tensor:
         """What the gradient changes by, [K, P']; without the Hessian only samples of the batch have anything."""
         device = self.d.device
         found = torch.as_tensor(step.ids, device=device) == torch.as_tensor(self.tracked, device=device)[:, None]

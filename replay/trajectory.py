@@ -8,7 +8,7 @@ keyframes) is the run's business.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -61,11 +61,15 @@ class Part:
         span: slice of the step's ids.
         rng: generator states before the pass, or b"" where it drew no random numbers.
         digest: CRC-32 of the inputs (`trajrec.task.sketch`), or None if it was not recorded.
+        batch: the inputs, where they are at hand (`replay.pieces`).
+        penalty: what the Task's penalty is divided by here, 0 leaves it out; None: as the reduction says.
     """
 
     span: slice
     rng: bytes = b""
     digest: int | None = None
+    batch: Batch | None = field(default=None, compare=False, repr=False)
+    penalty: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
