@@ -72,7 +72,7 @@ class CutPoint:
 
     def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
-        wanted = gradient and self._gradient is None
+        wanted = gradient if self._gradient is None else False
         inners, hvp, total = [], None, None
         for piece in self._pieces:
             found = self._at(piece).along(directions, hessian=hessian, gradient=wanted)
