@@ -122,7 +122,8 @@ class Samples:
 
     def _tell_epoch(self, step: Step) -> None:
         if self._seeded is not None:
-            self._seeded.set_epoch(step.epoch + self.first_pass)
+            since = step.conditions.seeded_from
+            self._seeded.set_epoch(step.epoch + (self.first_pass if since is None else since))
 
     def _check(self, t: int, ids: IntArray, batch: Batch, recorded: int) -> None:
         # Where batches are cast or moved, the loader's own is made anew, which is slow: at some steps only.

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 
 import trajrec
 from tests.memory_run import MemoryRun
+from trajrec.errors import UnknownBatchError
 from trajrec.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.sink import MemorySink
@@ -255,3 +256,73 @@ def test_clipping_by_norm_sees_the_parameters_that_have_a_gradient(steps):
     task = Task(loop.build, loop.data, loop.other, loss=loss, gradient=trajrec.clip_norm(0.1))
     values = [contributions(MemoryRun(sink), task, exact=True, mode=mode).values for mode in ("adjoint", "tangent")]
     np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_that_were_at_work_before_the_recording():
+    data = TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
+    loader = DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
+    list(loader)
+    model, sink = nn.Linear(3, 2), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(sink, model=model, optimizer=optimizer, loader=loader):
+        for _ in range(2):
+            for x, y in loader:
+                optimizer.zero_grad()
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+    assert [record.ids.tolist() for record in sink.records[1:4]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert loader._iterator._index_sampler is loader.batch_sampler
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_two_loaders_side_by_side_over_the_same_data(copied):
+    """Batches are told apart by the tensors that the model is called on; where these are copies, nobody can."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
+    loaders = [DataLoader(data, batch_size=4, shuffle=True) for _ in range(2)]
+    model, sink = nn.Linear(3, 2), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train():
+        with Recorder(sink, model=model, optimizer=optimizer):
+            for (x, y), (u, v) in zip(*loaders, strict=True):
+                optimizer.zero_grad()
+                first, second = (x.clone(), u.clone()) if copied else (x, u.flatten(1))
+                (cross_entropy(model(first), y) + cross_entropy(model(second), v)).backward()
+                optimizer.step()
+                seen.append([(x, data.tensors[0]), (u, data.tensors[0])])
+
+    seen = []
+    if copied:
+        with pytest.raises(UnknownBatchError, match=r"Two loaders.*set_batch"):
+            train()
+        return
+    train()
+    assert len(seen) == 3
+    for record, batches in zip(sink.records[1:], seen, strict=True):
+        expected = [int((whole == row).all(1).nonzero()) for part, whole in batches for row in part]
+        assert record.ids.tolist() == expected
+        assert record.parts.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_loop_that_draws_a_batch_ahead(passes):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
+    loader = DataLoader(data, batch_size=4)
+    model, sink = nn.Linear(3, 2), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(sink, model=model, optimizer=optimizer, loader=loader):
+        for _ in range(2):
+            batches = iter(loader)
+            following = next(batches)
+            while following is not None:
+                (x, y), following = following, next(batches, None)
+                for _ in range(passes):
+                    optimizer.zero_grad()
+                    cross_entropy(model(x), y).backward()
+                optimizer.step()
+    epoch = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [record.ids.tolist() for record in sink.records[1:]] == epoch + epoch
+    assert [record.epoch for record in sink.records[1:]] == [0, 0, 0, 1, 1, 1]

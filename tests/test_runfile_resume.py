@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_run, spec
 from trajrec.errors import RecordingError
+from trajrec.replay import contributions
 from trajrec.runfile import geometry
 from trajrec.runfile.recording import RunFileSink
 from trajrec.runfile.verify import verify
@@ -148,3 +153,50 @@ def test_another_mode_is_refused_and_nothing_changes(tmp_path):
         sink.commit(MADE.record(0))
     with trajrec.open(path) as run:
         assert_same_run(run, MADE, 50)
+
+
+class Noisy(Dataset):
+    """Items that are random each time."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.full((3,), float(index)) / 12 + torch.rand(3), index % 2
+
+
+def a_session(path, weights, epochs: int, looks_first: bool = False, **options) -> dict[str, torch.Tensor]:
+    """A training of its own, of seeded data; returns the weights it ends with."""
+    loader = DataLoader(trajrec.seeded(Noisy()), batch_size=4)
+    if looks_first:
+        next(iter(loader))
+    model = nn.Linear(3, 2)
+    model.load_state_dict(weights)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with trajrec.record(path, model=model, optimizer=optimizer, loader=loader, **options):
+        if looks_first:
+            next(iter(loader))
+        for _ in range(epochs):
+            for x, y in loader:
+                optimizer.zero_grad()
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("looks_first", [False, True])
+def test_epochs_and_seeded_augmentation_go_on(tmp_path, looks_first):
+    path = tmp_path / "run.h5"
+    weights = a_session(path, nn.Linear(3, 2).state_dict(), 2)
+    a_session(path, weights, 2, looks_first, resume=True)
+    with trajrec.open(path) as run:
+        assert run.epochs.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    data = Noisy()
+    task = trajrec.Task(
+        model=lambda: nn.Linear(3, 2),
+        loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1], reduction="none"),
+        train=trajrec.seeded(data),
+        test=trajrec.seeded(data),
+    )
+    found = contributions(trajrec.open(path), task, exact=True)
+    assert found.certificate.first_bad_step is None

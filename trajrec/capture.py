@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from itertools import accumulate, pairwise
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class MicroBatch:
         passes: sizes of what went into the model's forward passes with gradients, and generator states before them.
         spent: how many of the passes were made before the last backward pass.
         serial: of the pass over a loader that it came from.
+        tensors: of the batch as the loader yielded it, not kept alive.
     """
 
     ids: IntArray | None
@@ -72,6 +74,13 @@ class MicroBatch:
     passes: list[tuple[int, States]] = field(default_factory=list)
     spent: int = 0
     serial: int = 0
+    tensors: Sequence[ref[Tensor]] = ()
+
+    def holds(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether one of these tensors, or what it is a view of, is in the batch."""
+        alive = (tensor for reference in self.tensors if (tensor := reference()) is not None)
+        places = {tensor.untyped_storage().data_ptr() for tensor in alive} - {0}
+        return any(isinstance(v, Tensor) and v.untyped_storage().data_ptr() in places for v in inputs)
 
     def cut(self) -> list[tuple[int, States | None]]:
         """Sizes and generator states of the pieces that went through the model one by one; most often only one."""
@@ -191,6 +200,7 @@ class BatchLedger:
         self.watch = Stopwatch()
         self.backwards = 0  # backward passes seen
         self._drawn: list[MicroBatch] = []
+        self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
         self._made_step: list[MicroBatch] = []
         self._given: list[MicroBatch] = []
         self._given_is_open = False
@@ -200,6 +210,7 @@ class BatchLedger:
         self._last_serial = 0
         self.passes_before = 0  # over the training data, before the one that the first step was in
         self._loose_rng: States | None = None
+        self._is_unclear = False
         self._first = True
         self._cleared = False
         self.owners: list[Any] = []  # of the gradients: the model, its optimizers
@@ -227,11 +238,11 @@ class BatchLedger:
     def draw(self, loader: Any, ids: Any, content: Any, serial: int = 0) -> None:
         """The loop has received a batch."""
         self._drawn = [batch for batch in self._drawn if not self._is_over(batch, loader)]
-        batch = MicroBatch(_as_ids(ids), loader, serial=serial)
+        batch = MicroBatch(_as_ids(ids), loader, serial=serial, tensors=_references(content))
         if self.dataset is None or loader.dataset is self.dataset:
             self._look_at(batch, content)
         self._drawn.append(batch)
-        del self._drawn[:-_MOST_DRAWN]
+        del self._drawn[:-_MOST_DRAWN], self._ahead[:-_MOST_DRAWN]
 
     def _is_over(self, batch: MicroBatch, loader: Any) -> bool:
         """Whether a batch is done with now that its loader has handed out the next one.
@@ -260,8 +271,8 @@ class BatchLedger:
         self._given.append(MicroBatch(ids, weights=weights))
         self._given_is_open = True
 
-    def forward(self, gradients: bool, training: bool, size: int, states: Callable[[], States]) -> None:
-        """The model is being called on `size` samples, with or without gradients, in training mode or not.
+    def forward(self, gradients: bool, training: bool, inputs: tuple[Any, ...], states: Callable[[], States]) -> None:
+        """The model is being called, with or without gradients, in training mode or not.
 
         `states` reads the generators: their states belong to the batch that is used, so that other random numbers drawn
         before it (shuffling, an evaluation) do not count.
@@ -270,22 +281,40 @@ class BatchLedger:
             if self._drawn and self._drawn[-1].used_in_training_mode is None:
                 self._drawn[-1].evaluated = True
             return
+        size = _samples_in(inputs)
         if self._given_is_open:
             self._given[-1].passes.append((size, states()))
-        used = self._used(training)
+        used = self._used(training, inputs)
         if used is None:
             self._loose_rng = self._loose_rng or states()
             return
         used.used_in_training_mode = training
         used.passes.append((size, states()))
 
-    def _used(self, training: bool) -> MicroBatch | None:
-        """The batch that a forward pass with gradients is about: the newest of the training set that fits."""
+    def _used(self, training: bool, inputs: tuple[Any, ...]) -> MicroBatch | None:
+        """The batch that a forward pass with gradients is about: the newest of the training set that fits.
+
+        Where several were drawn, one that holds the inputs comes first; nothing is known of inputs that were made anew
+        from a batch (sent to a device, say).
+        """
+        if self._ahead and not any(batch.holds(inputs) for batch in (*self._made_step, *self._drawn)):
+            self._drawn, self._ahead = [*self._ahead, *self._drawn], []
         if not self._drawn:
             return self._made_step[-1] if self._made_step else None
         own = [batch for batch in self._drawn if self.dataset in (None, batch.loader.dataset)] or self._drawn
         fitting = [b for b in own if not b.evaluated and b.used_in_training_mode in (None, training)]
+        if len(self._made_step) + len(fitting) > 1:
+            fed = [batch for batch in (*self._made_step, *fitting) if batch.holds(inputs)]
+            self._is_unclear |= not fed and self._looks_like_two(fitting, _samples_in(inputs))
+            fitting = fed or fitting
         return (fitting or own)[-1]
+
+    def _looks_like_two(self, fitting: Sequence[MicroBatch], size: int) -> bool:
+        """Whether the newest batch has been through the model, and now it may be the turn of another loader's."""
+        if not any(batch.loader is not fitting[-1].loader for batch in fitting):
+            return False
+        ids, sizes = fitting[-1].ids, [size for size, _ in fitting[-1].passes]
+        return ids is not None and sum(sizes) + size > len(ids)
 
     def cleared(self, by: Any) -> None:
         """An optimizer or a module has set its gradients to zero."""
@@ -300,10 +329,17 @@ class BatchLedger:
         self._made_step += self._training_batches()
         for batch in self._made_step:
             batch.spent = len(batch.passes)
+        self._ahead = [*self._ahead, *self._drawn_ahead()]
         self._drawn = []
         self._given_is_open = False
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
+
+    def _drawn_ahead(self) -> list[MicroBatch]:
+        """The batches that were drawn after the last one in use, and wait for their turn."""
+        used = [batch.used_in_training_mode is not None for batch in self._drawn]
+        newer = len(used) - used[::-1].index(True) if any(used) else len(used)
+        return [batch for batch in self._drawn[newer:] if not batch.evaluated]
 
     def _start_anew(self) -> None:
         """The gradients of earlier backward passes were thrown away without a step.
@@ -338,8 +374,8 @@ class BatchLedger:
             UnknownBatchError: if they cannot be told.
         """
         batches: Sequence[MicroBatch] = self._made_step or self._training_batches()
-        loose, losses, given = self._loose_rng, self._losses, self._given
-        self._made_step, self._losses, self._drawn, self._loose_rng = [], [], [], None
+        loose, losses, given, is_unclear = self._loose_rng, self._losses, self._given, self._is_unclear
+        self._made_step, self._losses, self._drawn, self._loose_rng, self._is_unclear = [], [], [], None, False
         self._given, self._given_is_open = [], False
         if given:
             if len(given) == len(batches):
@@ -350,6 +386,11 @@ class BatchLedger:
             self._first = False
             return _step_of(given, losses, loose)
         self._check_known(batches)
+        if is_unclear:
+            raise UnknownBatchError(
+                "Two loaders over the same data handed out a batch before this step, and it cannot be told which of "
+                f"them the model was called on. {_HINT}"
+            )
         self._count_epoch(batches[-1])
         self._first = False
         return _step_of(batches, losses, loose)
@@ -450,12 +491,20 @@ def _as_ids(drawn: Any) -> IntArray | None:
     return ids.astype(np.int64, copy=False).reshape(-1)
 
 
-def samples_in(inputs: tuple[Any, ...]) -> int:
+def _samples_in(inputs: tuple[Any, ...]) -> int:
     """How many samples a forward pass is called on: the length of its first tensor; 0 if it has none."""
     for value in inputs:
         if isinstance(value, Tensor):
             return len(value) if value.dim() else 0
     return 0
+
+
+def _references(content: Any) -> list[ref[Tensor]]:
+    """The tensors of a batch, of whatever is no deeper than a list or a dictionary of them."""
+    if isinstance(content, Tensor):
+        return [ref(content)]
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    return [ref(value) for value in values if isinstance(value, Tensor)]
 
 
 class Capture:
@@ -511,8 +560,8 @@ class Capture:
             owner.zero_grad = original
         self._original_clearing.clear()
         _active.remove(self.ledger)
-        for loader, attribute, tap in self._taps:
-            object.__setattr__(loader, attribute, tap.sampler)
+        for owner, attribute, tap in self._taps:
+            object.__setattr__(owner, attribute, tap.sampler)
         self._taps.clear()
 
     def _watch(self, loader: Any) -> WatchedIterator:
@@ -539,9 +588,15 @@ class Capture:
             return sampler
         tap = SamplerTap(sampler)
         # DataLoader forbids to set its sampler later, to keep it consistent; a stand-in that draws the same is.
-        object.__setattr__(loader, attribute, tap)
-        self._taps.append((loader, attribute, tap))
+        self._replace(loader, attribute, tap)
+        kept = getattr(loader, "_iterator", None)
+        if kept is not None:  # workers that live on: their iterator has the sampler at hand
+            self._replace(kept, "_index_sampler", tap)
         return tap
+
+    def _replace(self, owner: Any, attribute: str, tap: SamplerTap) -> None:
+        object.__setattr__(owner, attribute, tap)
+        self._taps.append((owner, attribute, tap))
 
 
 _active: list[BatchLedger] = []

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from trajrec.capture import BatchLedger, States, samples_in
+from trajrec.capture import BatchLedger, States
 from trajrec.errors import RecordingError
 from trajrec.snapshot import Generators
 
@@ -73,7 +73,7 @@ class Discovery:
         if self._depth > 1 or isinstance(module, nn.modules.loss._Loss):
             return
         gradients = torch.is_grad_enabled()
-        self.ledger.forward(gradients, module.training, samples_in(inputs), _states_for(module))
+        self.ledger.forward(gradients, module.training, inputs, _states_for(module))
         if gradients:
             self._called[id(module)] = module
 

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
-from trajrec.capture import BatchLedger, Capture, StepBatch, samples_in
+from trajrec.capture import BatchLedger, Capture, StepBatch
 from trajrec.contents import arrays_of
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery, companions
@@ -201,7 +201,7 @@ class Recorder:
         if module is not self.model:
             return  # a copy (an average of weights, say) brings its hooks along
         began = self._watch.start()
-        self.ledger.forward(torch.is_grad_enabled(), module.training, samples_in(inputs), self._generators.states)
+        self.ledger.forward(torch.is_grad_enabled(), module.training, inputs, self._generators.states)
         self._watch.stop(began)
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -302,7 +302,8 @@ class Recorder:
         if self._step == 0:
             self._keyframe()
         else:
-            snapshot.forget_conditions()
+            seeded_from = spec.data.get("seeded_from")
+            snapshot.begin_again(None if seeded_from is None else seeded_from - self.sink.resumed_epochs)
 
     def _describe(self, batch: StepBatch) -> dict[str, Any]:
         """The fields of RunSpec that come from around the model."""
@@ -362,7 +363,7 @@ class Recorder:
         batch = pending.batch
         return StepRecord(
             self._step,
-            max(self.ledger.epochs - 1, 0),
+            self.sink.resumed_epochs + max(self.ledger.epochs - 1, 0),
             loss,
             time.time(),
             crc32,

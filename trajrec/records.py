@@ -196,12 +196,15 @@ class Conditions:
         still: names of the optimizer's parameters that had no gradient in the step, and were left as they are.
         frozen: names of those that require no gradient but have one, of zeros: decay and momentum still move them.
         joined: parameters that came into the optimizer after the first step, with their group.
+        seeded_from: since a resumption, the pass over seeded data that epoch 0 would have been, as `trajrec.seeded`
+            counts in this process; None for `RunSpec.data["seeded_from"]`.
     """
 
     eval_modules: tuple[str, ...] = ()
     still: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     joined: tuple[tuple[str, int], ...] = ()
+    seeded_from: int | None = None
 
     def to_json(self) -> bytes:
         """As JSON."""
@@ -213,7 +216,7 @@ class Conditions:
         values = json.loads(text)
         joined = tuple((str(name), int(group)) for name, group in values.get("joined", ()))
         names = {key: tuple(values.get(key, ())) for key in ("eval_modules", "still", "frozen")}
-        return cls(**names, joined=joined)
+        return cls(**names, joined=joined, seeded_from=values.get("seeded_from"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,10 @@ class Sink(Protocol):
     def resumed_at(self) -> int:
         """The step that the weights of record 0 were found at: 0, or t where a recording is resumed."""
 
+    @property
+    def resumed_epochs(self) -> int:
+        """Epochs that had begun by then; 0 at step 0."""
+
     def open(self, spec: RunSpec) -> None:
         """Starts the run."""
 
@@ -66,7 +70,7 @@ class Sink(Protocol):
 class MemorySink:
     """Keeps everything in lists, with a keyframe every `interval` steps."""
 
-    resumed_at = 0
+    resumed_at = resumed_epochs = 0
 
     def __init__(self, interval: int = 64) -> None:
         self.interval = interval

@@ -51,6 +51,7 @@ class Snapshot:
         self._modules = list(model.modules())
         self._joined: dict[str, int] = {}
         self._seen: object = None
+        self._seeded_from: int | None = None
         self.enters_other_modes = False  # the step that `changes` was last asked about
         self._conditions: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
         self.names = tuple(dict.fromkeys(name for o in optimizers for name in _hyperparameter_names(o)))
@@ -126,9 +127,14 @@ class Snapshot:
         """Whether the model has buffers, which matter in eval mode."""
         return next(self.model.buffers(), None) is not None
 
-    def forget_conditions(self) -> None:
-        """Those of the coming step are recorded whatever they are: a resumed recording does not know the last ones."""
+    def begin_again(self, seeded_from: int | None) -> None:
+        """Records the conditions of the coming step whatever they are: a resumed recording does not know the last ones.
+
+        Args:
+            seeded_from: `Conditions.seeded_from` from now on.
+        """
         self._conditions = None
+        self._seeded_from = seeded_from
 
     def _regroup(self, step: int) -> None:
         """Takes in parameters that were added to the optimizer."""
@@ -158,6 +164,7 @@ class Snapshot:
             still=self._where(lambda p: p.grad is None),
             frozen=self._where(lambda p: p.grad is not None and not p.requires_grad),
             joined=tuple(self._joined.items()),
+            seeded_from=self._seeded_from,
         )
 
     def _where(self, holds: Callable[[Tensor], bool]) -> tuple[str, ...]:

@@ -113,8 +113,8 @@ class WriterProcess:
         self._process.wait()
 
 
-def rework(folder: Folder, *arguments: str) -> int | None:
-    """Runs a command of rework.py on a folder, and returns the step it prints.
+def rework(folder: Folder, *arguments: str) -> tuple[int, ...] | None:
+    """Runs a command of rework.py on a folder, and returns the numbers it prints, or None for "none".
 
     Raises:
         DiskFullError: no room for it; the recording can still be read.
@@ -127,7 +127,8 @@ def rework(folder: Folder, *arguments: str) -> int | None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
         raise RecordingError(f"{folder.output} cannot be continued. {reason} Record to another file.")
-    return None if done.stdout.strip() == "none" else int(done.stdout)
+    printed = done.stdout.strip()
+    return None if printed == "none" else tuple(map(int, printed.split()))
 
 
 def _command(module: str, folder: Folder) -> list[str]:

@@ -80,7 +80,7 @@ class RunFileSink:
     ) -> None:
         self.output = Path(path)
         self.folder = Folder.of(self.output)
-        self.resumed_at = 0
+        self.resumed_at = self.resumed_epochs = 0
         self._keep_rows = keep == "steps"
         self._interval = keyframe_every if isinstance(keep, str) else keep
         self._compression = compression
@@ -164,13 +164,14 @@ class RunFileSink:
         self._resuming = False
         keep = "any" if self._budget is not None else "steps" if self._keep_rows else "keyframes"
         try:
-            step = rework(self.folder, "resume", str(record.crc32), keep, self._spec.inputs)
+            found = rework(self.folder, "resume", str(record.crc32), keep, self._spec.inputs)
         except BaseException:
             self._lock.release()
             raise
-        if step is None:
+        if found is None:
             self._begin_second_part(record)
             return
+        step, self.resumed_epochs = found
         self._keep_rows = self.folder.read_manifest().keep == "steps"
         self._geometry = self._measure()
         self.resumed_at = step

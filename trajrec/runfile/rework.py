@@ -1,6 +1,6 @@
 """Changes to a whole recording, between one writer and the next; a process of its own, because it calls HDF5.
 
-    python -m trajrec.runfile.rework FOLDER resume CRC32 KEEP INPUTS     prints the step, or "none"
+    python -m trajrec.runfile.rework FOLDER resume CRC32 KEEP INPUTS     prints the step and the epochs begun until then, or "none"
     python -m trajrec.runfile.rework FOLDER drop-rows                    prints the last step
 
 resume: a restarted training comes with weights from the user's own checkpoint. The step they belong to is the last
@@ -38,8 +38,12 @@ from trajrec.runfile.writer import Writer
 _ENTRIES = 65536
 
 
-def resume(folder: Folder, crc32: int, keep: str, inputs: str) -> int | None:
-    """Makes the recording end at the step whose row has this checksum and returns it; None: there is none."""
+def resume(folder: Folder, crc32: int, keep: str, inputs: str) -> tuple[int, int] | None:
+    """Makes the recording end at the step whose row has this checksum; None: there is none.
+
+    Returns:
+        The step, and how many epochs had begun with it.
+    """
     packed = folder.output.is_file()
     manifest, segments = _of_packed(folder) if packed else _of_folder(folder)
     if keep != manifest.keep and keep != "any":
@@ -50,10 +54,11 @@ def resume(folder: Folder, crc32: int, keep: str, inputs: str) -> int | None:
     step = _find(pieces, crc32)
     if step is None:
         return None
+    epochs = int(pieces.at(step).column("steps/epoch", step, step + 1)[0]) + 1 if step else 0
     manifest = replace(manifest, resumed=(*(t for t in manifest.resumed if t <= step), step))
     change = _unpack if packed else _truncate
     change(folder, manifest, pieces, step)
-    return step
+    return step, epochs
 
 
 def _of_packed(folder: Folder) -> tuple[Manifest, list[Segment]]:
@@ -136,8 +141,11 @@ def main(arguments: list[str]) -> None:
     """Runs a command; never returns."""
     folder, command = Folder(Path(arguments[0])), arguments[1]
     try:
-        step = drop_rows(folder) if command == "drop-rows" else resume(folder, int(arguments[2]), *arguments[3:])
-        print("none" if step is None else step, flush=True)
+        if command == "drop-rows":
+            found: tuple[int, ...] | None = (drop_rows(folder),)
+        else:
+            found = resume(folder, int(arguments[2]), *arguments[3:])
+        print("none" if found is None else " ".join(map(str, found)), flush=True)
     except BaseException as error:
         print(error if isinstance(error, TrajrecError) else traceback.format_exc(), file=sys.stderr, flush=True)
         os._exit(EXIT_DISK_FULL if is_disk_full(error) else 1)
