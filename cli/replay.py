@@ -51,7 +51,10 @@ TaylorOption = Annotated[
 CertifyOption = Annotated[
     str | None,
     typer.Option(
-        metavar="all|sampled", help="Steps to make again (default: all if exact, else sampled).", show_default=False
+        metavar="all|turns|sampled",
+        help="Steps to make again: all, all with their large tensors in turns, or a sample (default: all if exact, "
+        "else sampled).",
+        show_default=False,
     ),
 ]
 MemoryOption = Annotated[

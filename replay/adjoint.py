@@ -28,7 +28,7 @@ from trajrec.records import IntArray
 from trajrec.replay.certificate import StepChecks
 from trajrec.replay.choice import GAUSS_NEWTON, Forms, kind_of
 from trajrec.replay.gaussnewton import GaussNewtonPoint
-from trajrec.replay.linearize import FORMS, Derivatives, saved_bytes
+from trajrec.replay.linearize import FORMS, Derivatives, Wanted, saved_bytes
 from trajrec.replay.model import LossFunction
 from trajrec.replay.overflow import check_adjoint
 from trajrec.replay.pieces import CutPoint, Form, cut
@@ -127,14 +127,16 @@ class Adjoint:
     def _at(self, step: Step, certifier: StepChecks | None) -> tuple[Pulled, Derivatives]:
         """One step: the optimizer's part, and derivatives along its gamma."""
         state = self._state(step)
-        wanted = certifier is not None and certifier.wants(step)
+        wanted: Wanted = certifier is not None and certifier.wants(step)
+        if certifier is not None and wanted:
+            wanted = certifier.among(step) or True
         made: list[Pulled] = []
         forms, function, samples = self.problem.forms, self.problem.function, self.problem.samples
 
         # A form is tried as most steps will need it, not as the first, which is always checked.
-        usual = certifier is not None and certifier.stride == 1 and wanted
+        usual = wanted if certifier is not None and certifier.stride == 1 else False
 
-        def trial(name: str, wanted: bool = usual) -> Derivatives:
+        def trial(name: str, wanted: Wanted = usual) -> Derivatives:
             point = point_at(POINTS[name], self.problem, step)
             gradient = function.free(point.gradient(), step) if self.puller.needs_gradient else None
             made[:] = [self.puller.pull(step, state, gradient)]

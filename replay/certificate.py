@@ -27,15 +27,13 @@ from torch import Tensor
 
 from trajrec.errors import DriftError
 from trajrec.records import FloatArray
+from trajrec.replay.drift import PROVES, ROUNDING, movements, noisy, worst_group
 from trajrec.replay.precision import tolerance_of
 from trajrec.replay.trajectory import RecordedRun, Step
+from trajrec.replay.turns import Portion, portions_of
 from trajrec.rules import Rule
 from trajrec.rules.step import State
 
-_ROUNDING = 8
-_PROVES = 0.1
-_NOISE = 1e-3
-_NUDGE = 64.0
 _COMPILED = (
     " The step drew random numbers: a compiled model draws others for its dropout than the model itself, unless "
     "torch._inductor.config.fallback_random is set before training."
@@ -54,6 +52,7 @@ class Certificate:
         at_step: step of the largest drift; 0 if none was checked.
         tolerance: rtol.
         first_bad_step: first step found beyond tolerance, or None.
+        in_turns: each step was compared at the small tensors and a part of the large ones (`replay.turns`).
     """
 
     verdict: str
@@ -63,6 +62,7 @@ class Certificate:
     at_step: int
     tolerance: float
     first_bad_step: int | None = None
+    in_turns: bool = False
 
     @property
     def sentence(self) -> str:
@@ -70,6 +70,8 @@ class Certificate:
         if self.verdict == "unchecked":
             return "No step could be checked: they are hidden, or as small as rounding."
         checked = f"{self.steps_checked:,} of {self.steps:,} steps were made again"
+        if self.in_turns:
+            checked += ", their large tensors in turns"
         if self.verdict == "bit-exact":
             return f"{checked}, every one bit for bit as recorded."
         drift = f"largest drift {self.max_drift:.1e} at step {self.at_step:,}"
@@ -98,13 +100,19 @@ class Certifier:
         self.allow_drift = allow_drift
         coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
         self.rtol = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance, tolerance_of(run.spec))
-        self._rounding = _ROUNDING * coarser
+        self._rounding = ROUNDING * coarser
         self._checked: set[int] = set()
         self._worst, self._worst_step = 0.0, 0
         self._first_bad: int | None = None
         self._exact = True
         self._waiting: tuple[Step, Tensor | None] | None = None
         self.stride = 1
+        self._whole = Portion(rule)
+        self._portions: tuple[Portion, ...] = ()
+
+    def take_turns(self, on: bool) -> None:
+        """Going backwards, checks a part of the weights at each step, or all of them."""
+        self._portions = portions_of(self.rule) if on else ()
 
     def due(self, t: int) -> bool:
         """Whether a step is to be checked: the first, the last and every `stride`-th."""
@@ -114,6 +122,15 @@ class Certifier:
         """Whether `backwards` needs the gradient of this step: to check it, or for the state of the one after."""
         return self.due(step.t) or (self.due(step.t + 1) and not self._rows_suffice(step))
 
+    def among(self, step: Step) -> frozenset[str] | None:
+        """The parameters that `backwards` needs the gradient of a step for; None: all."""
+        return self._portion(step).names
+
+    def _portion(self, step: Step) -> Portion:
+        if not (self._portions and self._rows_suffice(step)):
+            return self._whole
+        return self._portions[step.t % len(self._portions)]
+
     def _rows_suffice(self, step: Step) -> bool:
         """Whether the rows alone imply the state after a step."""
         nesterov = "nesterov" in self.rule.names and step.hyper[:, self.rule.names.index("nesterov")].any()
@@ -122,14 +139,15 @@ class Certifier:
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """Checks a step whose state is known. Returns the state after it."""
         made, new_state = self.rule.step(step.before, state, gradient, step.hyper)
-        self._compare(step, gradient, made, 1.0, state)
+        self._compare(self._whole, step, gradient, made, 1.0, state)
         return new_state
 
     def backwards(self, step: Step, gradient: Tensor | None) -> None:
         """Takes a step going backwards, and checks the one that waited for it; or the step itself, state known."""
         if step.state is not None:
             if gradient is not None:
-                self._check(step, gradient, step.state, 1.0)
+                portion = self._portion(step)
+                self._check(portion, step, gradient, portion.state(step.state), 1.0)
             return
         self._check_waiting(step, gradient)
         self._waiting = (step, gradient)
@@ -139,74 +157,58 @@ class Certifier:
         if self._waiting is None or self._waiting[1] is None or not (self.due(before.t + 1) or gradient is not None):
             return
         step, own = self._waiting
-        state = self._state_after(before, gradient)
+        portion = self._portion(step)
+        state = self._state_after(before, gradient, portion)
         if state is not None and own is not None:
-            self._check(step, own, state, _growth(before.hyper, step.hyper, self.rule))
+            self._check(portion, step, own, state, _growth(before.hyper, step.hyper, self.rule))
 
     def finish_backwards(self, initial: State) -> None:
         """Checks the first step, whose state is the one that training began with."""
-        if self._waiting is not None and self._waiting[1] is not None:
-            self._check(self._waiting[0], self._waiting[1], initial, 1.0)
+        step, gradient = self._waiting or (None, None)
+        if step is not None and gradient is not None:
+            portion = self._portion(step)
+            self._check(portion, step, gradient, portion.state(initial), 1.0)
         self._waiting = None
 
-    def _state_after(self, step: Step, gradient: Tensor | None) -> State | None:
+    def _state_after(self, step: Step, gradient: Tensor | None, portion: Portion) -> State | None:
         if step.t in self.run.keyframe_steps:
-            return self.rule.initial_state(self.run.keyframe(step.t), step.hyper, step.before.dtype, step.before.device)
-        if gradient is None:
-            if not self._rows_suffice(step):
-                return None
-            gradient = step.before  # any: it is not looked at
-        return self.rule.implied_state(step.before, step.after, gradient, step.hyper)
+            keyframe = self.run.keyframe(step.t)
+            return portion.state(self.rule.initial_state(keyframe, step.hyper, step.before.dtype, step.before.device))
+        if gradient is None and not self._rows_suffice(step):
+            return None
+        part = portion.step(step)
+        # Where the rows suffice the gradient is not looked at: any will do.
+        known = part.before if gradient is None else portion.of(gradient)
+        return portion.rule.implied_state(part.before, part.after, known, step.hyper)
 
-    def _check(self, step: Step, gradient: Tensor, state: State, growth: float) -> None:
-        made, _ = self.rule.step(step.before, state, gradient, step.hyper)
-        self._compare(step, gradient, made, growth, state)
+    def _check(self, portion: Portion, step: Step, gradient: Tensor, state: State, growth: float) -> None:
+        part = portion.step(step)
+        made, _ = portion.rule.step(part.before, state, portion.of(gradient), step.hyper)
+        self._compare(portion, step, gradient, made, growth, state)
 
-    def _compare(self, step: Step, gradient: Tensor, made: Tensor, growth: float, state: State) -> None:
-        error, moved = (made - step.after).abs(), (step.after - step.before).abs()
-        allowance = self._rounding * growth * step.after.abs()
+    def _compare(
+        self, portion: Portion, step: Step, gradient: Tensor, made: Tensor, growth: float, state: State
+    ) -> None:
+        part, rule, scales = portion.step(step), portion.rule, movements(self.rule, step)
+        error, moved = (made - part.after).abs(), (part.after - part.before).abs()
+        allowance = self._rounding * growth * part.after.abs()
         exact = not bool(error.any())
         # A step that is as small as rounding proves nothing, unless it comes out to the last bit.
-        if exact or float(allowance.norm()) <= _PROVES * float(moved.norm()):
+        if exact or float(allowance.norm()) <= PROVES * float(moved.norm()):
             self._checked.add(step.t)
         self._exact &= exact
-        drift, within = self._worst_group(step, error, (error - allowance).clamp_min(0), moved)
+        excess = (error - allowance).clamp_min(0)
+        drift, within = worst_group(rule, scales, error, excess, self.rtol)
         if not within:
             # What a rounding error of the gradient makes of the step: all of it, where Adam divides noise by noise.
-            left = ~noisy(self.rule, step.before, state, gradient, step.hyper)
-            drift, within = self._worst_group(step, error * left, (error - allowance).clamp_min(0) * left, moved)
+            left = ~noisy(rule, part.before, state, portion.of(gradient), step.hyper)
+            drift, within = worst_group(rule, scales, error * left, excess * left, self.rtol)
         if drift > self._worst:
             self._worst, self._worst_step = drift, step.t
         if not within:
             self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
             if not self.allow_drift:
-                raise Drifted(step.t, drift, step, step.t, state, step.after)
-
-    def _worst_group(self, step: Step, error: Tensor, excess: Tensor, moved: Tensor) -> tuple[float, bool]:
-        """The largest drift of any parameter group, and whether all are within tolerance.
-
-        Each group is held against its own movement, so that a slow one does not hide behind a fast one; but one whose
-        gradient is nothing but rounding (biases before BatchNorm) against a thousandth of what the others would do.
-        """
-        spans = [span for span in self.rule.layout.groups if span.start < span.stop]
-        rates = self._rates(step)
-        reach = [float(moved[span].max()) / rate for span, rate in zip(spans, rates, strict=True)]
-        drift, within = 0.0, True
-        for span, rate, reached in zip(spans, rates, reach, strict=True):
-            scale = max(reached, _NOISE * max(reach)) * rate
-            left = float(excess[span].max())
-            within &= left <= self.rtol * scale
-            found = float(error[span].max())
-            drift = max(drift, found / scale if scale else (math.inf if left else 0.0))
-        return drift, within
-
-    def _rates(self, step: Step) -> list[float]:
-        """The learning rate of every group with weights; 1 where it has none, or does not step."""
-        if "lr" not in self.rule.names:
-            return [1.0 for span in self.rule.layout.groups if span.start < span.stop]
-        column = step.hyper[:, self.rule.names.index("lr")].tolist()
-        pairs = zip(self.rule.layout.groups, column, strict=True)
-        return [rate if rate == rate and rate > 0 else 1.0 for span, rate in pairs if span.start < span.stop]
+                raise Drifted(step.t, drift, step, step.t, state if portion is self._whole else None, step.after)
 
     def progress(self) -> dict[str, Any]:
         """What has been found so far, JSON-ready."""
@@ -236,21 +238,16 @@ class Certifier:
         """What has been proved so far."""
         checked = len(self._checked)
         verdict = verdict_of(checked, self._exact, self._first_bad)
-        return Certificate(verdict, self.run.steps, checked, self._worst, self._worst_step, self.rtol, self._first_bad)
-
-
-def noisy(rule: Rule, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> Tensor:
-    """Weights [P'] whose step is made of rounding: a last-place change of the largest gradient changes it by a tenth.
-
-    Their gradient is zero but for rounding (biases before BatchNorm), and their optimizer divides by its size (Adam).
-    Nothing can be proved of them on another machine or with another number of threads.
-    """
-    with torch.no_grad():
-        nudge = _NUDGE * torch.finfo(gradient.dtype).eps * gradient.abs().max()
-        steps = [rule.step(weights, state, gradient + s * nudge, hyper)[0] for s in (-1.0, 0.0, 1.0)]
-        changed = (steps[0] - steps[2]).abs() / 2
-        rounding = _ROUNDING * torch.finfo(weights.dtype).eps * weights.abs()
-        return changed > _PROVES * (steps[1] - weights).abs() + rounding
+        return Certificate(
+            verdict,
+            self.run.steps,
+            checked,
+            self._worst,
+            self._worst_step,
+            self.rtol,
+            self._first_bad,
+            bool(self._portions),
+        )
 
 
 def verdict_of(checked: int, exact: bool, first_bad: int | None) -> str:
@@ -301,6 +298,9 @@ class StepChecks(Protocol):
 
     stride: int
 
+    def take_turns(self, on: bool) -> None:
+        """Going backwards, checks a part of the weights at each step, or all of them."""
+
     @property
     def waiting(self) -> tuple[Step, Tensor | None] | None:
         """A step that waits for the one before it, going backwards, with its gradient."""
@@ -319,6 +319,9 @@ class StepChecks(Protocol):
 
     def wants(self, step: Step) -> bool:
         """Whether `backwards` needs the gradient of this step."""
+
+    def among(self, step: Step) -> frozenset[str] | None:
+        """The parameters that `backwards` needs the gradient of a step for; None: all."""
 
     def backwards(self, step: Step, gradient: Tensor | None) -> None:
         """Takes a step going backwards."""

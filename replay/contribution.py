@@ -117,7 +117,8 @@ def contributions(
         memory: bytes for blocks of targets or samples and for recomputed states; default a quarter of what is free.
         steps: (a, b): only what steps a to b contribute; default all.
         certify: "all" steps are made again, or a "sampled" few (32 or more, the first and the last among them, up
-            to every 32nd; each costs a gradient); default: all if exact, else sampled.
+            to every 32nd; each costs a gradient). "turns": all, but where one target is asked for the large tensors
+            are compared in turns, an eighth at a step (`trajrec.replay.turns`). Default: all if exact, else sampled.
         curvature: "hessian" is what `exact` stands for, "none" the approximation; "ggn" is the Gauss-Newton form
             between them (`trajrec.replay.gaussnewton`), tamer than the Hessian on ReLU networks.
         progress: is told how far the replay is.
@@ -188,8 +189,8 @@ def solve(
         mode = "adjoint" if by_epoch or len(wanted.names) <= len(chosen) else "tangent"
     if by_epoch and mode == "tangent":
         raise ReplayError('Contributions by epoch need mode="adjoint".')
-    window, every = _window(steps, session.run.steps), _certifies_every_step(certify, exact)
-    question = Question(*cut(wanted, chosen, mode, shard), exact, by_epoch, window, every)
+    window, certify = _window(steps, session.run.steps), _certification(certify, exact)
+    question = Question(*cut(wanted, chosen, mode, shard), exact, by_epoch, window, certify)
     forms = forms or Forms()
     forms.gauss_newton = curvature == "ggn"
     means = Means(progress or Silent(), forms, file, block)
@@ -211,7 +212,10 @@ def curvature_of(exact: bool, curvature: str | None) -> str:
 
 
 def _answer(session: Session, question: Question, mode: str, means: Means) -> Contributions:
-    session.checks.stride = 1 if question.every_step else sampled_stride(session.run.steps)
+    session.checks.stride = sampled_stride(session.run.steps) if question.certify == "sampled" else 1
+    costly = mode == "adjoint" and len(question.wanted.names) == 1 and session.rule.constant
+    in_turns = question.certify == "turns" and costly and not means.forms.gauss_newton
+    session.checks.take_turns(in_turns)
     with kept():
         return (_by_adjoint if mode == "adjoint" else _by_tangent)(session, question, means)
 
@@ -254,10 +258,10 @@ def _by_tangent(session: Session, question: Question, means: Means) -> Contribut
     )
 
 
-def _certifies_every_step(certify: str | None, exact: bool) -> bool:
-    if certify not in (None, "sampled", "all"):
-        raise ReplayError(f'certify must be "sampled" or "all", not {certify!r}.')
-    return exact if certify is None else certify == "all"
+def _certification(certify: str | None, exact: bool) -> str:
+    if certify not in (None, "sampled", "turns", "all"):
+        raise ReplayError(f'certify must be "sampled", "turns" or "all", not {certify!r}.')
+    return certify or ("all" if exact else "sampled")
 
 
 def _window(steps: tuple[int, int] | None, last: int) -> tuple[int, int]:

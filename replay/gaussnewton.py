@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import ReplayError
-from trajrec.replay.linearize import Derivatives, ReversePoint
+from trajrec.replay.linearize import Derivatives, ReversePoint, Wanted
 from trajrec.replay.model import LossFunction, Objective
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Step
@@ -131,7 +131,7 @@ class GaussNewtonPoint(ReversePoint):
         super().__init__(function, samples, step, chunk)
         self._form = GaussNewton(function, samples, step)
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
         """Derivatives along directions [K, P']."""
         found = super().along(directions, hessian=False, gradient=gradient)
         return replace(found, hvp=self._form.products(directions)) if hessian else found

@@ -121,7 +121,7 @@ def hypergradients(
 
 def _fill(session: Session, result: Hypergradients, exact: bool, progress: Progress) -> None:
     nothing = Targets("", np.zeros(0, dtype=np.int64), ())
-    question = Question(nothing, result.samples, exact, False, (1, session.run.steps), every_step=True)
+    question = Question(nothing, result.samples, exact, False, (1, session.run.steps), certify="all")
     with kept():
         TangentPasses(session, question, Means(progress, Forms())).run(result.write, np.zeros(0))
     result.certificate = session.checks.certificate()

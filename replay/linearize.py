@@ -39,6 +39,7 @@ from trajrec.replay.model import LossFunction, Objective
 from trajrec.replay.samples import Samples
 from trajrec.replay.tangents import dual_of, parts_of
 from trajrec.replay.trajectory import Step
+from trajrec.rules import FlatLayout
 from trajrec.rules.step import pull_batched
 
 
@@ -56,6 +57,10 @@ def gradient_of(function: LossFunction, samples: Samples, step: Step, factors: T
             total = gradient if total is None else total + gradient
     assert total is not None
     return function.free(total, step)
+
+
+# Whether g_t is wanted; or the names of the parameters for which it is, with zeros for the others.
+Wanted = bool | frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class Point(Protocol):
     def gradient(self) -> Tensor:
         """g_t [P'], before any direction is known."""
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
         """Derivatives along directions [K, P']; `gradient`: g_t is wanted, too."""
 
 
@@ -98,30 +103,48 @@ class ForwardPoint:
             self._gradient = gradient_of(self._function, self._samples, self._step)
         return self._gradient
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
         """Derivatives along directions [K, P']."""
         inners, products, shares = [], [], directions
         for direction in directions:
-            wanted = gradient and self._gradient is None
+            wanted = gradient if self._gradient is None else False
             inner, hvp, shares = self._one(direction.detach(), hessian, wanted)
             inners.append(inner)
             products.append(hvp)
         hvps = torch.stack([p for p in products if p is not None]) if hessian else None
         return Derivatives(torch.stack(inners), shares, hvps, self._gradient)
 
-    def _one(self, direction: Tensor, hessian: bool, gradient: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _one(self, direction: Tensor, hessian: bool, gradient: Wanted) -> tuple[Tensor, Tensor | None, Tensor]:
         weights = self._step.before.detach().requires_grad_(hessian)
-        direction = direction.requires_grad_(gradient)
-        wanted = [v for v in (weights, direction) if v.requires_grad]
+        tangents = self._function.layout.split(direction)
+        chosen = [name for name in tangents if gradient is True or (gradient and name in gradient)]
+        leaves = [tangents[name].detach().requires_grad_() for name in chosen]
+        tangents |= dict(zip(chosen, leaves, strict=True))
+        wanted = [weights, *leaves] if hessian else leaves
         with torch.set_grad_enabled(bool(wanted)), fwd.dual_level(), DualOperators():
-            parts = list(self._function.parts(dual_of(weights, direction), self._samples, self._step))
+            values = self._function.layout.split(weights)
+            duals = {name: dual_of(value, tangents[name]) for name, value in values.items()}
+            parts = list(self._function.parts(duals, self._samples, self._step))
             found = [_tangents(part) for part in parts]
         # Outside of the level: inside, the backward pass would carry tangents along as well.
         sums = _summed([slope for _, slope in found], wanted)
         if gradient:
-            self._gradient = sums[-1]
+            self._gradient = _filled(
+                self._function.layout, dict(zip(chosen, sums[-len(chosen) :], strict=True)), direction
+            )
         inner = torch.cat([inner.detach() for inner, _ in found])
         return inner, sums[0] if hessian else None, torch.cat([part.shares for part in parts])
+
+
+def _filled(layout: FlatLayout, known: dict[str, Tensor], like: Tensor) -> Tensor:
+    """Parameters by name as a vector [P'] like another, with zeros for those that are missing."""
+    if len(known) == len(layout.params):
+        return layout.join(known)
+    vector = torch.zeros_like(like)
+    parts = layout.split(vector)
+    for name, value in known.items():
+        parts[name].copy_(value)
+    return vector
 
 
 def _summed(slopes: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -149,7 +172,7 @@ class ReversePoint:
     batched = False
 
     def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
-        self._chunk = chunk
+        self._chunk, self._layout = chunk, function.layout
         self._weights = step.before.detach().requires_grad_()
         with torch.enable_grad():
             objective = function.objective(self._weights, samples, step)
@@ -168,11 +191,15 @@ class ReversePoint:
         """g_t [P']."""
         return self._gradient.detach()
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
         """Derivatives along directions [K, P']."""
         inputs = [self._shares, self._weights] if hessian else [self._shares]
         found = self._pull([self._gradient], inputs, [directions])
-        return Derivatives(found[0], self.shares, found[1] if hessian else None, self.gradient())
+        whole = self.gradient()
+        if isinstance(gradient, frozenset):
+            parts = self._layout.split(whole)
+            whole = _filled(self._layout, {name: parts[name] for name in gradient}, whole)
+        return Derivatives(found[0], self.shares, found[1] if hessian else None, whole)
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
@@ -227,7 +254,7 @@ class SamplesPoint:
         """g_t [P']."""
         return gradient_of(*self._point) if self._has_penalty else self._shares @ self._rows
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
         """Derivatives along directions [K, P']."""
         if hessian:
             raise NotImplementedError("Per-sample gradients give no Hessian-vector product.")

@@ -201,13 +201,13 @@ class LossFunction:
         with torch.no_grad():
             return float(self.objective(weights, samples, step).total)
 
-    def parts(self, weights: Tensor, samples: Samples, step: Step) -> Iterator[Objective]:
-        """The objective of one micro-batch after the other; they add up to `objective`."""
+    def parts(self, weights: Tensor | dict[str, Tensor], samples: Samples, step: Step) -> Iterator[Objective]:
+        """The objective of one micro-batch after the other, at weights [P'] or by name; they add up to `objective`."""
         self._set_modes(step.conditions.eval_modules)
         self._use_buffers_before(step.t)
-        named = self.layout.split(weights)
+        named = self.layout.split(weights) if isinstance(weights, Tensor) else weights
         batches = [samples.part(step, part) for part in step.parts]
-        shares = self._shares(batches, step, weights)
+        shares = self._shares(batches, step, step.before)
         for part, batch, share in zip(step.parts, batches, shares, strict=True):
             with self._random_state(part.rng):
                 losses = self._call(self.task.loss, "loss", named, batch, part.span.stop - part.span.start)

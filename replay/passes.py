@@ -46,7 +46,8 @@ class Question:
         exact: with the Hessian.
         by_epoch: the part of each epoch, too.
         window: first and last step whose contributions count.
-        every_step: the certificate checks every step, not a sample of them.
+        certify: which steps the certificate checks: "all", or a "sampled" few; "turns": all where one target is asked
+            for and the gradient is not at hand, a part of the weights each (`replay.turns`).
     """
 
     wanted: Targets
@@ -54,7 +55,7 @@ class Question:
     exact: bool
     by_epoch: bool
     window: tuple[int, int]
-    every_step: bool
+    certify: str
 
 
 @dataclass(slots=True)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from trajrec.checksum import crc32
 from trajrec.records import Row
-from trajrec.replay.certificate import Certificate, Drifted, noisy, verdict_of
+from trajrec.replay.certificate import Certificate, Drifted, verdict_of
+from trajrec.replay.drift import noisy
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.plan import Advance, Drop, Hold, Load, Recall, Visit, backward_plan
@@ -121,6 +122,13 @@ class KeyframeChecks:
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """The state after a step."""
         return self.rule.step(step.before, state, gradient, step.hyper)[1]
+
+    def take_turns(self, on: bool) -> None:
+        """Every row is compared as a whole."""
+
+    def among(self, step: Step) -> frozenset[str] | None:
+        """All."""
+        return None
 
     def wants(self, step: Step) -> bool:
         """Never."""

@@ -206,7 +206,7 @@ def test_options_that_make_no_sense_are_refused(project):
         (["--shard", "1/2"], "cannot be cut into 2 shards"),
         (["--steps", "0:5"], "are not steps of this run"),
         (["--steps", "5"], "--steps takes A:B"),
-        (["--certify", "some"], 'certify must be "sampled" or "all"'),
+        (["--certify", "some"], 'certify must be "sampled", "turns" or "all"'),
     ):
         done = call("replay", "run.h5", "--out", "senseless", *option, cwd=project)
         assert done.returncode == 2
