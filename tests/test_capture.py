@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import trajrec
-from trajrec.capture import MicroBatch, StepBatch, _alone, _joined
+from trajrec.batches import MicroBatch, StepBatch, _alone, _joined
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
 from trajrec.recorder import Recorder
 from trajrec.sink import MemorySink

@@ -19,6 +19,7 @@ FORBIDDEN = {
     "trajrec.errors": ["trajrec.", "torch", "h5py", "polars"],
     "trajrec.records": ["trajrec.", "torch", "h5py", "polars"],
     "trajrec.capture": ["trajrec.runfile", "trajrec.replay", "trajrec.cli", "h5py", "polars"],
+    "trajrec.ledger": ["trajrec.runfile", "trajrec.replay", "trajrec.cli", "h5py", "polars"],
     "trajrec.snapshot": ["trajrec.runfile", "trajrec.replay", "trajrec.cli", "h5py", "polars"],
     "trajrec.recorder": ["trajrec.replay", "trajrec.cli", "h5py", "polars"],
     "trajrec.rules.": ["trajrec.runfile", "trajrec.replay", "trajrec.cli", "h5py", "polars"],

@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from trajrec.capture import BatchLedger, States
+from trajrec.batches import States
 from trajrec.errors import RecordingError
+from trajrec.ledger import BatchLedger
 from trajrec.snapshot import Generators
 
 

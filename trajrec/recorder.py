@@ -26,11 +26,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
-from trajrec.capture import BatchLedger, Capture, StepBatch
+from trajrec.batches import StepBatch
+from trajrec.capture import Capture
 from trajrec.contents import arrays_of
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery, companions
 from trajrec.errors import RecordingError
+from trajrec.ledger import BatchLedger
 from trajrec.nesting import is_within_step
 from trajrec.records import NO_IDS, FloatArray, Inputs, Keyframe, StepRecord
 from trajrec.rounds import Round

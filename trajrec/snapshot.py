@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import trajrec
-from trajrec.capture import States
+from trajrec.batches import States
 from trajrec.checksum import crc32
 from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError

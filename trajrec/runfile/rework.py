@@ -1,6 +1,6 @@
 """Changes to a whole recording, between one writer and the next; a process of its own, because it calls HDF5.
 
-    python -m trajrec.runfile.rework FOLDER resume CRC32 KEEP INPUTS     prints the step and the epochs begun until then, or "none"
+    python -m trajrec.runfile.rework FOLDER resume CRC32 KEEP INPUTS     prints step and epochs begun, or "none"
     python -m trajrec.runfile.rework FOLDER drop-rows                    prints the last step
 
 resume: a restarted training comes with weights from the user's own checkpoint. The step they belong to is the last

@@ -1,0 +1,266 @@
+"""Which samples made this optimizer step: the books that are kept of what is seen (see `trajrec.capture`).
+
+A batch that was drawn but never went through a forward pass with gradients and a backward pass is no training
+batch: validation passes between steps drop out. What this cannot tell (iterable data sets, ids that are no
+integers, loops without a DataLoader) is an error that says to call `trajrec.set_batch(ids)` before each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from trajrec.batches import MicroBatch, States, StepBatch, as_ids, references, samples_in, step_of
+from trajrec.contents import contents_of
+from trajrec.errors import RecordingError, UnknownBatchError
+from trajrec.records import FloatArray, IntArray
+from trajrec.seeding import find_seeded
+from trajrec.stopwatch import Stopwatch
+from trajrec.task import digest, sketch
+
+_MOST_DRAWN = 64
+_HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
+
+
+class BatchLedger:
+    """Books drawn batches and says which of them made a step.
+
+    Args:
+        loaders: the training loaders, or None to watch every loader and take the training set to be the data set
+            whose batch made the first step.
+        keeps_contents: whether batches are copied as the loop receives them.
+    """
+
+    def __init__(self, loaders: Sequence[Any] | None, keeps_contents: bool = False) -> None:
+        self.loaders = loaders
+        self.keeps_contents = keeps_contents
+        self.dataset: Any = None if loaders is None else loaders[0].dataset
+        self.epochs = 0
+        self.watch = Stopwatch()
+        self.backwards = 0  # backward passes seen
+        self._drawn: list[MicroBatch] = []
+        self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
+        self._made_step: list[MicroBatch] = []
+        self._given: list[MicroBatch] = []
+        self._given_is_open = False
+        self._losses: list[Tensor] = []
+        self._passes: dict[int, int] = {}
+        self._serial = 0
+        self._last_serial = 0
+        self.passes_before = 0  # over the training data, before the one that the first step was in
+        self._loose_rng: States | None = None
+        self._is_unclear = False
+        self._first = True
+        self._cleared = False
+        self.owners: list[Any] = []  # of the gradients: the model, its optimizers
+        self._accumulates: Callable[[], bool] = lambda: True
+
+    def ask_for_gradients(self, accumulates: Callable[[], bool]) -> None:
+        """Gives the ledger a way to know whether gradients of an earlier backward pass are still there."""
+        self._accumulates = accumulates
+
+    def watches(self, loader: Any) -> bool:
+        """Whether batches of this loader can be training batches."""
+        return self.loaders is None or any(loader is known for known in self.loaders)
+
+    def begin_pass(self, loader: Any) -> int:
+        """A new pass over a loader has begun. Returns its serial number."""
+        key = id(loader.dataset)
+        self._passes[key] = self._passes.get(key, 0) + 1
+        seeded = find_seeded(loader.dataset)
+        # Another loader over the same items (validation, say) does not tell the epoch of the training.
+        if seeded is not None and self.dataset in (None, loader.dataset):
+            seeded.set_epoch(self._passes[key] - 1)
+        self._serial += 1
+        return self._serial
+
+    def draw(self, loader: Any, ids: Any, content: Any, serial: int = 0) -> None:
+        """The loop has received a batch."""
+        self._drawn = [batch for batch in self._drawn if not self._is_over(batch, loader)]
+        batch = MicroBatch(as_ids(ids), loader, serial=serial, tensors=references(content))
+        if self.dataset is None or loader.dataset is self.dataset:
+            self._look_at(batch, content)
+        self._drawn.append(batch)
+        del self._drawn[:-_MOST_DRAWN], self._ahead[:-_MOST_DRAWN]
+
+    def _is_over(self, batch: MicroBatch, loader: Any) -> bool:
+        """Whether a batch is done with now that its loader has handed out the next one.
+
+        It was evaluated; or it went through the model and the loop went on without a backward pass: skipped. (Losses
+        of several batches of one loader that are added up before one backward pass look the same: they need
+        `set_batch`.)
+        """
+        return batch.loader is loader and (batch.evaluated or batch.used_in_training_mode is not None)
+
+    def _look_at(self, batch: MicroBatch, content: Any) -> None:
+        """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place."""
+        batch.sketch = sketch(content)
+        if self.keeps_contents:
+            try:
+                batch.contents = contents_of(content)
+            except RecordingError as error:
+                batch.contents = error  # to be raised only if the batch makes a step
+        elif self._first:
+            batch.digest = digest(content)
+
+    def give(self, ids: IntArray, weights: FloatArray | None) -> None:
+        """The user has named the samples of the next step, or of its next micro-batch."""
+        if self._given_is_open:
+            del self._given[-1]
+        self._given.append(MicroBatch(ids, weights=weights))
+        self._given_is_open = True
+
+    def forward(self, gradients: bool, training: bool, inputs: tuple[Any, ...], states: Callable[[], States]) -> None:
+        """The model is being called, with or without gradients, in training mode or not.
+
+        `states` reads the generators: their states belong to the batch that is used, so that other random numbers drawn
+        before it (shuffling, an evaluation) do not count.
+        """
+        if not gradients:
+            if self._drawn and self._drawn[-1].used_in_training_mode is None:
+                self._drawn[-1].evaluated = True
+            return
+        size = samples_in(inputs)
+        if self._given_is_open:
+            self._given[-1].passes.append((size, states()))
+        used = self._used(training, inputs)
+        if used is None:
+            self._loose_rng = self._loose_rng or states()
+            return
+        used.used_in_training_mode = training
+        used.passes.append((size, states()))
+
+    def _used(self, training: bool, inputs: tuple[Any, ...]) -> MicroBatch | None:
+        """The batch that a forward pass with gradients is about: the newest of the training set that fits.
+
+        Where several were drawn, one that holds the inputs comes first; nothing is known of inputs that were made anew
+        from a batch (sent to a device, say).
+        """
+        if self._ahead and not any(batch.holds(inputs) for batch in (*self._made_step, *self._drawn)):
+            self._drawn, self._ahead = [*self._ahead, *self._drawn], []
+        if not self._drawn:
+            return self._made_step[-1] if self._made_step else None
+        own = [batch for batch in self._drawn if self.dataset in (None, batch.loader.dataset)] or self._drawn
+        fitting = [b for b in own if not b.evaluated and b.used_in_training_mode in (None, training)]
+        if len(self._made_step) + len(fitting) > 1:
+            fed = [batch for batch in (*self._made_step, *fitting) if batch.holds(inputs)]
+            self._is_unclear |= not fed and self._looks_like_two(fitting, samples_in(inputs))
+            fitting = fed or fitting
+        return (fitting or own)[-1]
+
+    def _looks_like_two(self, fitting: Sequence[MicroBatch], size: int) -> bool:
+        """Whether the newest batch has been through the model, and now it may be the turn of another loader's."""
+        if not any(batch.loader is not fitting[-1].loader for batch in fitting):
+            return False
+        ids, sizes = fitting[-1].ids, [size for size, _ in fitting[-1].passes]
+        return ids is not None and sum(sizes) + size > len(ids)
+
+    def cleared(self, by: Any) -> None:
+        """An optimizer or a module has set its gradients to zero."""
+        self._cleared |= any(by is known for known in self.owners)
+
+    def backward(self, loss: Any) -> None:
+        """A backward pass has begun: what was used so far belongs to the next step."""
+        self.backwards += 1
+        if self._made_step and (self._cleared or not self._accumulates()):
+            self._start_anew()
+        self._cleared = False
+        self._made_step += self._training_batches()
+        for batch in self._made_step:
+            batch.spent = len(batch.passes)
+        self._ahead = [*self._ahead, *self._drawn_ahead()]
+        self._drawn = []
+        self._given_is_open = False
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._losses.append(loss.detach())
+
+    def _drawn_ahead(self) -> list[MicroBatch]:
+        """The batches that were drawn after the last one in use, and wait for their turn."""
+        used = [batch.used_in_training_mode is not None for batch in self._drawn]
+        newer = len(used) - used[::-1].index(True) if any(used) else len(used)
+        return [batch for batch in self._drawn[newer:] if not batch.evaluated]
+
+    def _start_anew(self) -> None:
+        """The gradients of earlier backward passes were thrown away without a step.
+
+        A scaler skipped it, say: then a newer batch was drawn. Otherwise the pass was for something else (the gradient
+        of the inputs, another model), and the batch is still in use.
+        """
+        self._losses = []
+        self._given = self._given[-1:] if self._given_is_open else []
+        if self._drawn:
+            self._made_step = []
+        for batch in self._made_step:
+            batch.passes = batch.passes[batch.spent :] or batch.passes
+
+    def _training_batches(self) -> list[MicroBatch]:
+        """Of the batches used with gradients, those of the training set and, if any, in training mode.
+
+        Where no forward pass was seen (the loop calls parts of the model), the batch drawn last counts as used.
+        """
+        used = [batch for batch in self._drawn if batch.used_in_training_mode is not None] or self._drawn[-1:]
+        if not used:
+            return []
+        dataset = self.dataset if self.dataset is not None else used[-1].loader.dataset
+        own = [batch for batch in used if batch.loader.dataset is dataset]
+        in_training_mode = [batch for batch in own if batch.used_in_training_mode]
+        return in_training_mode or own
+
+    def take(self) -> StepBatch:
+        """The samples of the step that is about to be made; forgets them.
+
+        Raises:
+            UnknownBatchError: if they cannot be told.
+        """
+        batches: Sequence[MicroBatch] = self._made_step or self._training_batches()
+        loose, losses, given, is_unclear = self._loose_rng, self._losses, self._given, self._is_unclear
+        self._made_step, self._losses, self._drawn, self._loose_rng, self._is_unclear = [], [], [], None, False
+        self._given, self._given_is_open = [], False
+        if given:
+            if len(given) == len(batches):
+                for named, drawn in zip(given, batches, strict=True):
+                    named.contents = drawn.contents
+            if batches:
+                self._count_epoch(batches[-1])
+            self._first = False
+            return step_of(given, losses, loose)
+        self._check_known(batches)
+        if is_unclear:
+            raise UnknownBatchError(
+                "Two loaders over the same data handed out a batch before this step, and it cannot be told which of "
+                f"them the model was called on. {_HINT}"
+            )
+        self._count_epoch(batches[-1])
+        self._first = False
+        return step_of(batches, losses, loose)
+
+    def _count_epoch(self, batch: MicroBatch) -> None:
+        self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
+        if self._first:
+            self.passes_before = self._passes.get(id(self.dataset), 1) - 1
+        if batch.serial != self._last_serial or not self.epochs:
+            # Passes that made no step (a look at the data, an evaluation on them) are no epochs.
+            self._last_serial = batch.serial
+            self.epochs += 1
+
+    def _check_known(self, batches: Sequence[MicroBatch]) -> None:
+        if not batches:
+            raise UnknownBatchError(
+                "No batch of a DataLoader was seen that this optimizer step could have been made of: none was drawn, "
+                f"or another step has used it. {_HINT}"
+            )
+        for batch in batches:
+            if batch.ids is None:
+                raise UnknownBatchError(_why_unknown(batch.loader))
+
+
+def _why_unknown(loader: Any) -> str:
+    dataset = type(loader.dataset).__name__
+    if isinstance(loader.dataset, IterableDataset):
+        return f"{dataset} is an iterable data set: its samples have no ids. {_HINT}"
+    if not getattr(loader, "in_order", True):
+        return f"The DataLoader over {dataset} has in_order=False: batches come in any order. {_HINT}"
+    return f"The sampler of the DataLoader over {dataset} does not draw integer ids. {_HINT}"
