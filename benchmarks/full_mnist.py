@@ -18,12 +18,12 @@ import json
 import os
 import platform
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import LeNet5, images
+from machine import clock
 from scipy.stats import pearsonr, spearmanr
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset
@@ -34,10 +34,6 @@ from trajrec.replay import contributions
 ROOT = Path(__file__).parent.parent
 TRAINED, EPOCHS, BATCH = 50_000, 20, 64
 AT = (1, 2, 5, 20)
-
-
-def clock():
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def training(train, epochs, run=None):

@@ -6,9 +6,10 @@ LeNet-5 on MNIST (batch 64), DenseNet-40 with BatchNorm on random 32 x 32 images
 parameters on random bytes (batch 32). Unit: a step of the plain training loop (DataLoader, forward, backward, SGD)
 measured in turn with the replays; medians over the rounds. A replay's time a step is that between its second and its
 last step: reading, certificate and bookkeeping are in it, its set-up and the trial of forms are not. "limit" is the
-same ratio counted in floating-point operations (torch.utils.flop_counter) of what must be computed: for the exact form
-tangents, the gradient, and one Hessian-vector product. Times below it are possible where something else than these
-limits the training. The Hessian-free form certifies every 32nd step, as it does in runs of 1,024 steps and more.
+same ratio counted in floating-point operations of what must be computed: for the exact form tangents, the gradient, and
+one Hessian-vector product. Times below it are possible where something else than these limits the training. "roofs" are
+the times that arithmetic and memory take at least (`benchmarks/machine.py`). The Hessian-free form certifies every 32nd
+step, as it does in runs of 1,024 steps and more.
 With one thread the times are CPU times of the whole process, else wall times.
 """
 
@@ -18,15 +19,14 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy
 import torch
 from common import DenseNet40, LeNet5, Transformer, images
+from machine import clock, counted, rates, roof
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 import trajrec
 from trajrec.replay import adjoint as adjoint_module
@@ -34,6 +34,7 @@ from trajrec.replay import contribution, heap
 from trajrec.replay.adjoint import Adjoint
 from trajrec.replay.choice import Forms
 from trajrec.replay.contribution import solve
+from trajrec.replay.hypergradient import Hypergradients, hypergradients
 from trajrec.replay.linearize import FORMS
 from trajrec.replay.passes import problem_of
 from trajrec.replay.session import Session, Silent
@@ -43,11 +44,6 @@ ROOT = Path(__file__).parent.parent
 STEPS = {"lenet": 96, "densenet": 6, "transformer": 16}
 BLOCKS = {"lenet": (4, 16, 64, 256), "densenet": (4,), "transformer": (4, 16)}
 MANY, STRIDE = 1000, 32
-
-
-def clock():
-    """Seconds: CPU time of the process with one thread, which other work on the machine disturbs less; else wall."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def mean_loss(model, batch):
@@ -165,25 +161,32 @@ def forwards(session, count, exact):
     return marks.a_step
 
 
-def operations(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 def limits(session, build, loss, data, batch):
-    """Operations of the exact and the Hessian-free step over those of a training step."""
+    """What a training step, an exact and a Hessian-free step, and one more target of a block must do at least."""
     x = next(iter(DataLoader(data, batch_size=batch)))
-    model = build()
-    plain = operations(lambda: loss(model, x).mean().backward())
+    model, rate = build(), rates()
     step = next(iter(session.trajectory.backwards()))
-    gamma = torch.randn(1, session.layout.size)
+    gammas = torch.randn(2, session.layout.size)
 
-    def along(hessian, gradient):
-        point = FORMS["forward"](session.function, session.train, step, 0)
-        return operations(lambda: point.along(gamma, hessian=hessian, gradient=gradient)) / plain
+    def along(form, count, **wanted):
+        point = FORMS[form](session.function, session.train, step, 0)
+        return counted(lambda: point.along(gammas[:count], **wanted))
 
-    return {"gflop": round(plain / 1e9, 3), "exact": round(along(True, True), 2), "free": round(along(False, False), 2)}
+    both = {"hessian": True, "gradient": True}
+    work = {
+        "training": counted(lambda: loss(model, x).mean().backward()),
+        "exact": along("forward", 1, **both),
+        "free": along("forward", 1, hessian=False, gradient=False),
+    }
+    work["target"] = along("reverse", 2, **both)[0] - along("reverse", 1, **both)[0], work["training"][1]
+    plain = work["training"][0]
+    return {
+        "gflop": round(plain / 1e9, 3),
+        "exact": round(work["exact"][0] / plain, 2),
+        "free": round(work["free"][0] / plain, 2),
+        "machine": rate,
+        "roofs": {kind: roof(kind, *found, session.layout.size, rate) for kind, found in work.items()},
+    }
 
 
 def ratio(values, base):
@@ -226,6 +229,7 @@ def measure(name, root, folder, rounds):
         row["tangent"] = {str(exact): ratio([forwards(session, 4, exact) / 4], base) for exact in (True, False)}
         if name == "lenet":
             row["many"] = many(session, base)
+            row["streamed"] = streamed(run, task)
     return row
 
 
@@ -258,6 +262,23 @@ def many(session, base):
         "product_gflops": round(2 * 64 * session.layout.size * MANY / alone / 1e9, 1),
         "a_target": round(seconds / MANY / base, 4),
     }
+
+
+def streamed(run, task, count=64):
+    """What writing hypergradients to disk adds to computing them, Hessian-free."""
+    plain, spent = Hypergradients.write, []
+
+    def timed(self, *block):
+        began = clock()
+        plain(self, *block)
+        spent.append(clock() - began)
+
+    Hypergradients.write = timed
+    began = clock()
+    with hypergradients(run, task, range(count)) as found:
+        total, size = clock() - began, found.path.stat().st_size
+    Hypergradients.write = plain
+    return {"samples": count, "bytes": size, "over": round(sum(spent) / (total - sum(spent)), 4)}
 
 
 def main():

@@ -126,16 +126,58 @@ def sensitivity():
 MODELS = {"lenet": "LeNet-5", "densenet": "DenseNet-40", "mobilenet": "MobileNetV2", "transformer": "transformer"}
 
 
+ROOFS = {"training": "training", "exact": "exact", "free": "Hessian-free", "target": "exact, a target of a block"}
+
+
+def bounded(name, row):
+    """A row of the table of roofs for every kind of step; none where the result is from before there were any."""
+    roofs, base = row["limit"].get("roofs", {}), row["training_ms"]
+    best = min((b["exact"] for b in row["blocks"]), default=float("nan"))
+    taken = {"training": base, "exact": row["exact"] * base, "free": row["free"] * base, "target": best * base}
+    return [
+        [
+            name,
+            row["threads"],
+            ROOFS[kind],
+            *(f"{roof[key]:.3g}" for key in ("gflop", "MB", "arithmetic_ms", "memory_ms")),
+            roof["bound"],
+            f"{taken[kind]:.3g}",
+            f"{taken[kind] / roof['bound_ms']:.1f}",
+        ]
+        for kind, roof in roofs.items()
+    ]
+
+
+def roofs_in_words(rows):
+    if not rows:
+        return ""
+    head = ["model", "threads", "step", "GFLOP", "MB", "arithmetic, ms", "memory, ms", "limit", "taken, ms"]
+    return (
+        "\n\nWhat a step must do at least (`benchmarks/machine.py`), how long that takes at the rates of a matrix "
+        "product and of a triad in the same run, and how many times longer the step took.\n\n"
+        + table([*head, "over the limit"], rows)
+    )
+
+
+def streaming(row):
+    found = row["streamed"]
+    return (
+        f" Writing {found['samples']} hypergradients ({found['bytes'] / 1e6:,.0f} MB) to disk adds {found['over']:.1%} "
+        f"to computing them over {row['steps']} steps, Hessian-free ({row['threads']} thread(s))."
+    )
+
+
 def replaying():
     result = json.loads((RESULTS / "replay_cost.json").read_text())
     head = ["model", "threads", "exact", "exact, sampled certificate", "Hessian-free", "limit exact / Hessian-free"]
     head += ["not derivatives, exact / Hessian-free", "load"]
-    rows, blocks = [], []
+    rows, blocks, bounds = [], [], []
     for r in result["rows"]:
         name, limit, rest = MODELS[r["model"]], r["limit"], r["not_derivatives"]
         rows.append([name, r["threads"], f"{r['exact']:.2f}", f"{r['exact_sampled']:.2f}", f"{r['free']:.2f}"])
         rows[-1] += [f"{limit['exact']:.2f} / {limit['free']:.2f}", f"{rest['exact']:.0%} / {rest['free']:.0%}"]
         rows[-1].append(r["load_average"])
+        bounds += bounded(name, r)
         for b in r["blocks"]:
             forms = f"{b['exact_form']} / {b['free_form']}"
             blocks.append([name, r["threads"], b["targets"], f"{b['exact']:.2f}", f"{b['free']:.3f}", forms])
@@ -145,9 +187,11 @@ def replaying():
         "Time of a replay for all contributions to one target over that of the same steps of plain training; the limit "
         "is the same ratio in floating-point operations. Load: of the two cores, other work included.\n\n"
         + table(head, rows)
+        + roofs_in_words(bounds)
         + "\n\nBlocks of targets: training steps a target and step, and the form that was chosen.\n\n"
         + table(["model", "threads", "targets", "exact", "Hessian-free", "form"], blocks)
         + f"\n\nLeNet-5, 1,000 targets, Hessian-free: {products} times what the matrix product alone takes."
+        + "".join(streaming(r) for r in many if "streamed" in r)
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -44,3 +45,20 @@ def test_a_measurement_of_growth_is_taken_up_where_it_was_cut_off(tmp_path):
     assert [row["x"] for row in found["rows"]] == [20, 200, 2000]
     assert found["rows"][1:] == rows[1:]
     assert found["rows"][0]["steps_seconds"] > 0
+
+
+def test_operations_are_counted_in_place_too_and_kept_values_once(benchmark):
+    machine = benchmark("machine")
+    a, b, total = torch.rand(4, 5), torch.rand(5, 6), torch.zeros(4, 6)
+    assert machine.counted(lambda: total.addmm_(a, b))[0] == machine.counted(lambda: a @ b)[0] == 2 * 4 * 5 * 6
+    w = torch.rand(5, 6, requires_grad=True)
+    operations, kept = machine.counted(lambda: (a @ w).sum().backward())
+    assert (operations, kept) == (2 * 2 * 4 * 5 * 6, a.nbytes)
+
+
+def test_the_higher_roof_is_the_limit(benchmark):
+    roof = benchmark("machine").roof
+    rate = {"GB_s": 10.0, "GFLOP_s": 100.0}
+    assert roof("free", 2e9, 0, 1000, rate)["bound"] == "arithmetic"
+    found = roof("exact", 1e6, 5e8, 1000, rate)
+    assert (found["bound"], found["bound_ms"], found["MB"]) == ("memory", pytest.approx(100.0084), 1000.08)
