@@ -271,7 +271,7 @@ def _window(steps: tuple[int, int] | None, last: int) -> tuple[int, int]:
     return int(first), int(end)
 
 
-def shard_of(count: int, shard: tuple[int, int] | None, what: str) -> slice:
+def shard_of(count: int, shard: tuple[int, int] | None, what: str, hint: str = "") -> slice:
     """The part of `count` targets or samples that is piece i of n, counted from 1.
 
     Raises:
@@ -283,7 +283,7 @@ def shard_of(count: int, shard: tuple[int, int] | None, what: str) -> slice:
     if not 1 <= i <= n:
         raise ReplayError(f"There is no shard {i}/{n}: shards count from 1/{n} to {n}/{n}.")
     if n > count:
-        raise ReplayError(f"{count} {what} cannot be cut into {n} shards: ask for at most {count}.")
+        raise ReplayError(f"{count} {what} cannot be cut into {n} shards: ask for at most {count}. {hint}".rstrip())
     edges = np.linspace(0, count, n + 1).astype(int)
     return slice(int(edges[i - 1]), int(edges[i]))
 
@@ -292,5 +292,6 @@ def cut(wanted: Targets, chosen: IntArray, mode: str, shard: tuple[int, int] | N
     """The targets (adjoint) or samples (tangent) of a shard, and all of the other."""
     if mode == "tangent":
         return wanted, chosen[shard_of(len(chosen), shard, "samples")]
-    piece = shard_of(len(wanted.names), shard, "targets")
+    hint = "Samples are cut with --mode tangent; backwards, one replay answers for any number of them."
+    piece = shard_of(len(wanted.names), shard, "target(s)", hint)
     return Targets(wanted.kind, wanted.names[piece], wanted.groups[piece]), chosen

@@ -203,7 +203,7 @@ def test_options_that_make_no_sense_are_refused(project):
     for option, message in (
         (["--shard", "3/2"], "There is no shard 3/2"),
         (["--shard", "two"], "--shard takes I/N"),
-        (["--shard", "1/2"], "cannot be cut into 2 shards"),
+        (["--shard", "1/2"], "Samples are cut with --mode tangent"),
         (["--steps", "0:5"], "are not steps of this run"),
         (["--steps", "5"], "--steps takes A:B"),
         (["--certify", "some"], 'certify must be "sampled", "turns" or "all"'),
