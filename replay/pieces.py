@@ -177,7 +177,9 @@ def _why_whole(function: LossFunction, samples: Samples, step: Step, size: int) 
         return "random numbers (of dropout, say) were drawn for the batch as a whole"
     for name, module in function.model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            return f"{type(module).__name__} {name!r} is in training mode, where the samples of a batch touch each other"
+            return (
+                f"{type(module).__name__} {name!r} is in training mode, where the samples of a batch touch each other"
+            )
     with torch.no_grad():
         whole = function.objective(step.before, samples, step).losses
         parts = [function.objective(step.before, samples, piece).losses for piece in cut(function, samples, step, size)]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trajrec.errors import NonFiniteError
 from trajrec.records import Conditions, FloatArray, IntArray, Keyframe, Row, RunSpec
+from trajrec.replay.ahead import OwnStream, ahead
 from trajrec.rules import FlatLayout
 from trajrec.rules.step import State
 from trajrec.task import Batch
@@ -146,8 +147,7 @@ class StoredTrajectory:
     def forwards(self, first: int = 1) -> Iterator[Step]:
         """Steps first, first + 1, ..., T."""
         before: Tensor | None = None
-        for t, row in self.run.walk(first - 1, self.run.steps):
-            after = self._vector(row, t)
+        for t, after in self._walk(first - 1, self.run.steps):
             if before is not None:
                 yield self._step(t, before, after)
             before = after
@@ -155,11 +155,17 @@ class StoredTrajectory:
     def backwards(self, first: int | None = None) -> Iterator[Step]:
         """Steps first, first - 1, ..., 1; from T by default."""
         after: Tensor | None = None
-        for t, row in self.run.walk(self.run.steps if first is None else first, 0):
-            before = self._vector(row, t)
+        for t, before in self._walk(self.run.steps if first is None else first, 0):
             if after is not None:
                 yield self._step(t + 1, before, after)
             after = before
+
+    def _walk(self, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
+        """Every w_t [P'] on the way, with its t."""
+        rows = self.run.walk(first, last)
+        if self.device.type != "cuda":
+            return ((t, self._vector(row, t)) for t, row in rows)
+        return ahead(((t, vector_of(row, t, self.layout)) for t, row in rows), OwnStream(self.device, self.dtype))
 
     def _vector(self, row: Row, t: int) -> Tensor:
         return vector_of(row, t, self.layout).to(self.device, self.dtype)
