@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tests import scenario
 from trajrec.replay import choice
-from trajrec.replay.choice import Forms, agree, right_forms
+from trajrec.replay.choice import Forms, agree, fastest, right_forms
 from trajrec.replay.contribution import solve
 from trajrec.replay.dual import DualOperators, pool_places
 from trajrec.replay.linearize import FORMS, gradient_of
@@ -139,6 +139,12 @@ def test_the_fastest_of_the_right_forms_is_taken_once(monkeypatch):
     forms = Forms()
     assert [forms.form("kind", ("forward", "reverse"), None) for _ in range(3)] == ["forward"] * 3
     assert asked == [("forward", "reverse")]
+
+
+def test_between_forms_that_are_about_as_fast_the_order_decides(monkeypatch):
+    for seconds, expected in ((105, "forward"), (120, "reverse")):
+        monkeypatch.setattr(choice, "right_forms", lambda *_, s=seconds: {"reverse": 100, "forward": s})
+        assert fastest(("forward", "reverse"), None) == expected
 
 
 OPERATORS = {
