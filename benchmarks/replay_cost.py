@@ -1,6 +1,6 @@
 """What a replay costs, beside the training itself, in one run.
 
-    python benchmarks/replay_cost.py [--data-root ../shared/data/mnist] [--out benchmarks/results/replay_cost.json]
+    python benchmarks/replay_cost.py [--models lenet transformer densenet] [--threads 1 2] [--merge]
 
 LeNet-5 on MNIST (batch 64), DenseNet-40 with BatchNorm on random 32 x 32 images (batch 64), a transformer of 0.9 M
 parameters on random bytes (batch 32). Unit: a step of the plain training loop (DataLoader, forward, backward, SGD)
@@ -10,7 +10,8 @@ same ratio counted in floating-point operations of what must be computed: for th
 one Hessian-vector product. Times below it are possible where something else than these limits the training. "roofs" are
 the times that arithmetic and memory take at least (`benchmarks/machine.py`). The Hessian-free form certifies every 32nd
 step, as it does in runs of 1,024 steps and more.
-With one thread the times are CPU times of the whole process, else wall times.
+With one thread the times are CPU times of the whole process, else wall times. The result is written after every model
+and number of threads; `--merge` keeps what --out holds of the others. All of it takes a quarter of an hour.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from trajrec.replay.tangent import Tangent
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"lenet": 96, "densenet": 6, "transformer": 16}
+ROUNDS = {"lenet": 5, "densenet": 2, "transformer": 3}
 BLOCKS = {"lenet": (4, 16, 64, 256), "densenet": (4,), "transformer": (4, 16)}
 MANY, STRIDE = 1000, 32
 
@@ -197,7 +199,7 @@ def measure(name, root, folder, rounds):
     build, loss, data, batch = setting(name, root)
     train(build, loss, data, batch, folder / f"{name}.h5")
     task = trajrec.Task(build, data, Subset(data, range(8)), loss=loss)
-    times = {"training": [], "exact": [], "exact_sampled": [], "free": []}
+    times = {"training": [], "exact": [], "exact_turns": [], "exact_sampled": [], "free": []}
     shares = {"exact": [], "free": []}
     with trajrec.open(folder / f"{name}.h5") as run:
         session, chosen = Session(run, task), Forms()
@@ -205,6 +207,7 @@ def measure(name, root, folder, rounds):
             times["training"].append(train(build, loss, data, batch))
             for key, options in (
                 ("exact", {"exact": True}),
+                ("exact_turns", {"exact": True, "certify": "turns"}),
                 ("exact_sampled", {"exact": True, "certify": "sampled"}),
                 ("free", {"exact": False}),
             ):
@@ -284,23 +287,24 @@ def streamed(run, task, count=64):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", type=Path, default=ROOT.parent / "shared" / "data" / "mnist")
-    parser.add_argument("--models", nargs="+", default=list(STEPS))
+    parser.add_argument("--models", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="default: 5 of LeNet-5, fewer of the others")
+    parser.add_argument("--merge", action="store_true", help="keep the rows that are not measured anew")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "replay_cost.json")
     options = parser.parse_args()
     about = {"torch": str(torch.__version__), "cores": os.cpu_count(), "machine": platform.machine()}
-    rows = []
+    kept = json.loads(options.out.read_text())["rows"] if options.merge and options.out.exists() else []
+    rows = {(row["model"], row["threads"]): row for row in kept}
     with tempfile.TemporaryDirectory() as folder:
         for threads in options.threads:
             torch.set_num_threads(threads)
             for name in options.models:
-                row = measure(
-                    name, options.data_root, Path(folder), options.rounds if name == "lenet" else min(options.rounds, 3)
-                )
-                rows.append({"model": name, "threads": threads} | row | {"load_average": round(os.getloadavg()[0], 1)})
-                print(json.dumps(rows[-1]), flush=True)
-    options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+                row = measure(name, options.data_root, Path(folder), options.rounds or ROUNDS[name])
+                row = {"model": name, "threads": threads} | row | {"load_average": round(os.getloadavg()[0], 1)}
+                print(json.dumps(row), flush=True)
+                rows[name, threads] = row
+                options.out.write_text(json.dumps({"about": about, "rows": list(rows.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
