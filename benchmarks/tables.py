@@ -195,6 +195,27 @@ def replaying():
     )
 
 
+def compiling():
+    result = json.loads((RESULTS / "compiled.json").read_text())
+    rows = [
+        [
+            MODELS[r["model"]],
+            *(f"{r[key]:.3g}" for key in ("form_ms", "plain_ms", "compiled_ms", "compiling_s")),
+            f"{r['compiled_ms'] / r['form_ms']:.2f}",
+            f"{r['relative_difference']:.1e}",
+        ]
+        for r in result["rows"]
+    ]
+    head = ["model", "as a replay does it, ms", "torch.func, ms", "torch.func compiled, ms", "compiling, s"]
+    loads = " and ".join(str(r["load_average"]) for r in result["rows"])
+    return (
+        "Losses, inner products, gradient and Hessian-vector product of a step for one target: least CPU time of a "
+        f"dozen trials, one thread (load average {loads}). There is no `--compile`: it would not pay here. Difference: "
+        "of the Hessian-vector products of torch.func from the replay's, in the 2-norm; torch's own second derivatives "
+        "of LayerNorm in forward mode are wrong.\n\n" + table([*head, "compiled over the replay's", "difference"], rows)
+    )
+
+
 def full_size():
     result = json.loads((RESULTS / "full_mnist.json").read_text())
     clocks = " and ".join(sorted({row.get("clock", "wall") for row in result["rows"]}))
@@ -266,6 +287,7 @@ SECTIONS = (
     ("What recording costs", overhead, "record_overhead"),
     ("How fast a run is read", reading, "read_speed"),
     ("What a replay costs", replaying, "replay_cost"),
+    ("Whether torch.compile pays", compiling, "compiled"),
     ("How a replay grows", growing, "growth"),
     ("Hessian-free against exact", agreement, "agreement"),
     ("The paper's MNIST run at full size", full_size, "full_mnist"),
