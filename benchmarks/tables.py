@@ -210,9 +210,10 @@ def compiling():
     loads = " and ".join(str(r["load_average"]) for r in result["rows"])
     return (
         "Losses, inner products, gradient and Hessian-vector product of a step for one target: least CPU time of a "
-        f"dozen trials, one thread (load average {loads}). There is no `--compile`: it would not pay here. Difference: "
-        "of the Hessian-vector products of torch.func from the replay's, in the 2-norm; torch's own second derivatives "
-        "of LayerNorm in forward mode are wrong.\n\n" + table([*head, "compiled over the replay's", "difference"], rows)
+        f"dozen trials, one thread (load average {loads}). Difference: of the Hessian-vector products of torch.func "
+        "from the replay's, in the 2-norm. There is no `--compile`: what the compiler can trace is slower than what a "
+        "replay does, or wrong, as torch's own gradient of LayerNorm's tangent is.\n\n"
+        + table([*head, "compiled over the replay's", "difference"], rows)
     )
 
 
