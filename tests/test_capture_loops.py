@@ -326,3 +326,99 @@ def test_a_loop_that_draws_a_batch_ahead(passes):
     epoch = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert [record.ids.tolist() for record in sink.records[1:]] == epoch + epoch
     assert [record.epoch for record in sink.records[1:]] == [0, 0, 0, 1, 1, 1]
+
+
+def ahead(loader):
+    """Hands out a batch when the next one has been drawn."""
+    batches = iter(loader)
+    following = next(batches)
+    while following is not None:
+        batch, following = following, next(batches, None)
+        yield batch
+
+
+def looks_at_numbers(loop, batch):
+    """An evaluation on tensors that come from no loader, while the next batch waits."""
+    with torch.no_grad():
+        loop.model(loop.other.tensors[0])
+    loop.ordinary(batch)
+
+
+def looks_at_its_batch(loop, batch):
+    with torch.no_grad():
+        loop.model(batch[0])
+    loop.ordinary(batch)
+
+
+def accumulates_and_looks(loop, batch):
+    loop.uses(batch)
+    with torch.no_grad():
+        loop.model(loop.other.tensors[0])
+    (loop.loss(batch) / 2).backward()
+    loop.every_third()
+    if loop.number % 2 == 0:
+        loop.step()
+        loop.optimizer.zero_grad()
+
+
+def passes_noise(loop, batch):
+    loop.model(torch.randn(6, 4))
+    loop.ordinary(batch)
+
+
+# Told by nothing: a batch that was skipped at the end of an epoch, and a backward pass before any batch was in use.
+AHEAD = [body for body in LOOPS if body not in (skipped_after_forward, other_model_first)]
+AHEAD += [looks_at_numbers, looks_at_its_batch, accumulates_and_looks, passes_noise]
+
+
+@pytest.mark.parametrize("body", AHEAD)
+def test_loops_that_draw_ahead_are_booked(body):
+    loop, sink = Loop(), MemorySink(4)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for _ in range(2):
+            for batch in ahead(loop.loader):
+                body(loop, batch)
+    assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
+
+
+class Named(nn.Module):
+    """Called with arguments by name, and with a dictionary in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 3), nn.Dropout(0.4)
+
+    def forward(self, x=None, nested=None):
+        return self.drop(self.linear(nested[0]["x"] if x is None else x))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_batches_are_told_apart_by_named_and_nested_inputs(nested, pieces):
+    loop, sink = Loop(), MemorySink(4)
+    loop.model = Named()
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for batch in ahead(loop.loader):
+            loop.optimizer.zero_grad()
+            loop.uses(batch)
+            for x, y in zip(batch[0].chunk(pieces), batch[1].chunk(pieces), strict=True):
+                z = loop.model(nested=[{"x": x}]) if nested else loop.model(x=x)
+                (cross_entropy(z, y) / pieces).backward()
+            loop.step()
+    assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
+    # Dropout drew for each piece by itself.
+    loss = lambda m, b: cross_entropy(m(x=b[0]), b[1], reduction="none")  # noqa: E731
+    c = contributions(MemoryRun(sink), Task(Named, loop.data, loop.other, loss=loss), exact=True)
+    assert c.certificate.verdict in ("bit-exact", "within rounding")
+
+
+def test_two_loaders_in_turn_begin_an_epoch_each():
+    loop, sink = Loop(), MemorySink(4)
+    other = DataLoader(loop.data, 6, shuffle=True)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for pair in zip(loop.loader, other, strict=True):
+            for batch in pair:
+                loop.ordinary(batch)
+    assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
+    assert [r.epoch for r in sink.records[1:]] == [0] + 7 * [1]

@@ -6,7 +6,7 @@ Letters: A micro-batches and B samples in a step.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -40,6 +40,7 @@ class MicroBatch:
         spent: how many of the passes were made before the last backward pass.
         serial: of the pass over a loader that it came from.
         tensors: of the batch as the loader yielded it, not kept alive.
+        is_fed: a forward pass with gradients was called on one of them.
     """
 
     ids: IntArray | None
@@ -54,12 +55,16 @@ class MicroBatch:
     spent: int = 0
     serial: int = 0
     tensors: Sequence[ref[Tensor]] = ()
+    is_fed: bool = False
 
     def holds(self, inputs: tuple[Any, ...]) -> bool:
         """Whether one of these tensors, or what it is a view of, is in the batch."""
-        alive = (tensor for reference in self.tensors if (tensor := reference()) is not None)
-        places = {tensor.untyped_storage().data_ptr() for tensor in alive} - {0}
-        return any(isinstance(v, Tensor) and v.untyped_storage().data_ptr() in places for v in inputs)
+        places = {tensor.untyped_storage().data_ptr() for tensor in self.alive()} - {0}
+        return any(tensor.untyped_storage().data_ptr() in places for tensor in tensors_in(inputs))
+
+    def alive(self) -> list[Tensor]:
+        """The tensors of the batch that the loop still has."""
+        return [tensor for reference in self.tensors if (tensor := reference()) is not None]
 
     def cut(self) -> list[tuple[int, States | None]]:
         """Sizes and generator states of the pieces that went through the model one by one; most often only one."""
@@ -185,15 +190,21 @@ def as_ids(drawn: Any) -> IntArray | None:
 
 def samples_in(inputs: tuple[Any, ...]) -> int:
     """How many samples a forward pass is called on: the length of its first tensor; 0 if it has none."""
-    for value in inputs:
-        if isinstance(value, Tensor):
-            return len(value) if value.dim() else 0
-    return 0
+    tensor = next((v for v in inputs if isinstance(v, Tensor)), None)
+    if tensor is None:
+        tensor = next(tensors_in(inputs), None)
+    return len(tensor) if tensor is not None and tensor.dim() else 0
 
 
 def references(content: Any) -> list[ref[Tensor]]:
-    """The tensors of a batch, of whatever is no deeper than a list or a dictionary of them."""
+    """The tensors of a batch."""
+    return [ref(tensor) for tensor in tensors_in(content)]
+
+
+def tensors_in(content: Any) -> Iterator[Tensor]:
+    """The tensors in lists, tuples and dictionaries, nested or not."""
     if isinstance(content, Tensor):
-        return [ref(content)]
-    values = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
-    return [ref(value) for value in values if isinstance(value, Tensor)]
+        yield content
+    elif isinstance(content, list | tuple | Mapping):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from tensors_in(value)

@@ -145,10 +145,13 @@ class BatchLedger:
             return self._made_step[-1] if self._made_step else None
         own = [batch for batch in self._drawn if self.dataset in (None, batch.loader.dataset)] or self._drawn
         fitting = [b for b in own if not b.evaluated and b.used_in_training_mode in (None, training)]
+        if len(self._made_step) + len(own) > 1:
+            fed = [batch for batch in (*self._made_step, *own) if batch.holds(inputs)]
+            if fed:
+                fed[-1].is_fed = True
+                return fed[-1]
         if len(self._made_step) + len(fitting) > 1:
-            fed = [batch for batch in (*self._made_step, *fitting) if batch.holds(inputs)]
-            self._is_unclear |= not fed and self._looks_like_two(fitting, samples_in(inputs))
-            fitting = fed or fitting
+            self._is_unclear |= self._looks_like_two(fitting, samples_in(inputs))
         return (fitting or own)[-1]
 
     def _looks_like_two(self, fitting: Sequence[MicroBatch], size: int) -> bool:
@@ -168,10 +171,11 @@ class BatchLedger:
         if self._made_step and (self._cleared or not self._accumulates()):
             self._start_anew()
         self._cleared = False
+        self._take_back_guesses()
         self._made_step += self._training_batches()
         for batch in self._made_step:
             batch.spent = len(batch.passes)
-        self._ahead = [*self._ahead, *self._drawn_ahead()]
+        self._ahead = [batch for batch in (*self._ahead, *self._drawn_ahead()) if not batch.evaluated or batch.alive()]
         self._drawn = []
         self._given_is_open = False
         if isinstance(loss, Tensor) and loss.numel() == 1:
@@ -181,7 +185,14 @@ class BatchLedger:
         """The batches that were drawn after the last one in use, and wait for their turn."""
         used = [batch.used_in_training_mode is not None for batch in self._drawn]
         newer = len(used) - used[::-1].index(True) if any(used) else len(used)
-        return [batch for batch in self._drawn[newer:] if not batch.evaluated]
+        return self._drawn[newer:]
+
+    def _take_back_guesses(self) -> None:
+        """A pass on inputs of no batch (noise, say) counts for the newest; not beside one that was fed itself."""
+        known = [batch.loader for batch in (*self._made_step, *self._drawn) if batch.is_fed]
+        for batch in self._drawn if known else ():
+            if not batch.is_fed and any(batch.loader is loader for loader in known):
+                batch.used_in_training_mode, batch.passes = None, []
 
     def _start_anew(self) -> None:
         """The gradients of earlier backward passes were thrown away without a step.
@@ -241,8 +252,9 @@ class BatchLedger:
         self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
         if self._first:
             self.passes_before = self._passes.get(id(self.dataset), 1) - 1
-        if batch.serial != self._last_serial or not self.epochs:
-            # Passes that made no step (a look at the data, an evaluation on them) are no epochs.
+        if batch.serial > self._last_serial or not self.epochs:
+            # Passes that made no step (a look at the data, an evaluation on them) are no epochs; nor does one begin
+            # where the loop comes back to a pass that it left for another.
             self._last_serial = batch.serial
             self.epochs += 1
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,19 +57,19 @@ class Pending:
 class ForwardHook:
     """Stands in the model's forward hooks; copies and pickles of the model must not take the recorder along."""
 
-    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
+    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
         self._call = call
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Before a forward pass."""
-        self._call(module, inputs)
+        self._call(module, inputs, named)
 
     def __deepcopy__(self, _: Any) -> ForwardHook:
         return self
 
     def __reduce__(self) -> Any:
         # A hook that hands the inputs on as they are, and needs nothing of ours where the model is loaded.
-        return getattr, ({}, "get")
+        return getattr, (nullcontext(), "__exit__")
 
 
 class Recorder:
@@ -190,7 +191,7 @@ class Recorder:
         if getattr(model, "_compiled_call_impl", None) is not None:
             # Compiled in place: the compiler would look into the hook, which is no part of the model.
             call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        self._handles.append(model.register_forward_pre_hook(ForwardHook(call)))
+        self._handles.append(model.register_forward_pre_hook(ForwardHook(call), with_kwargs=True))
         self.ledger.owners += [model, *self.optimizers]
         self.ledger.ask_for_gradients(self._has_gradients)
 
@@ -199,11 +200,12 @@ class Recorder:
         held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         return any(p.grad is not None for p in held or (self.model.parameters() if self.model else ()))
 
-    def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if module is not self.model:
             return  # a copy (an average of weights, say) brings its hooks along
         began = self._watch.start()
-        self.ledger.forward(torch.is_grad_enabled(), module.training, inputs, self._generators.states)
+        given = (*inputs, named) if named else inputs
+        self.ledger.forward(torch.is_grad_enabled(), module.training, given, self._generators.states)
         self._watch.stop(began)
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
