@@ -238,6 +238,32 @@ def test_validation_on_another_part_of_seeded_data_does_not_tell_the_epoch():
     assert contributions(MemoryRun(sink), task, exact=True).certificate.first_bad_step is None
 
 
+@pytest.mark.parametrize("at", [0, 2, 4])
+@pytest.mark.parametrize("same", [False, True])
+def test_evaluation_on_the_seeded_training_data_is_replayed(at, same):
+    """Before an epoch, within it, after it: the items of later batches are those of another pass."""
+    loop, sink, data = Loop(), MemorySink(4), trajrec.seeded(Random())
+    loop.loader = DataLoader(data, 6, shuffle=True)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for _ in range(3):
+            for k, batch in enumerate(loop.loader):
+                if k == at % 4:
+                    evaluate(loop, loop.loader if same else DataLoader(data, 5))
+                loop.ordinary(batch)
+            if at == 4:
+                evaluate(loop, loop.loader)
+    assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
+    assert [r.epoch for r in sink.records[1:]] == 4 * [0] + 4 * [1] + 4 * [2]
+    task = Task(loop.build, data, loop.other, loss=lambda m, b: cross_entropy(m(b[0]), b[1], reduction="none"))
+    assert contributions(MemoryRun(sink), task, exact=True).certificate.first_bad_step is None
+
+
+def evaluate(loop, loader):
+    with torch.no_grad():
+        for batch in loader:
+            loop.model(batch[0])
+
+
 @pytest.mark.parametrize("steps", [{4: False}, {4: True}])
 def test_clipping_by_norm_sees_the_parameters_that_have_a_gradient(steps):
     loop, sink = Loop(), MemorySink(4)

@@ -39,6 +39,7 @@ class MicroBatch:
         passes: sizes of what went into the model's forward passes with gradients, and generator states before them.
         spent: how many of the passes were made before the last backward pass.
         serial: of the pass over a loader that it came from.
+        seeded_pass: the epoch that seeded data were told when the batch was handed out; None for other data.
         tensors: of the batch as the loader yielded it, not kept alive.
         is_fed: a forward pass with gradients was called on one of them.
     """
@@ -54,6 +55,7 @@ class MicroBatch:
     passes: list[tuple[int, States]] = field(default_factory=list)
     spent: int = 0
     serial: int = 0
+    seeded_pass: int | None = None
     tensors: Sequence[ref[Tensor]] = ()
     is_fed: bool = False
 

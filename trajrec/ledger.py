@@ -17,7 +17,7 @@ from trajrec.batches import MicroBatch, States, StepBatch, as_ids, references, s
 from trajrec.contents import contents_of
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.records import FloatArray, IntArray
-from trajrec.seeding import find_seeded
+from trajrec.seeding import Seeded, find_seeded
 from trajrec.stopwatch import Stopwatch
 from trajrec.task import digest, sketch
 
@@ -51,6 +51,8 @@ class BatchLedger:
         self._serial = 0
         self._last_serial = 0
         self.passes_before = 0  # over the training data, before the one that the first step was in
+        self.seeded_pass: int | None = None  # that the last step's items were made for
+        self._seeded: dict[int, Seeded | None] = {}  # by data set
         self._loose_rng: States | None = None
         self._is_unclear = False
         self._first = True
@@ -74,13 +76,17 @@ class BatchLedger:
         # Another loader over the same items (validation, say) does not tell the epoch of the training.
         if seeded is not None and self.dataset in (None, loader.dataset):
             seeded.set_epoch(self._passes[key] - 1)
+        self._seeded[key] = seeded
         self._serial += 1
         return self._serial
 
     def draw(self, loader: Any, ids: Any, content: Any, serial: int = 0) -> None:
         """The loop has received a batch."""
         self._drawn = [batch for batch in self._drawn if not self._is_over(batch, loader)]
-        batch = MicroBatch(as_ids(ids), loader, serial=serial, tensors=references(content))
+        seeded = self._seeded.get(id(loader.dataset))
+        # As it is now: a pass over the same data in between (an evaluation) has told another one.
+        made_for = None if seeded is None else seeded.epoch
+        batch = MicroBatch(as_ids(ids), loader, serial=serial, seeded_pass=made_for, tensors=references(content))
         if self.dataset is None or loader.dataset is self.dataset:
             self._look_at(batch, content)
         self._drawn.append(batch)
@@ -252,6 +258,7 @@ class BatchLedger:
         self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
         if self._first:
             self.passes_before = self._passes.get(id(self.dataset), 1) - 1
+        self.seeded_pass = batch.seeded_pass
         if batch.serial > self._last_serial or not self.epochs:
             # Passes that made no step (a look at the data, an evaluation on them) are no epochs; nor does one begin
             # where the loop comes back to a pass that it left for another.

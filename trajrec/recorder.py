@@ -236,11 +236,13 @@ class Recorder:
     def _prepare(self) -> Pending:
         """What the coming step uses."""
         assert self._snapshot is not None
+        batch = self._first_batch or self.ledger.take()
+        self._first_batch = None
+        made_for = self.ledger.seeded_pass
+        self._snapshot.tell_pass(None if made_for is None else made_for - self._epoch())
         changes = self._snapshot.changes(self._step + 1)
         if self._snapshot.enters_other_modes and self._snapshot.has_buffers:
             self._keyframe()
-        batch = self._first_batch or self.ledger.take()
-        self._first_batch = None
         rng = b"" if batch.rng is None else consumed(batch.rng, self._snapshot.generators.states())
         hyper = self._snapshot.hyper()
         if self._hides_state(hyper):
@@ -304,10 +306,10 @@ class Recorder:
         self._flush()
         self._step = self.sink.resumed_at
         if self._step == 0:
+            snapshot.begin_seeded(spec.data.get("seeded_from"))
             self._keyframe()
         else:
-            seeded_from = spec.data.get("seeded_from")
-            snapshot.begin_again(None if seeded_from is None else seeded_from - self.sink.resumed_epochs)
+            snapshot.begin_again()
 
     def _describe(self, batch: StepBatch) -> dict[str, Any]:
         """The fields of RunSpec that come from around the model."""
@@ -367,7 +369,7 @@ class Recorder:
         batch = pending.batch
         return StepRecord(
             self._step,
-            self.sink.resumed_epochs + max(self.ledger.epochs - 1, 0),
+            self._epoch(),
             loss,
             time.time(),
             crc32,
@@ -379,6 +381,10 @@ class Recorder:
             NO_IDS if batch.sketches is None else np.array(batch.sketches, dtype=np.int64),
             pending.changes,
         )
+
+    def _epoch(self) -> int:
+        """The epoch of the last step whose samples are known, from 0."""
+        return self.sink.resumed_epochs + max(self.ledger.epochs - 1, 0)
 
     def _flush(self) -> None:
         """Hands over the step whose weights are still on their way from the device."""

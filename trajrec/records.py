@@ -196,8 +196,8 @@ class Conditions:
         still: names of the optimizer's parameters that had no gradient in the step, and were left as they are.
         frozen: names of those that require no gradient but have one, of zeros: decay and momentum still move them.
         joined: parameters that came into the optimizer after the first step, with their group.
-        seeded_from: since a resumption, the pass over seeded data that epoch 0 would have been, as `trajrec.seeded`
-            counts in this process; None for `RunSpec.data["seeded_from"]`.
+        seeded_from: the pass over seeded data that epoch 0 would have been, as `trajrec.seeded` counts, where a
+            resumption or an evaluation on these data has changed it; None for `RunSpec.data["seeded_from"]`.
     """
 
     eval_modules: tuple[str, ...] = ()

@@ -38,11 +38,16 @@ class Seeded(Dataset[Any]):
         """Tells the epoch, from 0; -1 for items as random as the data set makes them."""
         self._epoch.fill_(epoch)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that was told; -1 for none."""
+        return int(self._epoch)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        epoch = int(self._epoch)
+        epoch = self.epoch
         if epoch < 0:
             return self.dataset[index]
         with _seeded_generators(self.seed, epoch, int(index)):

@@ -52,6 +52,7 @@ class Snapshot:
         self._joined: dict[str, int] = {}
         self._seen: object = None
         self._seeded_from: int | None = None
+        self._last_seeded_from: int | None = None
         self.enters_other_modes = False  # the step that `changes` was last asked about
         self._conditions: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
         self.names = tuple(dict.fromkeys(name for o in optimizers for name in _hyperparameter_names(o)))
@@ -110,6 +111,7 @@ class Snapshot:
             [len(group["params"]) for group in self.param_groups],
             [module.training for module in self._modules],
             [None if p.grad is None else p.requires_grad for p in self._optimized],
+            self._seeded_from,
         )
         if seen == self._seen:
             return None
@@ -127,14 +129,19 @@ class Snapshot:
         """Whether the model has buffers, which matter in eval mode."""
         return next(self.model.buffers(), None) is not None
 
-    def begin_again(self, seeded_from: int | None) -> None:
-        """Records the conditions of the coming step whatever they are: a resumed recording does not know the last ones.
-
-        Args:
-            seeded_from: `Conditions.seeded_from` from now on.
-        """
+    def begin_again(self) -> None:
+        """Records the coming step's conditions whatever they are: a resumed recording does not know the last ones."""
         self._conditions = None
-        self._seeded_from = seeded_from
+        self._last_seeded_from = None
+
+    def begin_seeded(self, seeded_from: int | None) -> None:
+        """The run begins with this pass over seeded data: only another one is a condition of a step."""
+        self._last_seeded_from = seeded_from
+
+    def tell_pass(self, seeded_from: int | None) -> None:
+        """What `Conditions.seeded_from` would be of the coming step."""
+        if seeded_from != self._last_seeded_from:
+            self._seeded_from = self._last_seeded_from = seeded_from
 
     def _regroup(self, step: int) -> None:
         """Takes in parameters that were added to the optimizer."""
