@@ -158,7 +158,7 @@ class Adjoint:
         rows = len(_piece(self.problem, step).ids) * step.before.nbytes
         if self.problem.exact or rows > self.problem.forms.memory:
             return ("reverse", "batched", "forward")
-        return ("reverse", "samples", "batched", "forward")
+        return ("reverse", "layers", "samples", "batched", "forward")
 
     def norms(self) -> Tensor:
         """|lam| of every target, [K]."""

@@ -6,7 +6,7 @@ With l(w) [B] the losses of the batch, c [B] their shares, R the penalty, and ga
     hvp    = H gamma,  H = sum_i c_i hess l_i + hess R                    [P']
     g      = sum_i c_i grad l_i + grad R                                  [P']   what the certificate compares
 
-Three forms give the same numbers, at different prices:
+Four forms give the same numbers, at different prices:
 
     forward   reverse over forward: one pass carries the tangent gamma along, so inner = dl/dw gamma comes out of it;
               one backward pass of sum_i c_i inner_i gives H gamma (with respect to w) and g (with respect to gamma)
@@ -15,6 +15,8 @@ Three forms give the same numbers, at different prices:
               one after the other ("reverse") or together ("batched")
     samples   the gradient of every sample by itself, then one matrix product with the directions. Only without the
               Hessian, and only where the samples of a batch do not touch each other (no BatchNorm in train mode)
+    layers    the same from one pass over the whole batch, layer by layer (`replay.layers`); only where every weight is
+              used in layers that are known there
 
 The first two never form a per-sample gradient, so BatchNorm in train mode (coupled losses) stays exact. Which form a
 replay uses is chosen in `replay.choice`.
@@ -35,6 +37,7 @@ from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
 from trajrec.replay.dual import DualOperators
+from trajrec.replay.layers import Piece, Tape
 from trajrec.replay.model import LossFunction, Objective
 from trajrec.replay.samples import Samples
 from trajrec.replay.tangents import dual_of, parts_of
@@ -275,9 +278,52 @@ def _rows(function: LossFunction, samples: Samples, step: Step, weights: Tensor,
     return gradients
 
 
+class LayersPoint:
+    """The pieces of which the gradients of all samples are made, layer by layer; no Hessian."""
+
+    def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
+        values = function.layout.split(step.before)
+        tape = Tape({name: value.detach().requires_grad_() for name, value in values.items()})
+        self._parts: list[tuple[Tensor, list[tuple[str, Callable[[], Piece]]]]] = []
+        with torch.enable_grad(), tape:
+            for part in function.parts(tape.weights, samples, step):
+                self._parts.append((part.shares, tape.pieces(part.losses)))
+        self._has_penalty = function.task.penalty is not None
+        self._point = function, samples, step
+
+    def gradient(self) -> Tensor:
+        """g_t [P']."""
+        function, _, step = self._point
+        if self._has_penalty:
+            return gradient_of(*self._point)
+        total = torch.zeros_like(step.before)
+        values = function.layout.split(total)
+        for shares, pieces in self._parts:
+            for name, piece in pieces:
+                values[name].add_(piece().summed(shares).view_as(values[name]))
+        return total
+
+    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+        """Derivatives along directions [K, P']."""
+        if hessian:
+            raise NotImplementedError("Per-sample gradients give no Hessian-vector product.")
+        layout = self._point[0].layout
+        columns = torch.split(directions, layout.sizes, 1)
+        named = {p.name: column for p, column in zip(layout.params, columns, strict=True)}
+        inners = []
+        for shares, pieces in self._parts:
+            inner = directions.new_zeros(len(directions), len(shares))
+            for name, piece in pieces:
+                inner += piece().inner(named[name])
+            inners.append(inner)
+        shares = torch.cat([shares for shares, _ in self._parts])
+        return Derivatives(torch.cat(inners, 1), shares, None, self.gradient() if gradient else None)
+
+
 FORMS: dict[str, Callable[[LossFunction, Samples, Step, int], Point]] = {
     "forward": ForwardPoint,
     "reverse": ReversePoint,
     "batched": BatchedPoint,
     "samples": SamplesPoint,
+    "layers": LayersPoint,
 }
