@@ -5,8 +5,8 @@ All three are bilinear where it counts, so that with values x, w and tangents x'
     y = x w          y' = x w' + x' w
     x-bar = u w + v w'      x'-bar = v w      w-bar = x u + x' v      w'-bar = x v
 
-which torch's forward mode finds, too; here each sum is made in place, and what nobody asks for is not computed. Attention
-is softmax(s) v of such products, with the derivative of the softmax in between (`replay.dual`).
+which torch's forward mode finds, too; here each sum is made in place, and what nobody asks for is not computed.
+Attention is softmax(s) v of such products, with the derivative of the softmax in between (`replay.dual`).
 
 Letters: B batch, D width of a head, L places.
 """
@@ -29,7 +29,7 @@ _FEW_CHANNELS = 16
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     (value, dx), (w, dw) = parts_of(x), parts_of(weight)
     b, db = (None, None) if bias is None else parts_of(bias)
-    if dw is None or weight.dim() != 2 or (bias is not None and db is None):
+    if dw is None or weight.dim() != 2 or x.dim() < 2 or (bias is not None and db is None):
         return None
     rows, d_rows = value.flatten(0, -2), None if dx is None else dx.flatten(0, -2)
     y, dy = _Linear.apply(rows, d_rows, w, dw, b, db)  # type: ignore[no-untyped-call]
@@ -189,7 +189,8 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         q, dq = q * scale, dq * scale
         s = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
-        p = torch.softmax(s, -1)
+        # Safe, as torch's own: a row whose mask leaves nothing (padding) is zero, not NaN.
+        p = torch.softmax(s, -1) if mask is None else torch._safe_softmax(s, -1)
         ds = torch.bmm(dq, k.mT).baddbmm_(q, dk.mT)
         if dmask is not None:
             ds.add_(dmask)

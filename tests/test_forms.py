@@ -150,6 +150,8 @@ def test_between_forms_that_are_about_as_fast_the_order_decides(monkeypatch):
         assert fastest(("forward", "reverse"), None) == expected
 
 
+# A padded place attends to nothing: torch makes it zero.
+PADDED = torch.ones(6, 6).tril(-1).bool()
 OPERATORS = {
     "log_softmax": lambda x: functional.log_softmax(x.flatten(1), -1),
     "softmax": lambda x: torch.softmax(x, 2),
@@ -164,11 +166,13 @@ OPERATORS = {
     "max_pool2d by three": lambda x: functional.max_pool2d(x * x, 3, 1, 1),
     "attention": lambda x: functional.scaled_dot_product_attention(x, x * x, x + 1, attn_mask=torch.eye(6).bool()),
     "attention with a bias": lambda x: functional.scaled_dot_product_attention(x[:1], x * x, x + 1, attn_mask=x[0, 0]),
+    "attention to nothing": lambda x: functional.scaled_dot_product_attention(x, x * x, x + 1, attn_mask=PADDED),
     "attention to constants": lambda x: functional.scaled_dot_product_attention(x, torch.ones(6, 6).double(), x),
     "conv2d": lambda x: functional.conv2d(x, x[:2, :, :2, :3], x[0, 0, 0, :2], stride=(1, 2), padding=1),
     "conv2d of constants": lambda x: functional.conv2d(torch.ones(4, 3, 6, 6).double(), x[:2, :, :2, :3], dilation=2),
     "conv2d in groups": lambda x: functional.conv2d(x, x[:3, :1, :2, :3], groups=3),
     "linear": lambda x: functional.linear(x, x[0, 0], x[0, 1, 0]),
+    "linear of a vector": lambda x: functional.linear(x[0, 0, 0], x[0, 1], x[0, 2, 1]),
     "linear of constants": lambda x: functional.linear(torch.ones(5, 6).double(), x[0, 0]),
 }
 
