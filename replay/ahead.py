@@ -3,8 +3,8 @@
     copying stream      row t-1: pinned memory -> device          row t-2 ...
     computing stream    step t (waits for row t-1 only)           step t-1 ...
 
-One row is in flight at a time: it is asked for before the one in front of it is handed over. On the CPU there is nothing
-to be copied, and rows come one after the other as before.
+One row is in flight at a time: it is asked for before the one in front of it is handed over. On the CPU there is
+nothing to be copied, and rows come one after the other as before.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ For a normalisation with cotangents (u, v) of (n, n') the backward pass is, a be
     x-bar  = s a(u - s (v mean(n x') + x' mean(n v))) - s n (mean(v n') + ...)      see `_BatchNorm.backward`
 
 GELU has a formula of its own because torch's second derivative goes through many small steps, products have theirs to
-sum in place (`replay.products`), and max pooling over 2 x 2 finds the same places as torch's, faster. Values are torch's own to the bit: where they differed in the last one,
-a ReLU behind would flip now and then, and the certificate would see another gradient. Everything else is torch's
-forward mode. That all of it is right for a model is proved at the first step of every replay (`replay.choice`); these
-formulas are tested one by one.
+sum in place (`replay.products`), and max pooling over 2 x 2 finds the same places as torch's, faster. Values are
+torch's own to the bit: where they differed in the last one, a ReLU behind would flip now and then, and the certificate
+would see another gradient. Everything else is torch's forward mode. That all of it is right for a model is proved at
+the first step of every replay (`replay.choice`); these formulas are tested one by one.
 
 Letters: B batch, C channels, M values that one statistic is taken of.
 """

@@ -4,12 +4,14 @@ r"""A batch that does not fit, taken in pieces: the sums over its samples are su
 
 with the samples' own c[t,i], and the penalty in one piece. That is the same to rounding where the samples of a batch do
 not touch each other, and nonsense where they do (BatchNorm in training mode) or where random numbers were drawn for the
-batch as a whole (dropout). So before a kind of step is cut, the losses of its pieces are held against those of the whole.
+batch as a whole (dropout). So before a kind of step is cut, the losses of its pieces are held against those of the
+whole.
 
-How many samples a piece may have follows from the bytes that a recorded pass over a few of them keeps, which grow by the
-same amount with every sample; a form takes about twice as much in all (measured: 2.0 for DenseNet-40). Where a batch
-cannot be cut, a replay that was told how much memory it may take is refused if that is too little; one that was not told
-goes on with the whole batch. The training's own pass over a batch is never cut: it fitted where the training ran.
+How many samples a piece may have follows from the bytes that a recorded pass over a few of them keeps, which grow by
+the same amount with every sample; a form takes about twice as much in all (measured: 2.0 for DenseNet-40). Where a
+batch cannot be cut, a replay that was told how much memory it may take is refused if that is too little; one that was
+not told goes on with the whole batch. The training's own pass over a batch is never cut: it fitted where the training
+ran.
 
 Letters: B batch, K directions, P' trainable weights.
 """

@@ -23,8 +23,8 @@ from trajrec.replay.adjoint import Problem, initial_state, point_at
 from trajrec.replay.certificate import StepChecks
 from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import ReversePoint
-from trajrec.replay.pieces import CutPoint
 from trajrec.replay.overflow import check_tangent
+from trajrec.replay.pieces import CutPoint
 from trajrec.replay.trajectory import Step
 from trajrec.rules.step import State
 

@@ -2,9 +2,10 @@
 
 The exact form for one target needs no gradient but for the certificate: a ninth of its work. Instead every step is
 checked at every small tensor (biases, norms: through them go the derivatives of all layers and all samples) and at an
-eighth of the large ones, another eighth the next step. What is wrong in the Task, for the whole training or for a batch,
-shows at the small tensors of the step, and at all tensors within eight steps. What can be missed is a large tensor that
-was changed outside the optimizer once, at a step that is not its turn; so this is done only where it is asked for.
+eighth of the large ones, another eighth the next step. What is wrong in the Task, for the whole training or for a
+batch, shows at the small tensors of the step, and at all tensors within eight steps. What can be missed is a large
+tensor that was changed outside the optimizer once, at a step that is not its turn; so this is done only where it is
+asked for.
 
 Only for rules that are constant (`Rule.constant`): these step every weight by itself.
 """
