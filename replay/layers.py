@@ -8,9 +8,9 @@ of a sequence, of an image), the gradient of sample i for the weight is u_i^T x_
 
 either by way of u_i^T x_i or without it, whichever takes fewer operations. Scales, shifts and embeddings likewise.
 
-`Tape` watches the calls in which weights are used. In a call it knows it hands on a detached weight and notes what is
-needed; every other use is left to autograd, through which the weight then gets a gradient, and the pass is refused. So
-a weight that is used twice counts twice, and none can be used unnoticed. Samples that do touch each other are not
+`Tape` watches the calls in which weights are used. In a call it knows it hands on a twin of the weight and notes what
+is needed; every other use is left to autograd, through which the weight then gets a gradient, and the pass is refused.
+So a weight that is used twice counts twice, and none can be used unnoticed. Samples that do touch each other are not
 noticed here: that is found by comparison with another form (`replay.choice`).
 
 Letters: B batch, I inputs, K directions, n numbers of a weight, O outputs, T places.
@@ -112,17 +112,13 @@ class Tape(TorchFunctionMode):
         self._noted: list[tuple[Any, list[Use]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the function, without gradients for weights whose use is noted."""
+        """Calls the function, with twins of weights whose use is noted."""
         kwargs = kwargs or {}
         given = sum(self._is_weight(value) for value in (*args, *kwargs.values()))
         uses = self._known(LAYERS[func](*args, **kwargs)) if given and func in LAYERS else []
         if not uses or len(uses) != given or torch.is_autocast_enabled(uses[0][0].device.type):
             return func(*args, **kwargs)
-        plain = {key: self._detached(value) for key, value in kwargs.items()}
-        y = func(*map(self._detached, args), **plain)
-        if not y.requires_grad:
-            # A copy, because a leaf may not be written over, as some activations do.
-            y = y.requires_grad_().clone()
+        y = func(*map(self._twin, args), **{key: self._twin(value) for key, value in kwargs.items()})
         self._noted.append((get_gradient_edge(y), uses))
         return y
 
@@ -132,8 +128,9 @@ class Tape(TorchFunctionMode):
     def _known(self, uses: Iterable[Use]) -> list[Use]:
         return [use for use in uses if self._is_weight(use[0])]
 
-    def _detached(self, value: Any) -> Any:
-        return value.detach() if self._is_weight(value) else value
+    def _twin(self, value: Any) -> Any:
+        """What stands in for a weight: it makes the call part of the graph, and nobody asks for its gradient."""
+        return value.detach().requires_grad_() if self._is_weight(value) else value
 
     def pieces(self, losses: Tensor) -> list[tuple[str, Callable[[], Piece]]]:
         """The pieces of the gradients of losses [B], with the names of their weights; what was noted is forgotten.
@@ -190,7 +187,7 @@ def _conv2d(
         return Product(_windows(x, kernel, list(u.shape[2:]), steps, edges, holes).mT, u.flatten(2).mT)
 
     yield weight, product
-    yield bias, lambda u: Rows(u.flatten(2).sum(2))
+    yield bias, lambda u: _spread(u, _channels(u))
 
 
 def _pair(value: Any) -> list[int]:
