@@ -3,8 +3,14 @@
 import time
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 from trajrec import stopwatch
+from trajrec.recorder import Recorder
+from trajrec.sink import MemorySink
 from trajrec.stopwatch import EVERY, Stopwatch
 
 
@@ -72,3 +78,20 @@ def test_a_real_loop_is_timed():
         watch.stop(began)
         watch.next_step()
     assert 0 < watch.seconds < 3 * (time.thread_time() - start)
+
+
+@pytest.mark.parametrize("steps", [2, 3, EVERY, EVERY + 1, EVERY + 2, 2 * EVERY + 1])
+def test_the_last_keyframe_is_not_subtracted(steps, monkeypatch):
+    """Whether or not the clock is looked at when the recording ends, what it took is no less than the keyframe."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(TensorDataset(torch.randn(steps, 3), torch.zeros(steps).long()))
+    sink = MemorySink(10**6)
+    monkeypatch.setattr(sink, "keyframe", lambda _: sum(range(300_000)))
+    with Recorder(sink, model=model, optimizer=optimizer) as recorder:
+        for x, y in loader:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        before = recorder.seconds
+    assert recorder.seconds > before > 0
