@@ -155,10 +155,11 @@ class Adjoint:
         """The forms that may serve."""
         if self.puller.count == 1:
             return ("forward", "reverse")
-        rows = len(_piece(self.problem, step).ids) * step.before.nbytes
-        if self.problem.exact or rows > self.problem.forms.memory:
+        if self.problem.exact:
             return ("reverse", "batched", "forward")
-        return ("reverse", "layers", "samples", "batched", "forward")
+        rows = len(_piece(self.problem, step).ids) * step.before.nbytes
+        samples = () if rows > self.problem.forms.memory else ("samples",)
+        return ("reverse", "layers", *samples, "batched", "forward")
 
     def norms(self) -> Tensor:
         """|lam| of every target, [K]."""

@@ -29,6 +29,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+# Of single samples' gradients for a weight, so many numbers are formed at once.
+_MOST_NUMBERS = 1 << 24
+
 
 class Piece(Protocol):
     """The gradients of all samples for one use of a weight."""
@@ -66,7 +69,9 @@ class Product:
         """Inner products [K, B] with directions [K, n]."""
         (_, places, width), outputs, count = self.x.shape, self.u.shape[2], len(directions)
         if count * places * (width + 1) >= (count + places) * width:
-            return directions @ torch.bmm(self.u.mT, self.x).flatten(1).T
+            size = max(1, _MOST_NUMBERS // (outputs * width))
+            groups = zip(torch.split(self.u, size), torch.split(self.x, size), strict=True)
+            return torch.cat([directions @ torch.bmm(u.mT, x).flatten(1).T for u, x in groups], 1)
         through = torch.matmul(self.x.flatten(0, 1), directions.view(count, outputs, width).mT)
         return through.view(count, *self.u.shape).mul_(self.u).sum((2, 3))
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from tests import scenario
-from trajrec.replay import choice, contributions
+from trajrec.replay import choice, contributions, layers
 from trajrec.replay.choice import right_forms
 from trajrec.replay.layers import Tape
 from trajrec.replay.linearize import FORMS
@@ -85,9 +85,10 @@ def one_by_one(model, weights, x, y):
     return {k: torch.stack(c).reshape(len(x), -1) for k, c in zip(weights, zip(*rows, strict=True), strict=True)}
 
 
-@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize(("count", "most"), [(1, 1 << 24), (3, 1 << 24), (40, 1 << 24), (40, 50)])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_pieces_of_a_weight_add_up_to_the_gradients_of_the_samples(name, count):
+def test_the_pieces_of_a_weight_add_up_to_the_gradients_of_the_samples(name, count, most, monkeypatch):
+    monkeypatch.setattr(layers, "_MOST_NUMBERS", most)
     model, weights = made(MODELS[name])
     x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, 0])
     shares = torch.rand(6, dtype=torch.float64)
