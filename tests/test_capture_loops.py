@@ -392,8 +392,8 @@ def passes_noise(loop, batch):
     loop.ordinary(batch)
 
 
-# Told by nothing: a batch that was skipped at the end of an epoch, and a backward pass before any batch was in use.
-AHEAD = [body for body in LOOPS if body not in (skipped_after_forward, other_model_first)]
+# Told by nothing: a batch that was skipped at the end of an epoch.
+AHEAD = [body for body in LOOPS if body is not skipped_after_forward]
 AHEAD += [looks_at_numbers, looks_at_its_batch, accumulates_and_looks, passes_noise]
 
 
@@ -404,6 +404,41 @@ def test_loops_that_draw_ahead_are_booked(body):
         for _ in range(2):
             for batch in ahead(loop.loader):
                 body(loop, batch)
+    assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("losses", [1, 2])
+def test_the_next_batch_may_be_drawn_between_backward_and_step(copied, losses):
+    loop, sink = Loop(), MemorySink(4)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for _ in range(2):
+            batches = iter(loop.loader)
+            following = next(batches)
+            while following is not None:
+                batch = following
+                loop.optimizer.zero_grad()
+                loop.uses(batch)
+                loss = loop.loss([v.clone() for v in batch] if copied else batch)
+                loss.backward(retain_graph=True)
+                following = next(batches, None)
+                if losses == 2:
+                    (0 * loss).backward()
+                loop.step()
+    assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_loops_that_call_parts_of_the_model_are_booked(every):
+    loop, sink = Loop(), MemorySink(4)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        for k, batch in enumerate(loop.loader):
+            loop.uses(batch)
+            x = loop.model[0](batch[0])
+            (cross_entropy(loop.model[2](loop.model[1](x)), batch[1]) / every).backward()
+            if k % every == every - 1:
+                loop.step()
+                loop.optimizer.zero_grad()
     assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
 
 

@@ -181,17 +181,27 @@ class BatchLedger:
         self._made_step += self._training_batches()
         for batch in self._made_step:
             batch.spent = len(batch.passes)
-        self._ahead = [batch for batch in (*self._ahead, *self._drawn_ahead()) if not batch.evaluated or batch.alive()]
-        self._drawn = []
+        self._lay_aside()
         self._given_is_open = False
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
 
+    def _lay_aside(self) -> None:
+        """Done with what was drawn, but for the batches that wait for their turn."""
+        waiting = (*self._ahead, *self._drawn_ahead())
+        self._ahead = [batch for batch in waiting if not batch.evaluated or batch.alive()]
+        self._drawn = []
+
     def _drawn_ahead(self) -> list[MicroBatch]:
         """The batches that were drawn after the last one in use, and wait for their turn."""
         used = [batch.used_in_training_mode is not None for batch in self._drawn]
-        newer = len(used) - used[::-1].index(True) if any(used) else len(used)
-        return self._drawn[newer:]
+        if any(used):
+            return self._drawn[len(used) - used[::-1].index(True) :]
+        return self._drawn if self._calls_model() else self._drawn[:-1]
+
+    def _calls_model(self) -> bool:
+        """Whether the loop is known to call the model as a whole, so that a batch without a pass is not in use."""
+        return any(batch.passes for batch in self._made_step)
 
     def _take_back_guesses(self) -> None:
         """A pass on inputs of no batch (noise, say) counts for the newest; not beside one that was fed itself."""
@@ -209,7 +219,9 @@ class BatchLedger:
         self._losses = []
         self._given = self._given[-1:] if self._given_is_open else []
         if self._drawn:
-            self._made_step = []
+            # What was in use only because it was drawn last may still be waiting.
+            self._ahead += [batch for batch in self._made_step if not batch.passes]
+            self._made_step = [batch for batch in self._made_step if len(batch.passes) > batch.spent]
         for batch in self._made_step:
             batch.passes = batch.passes[batch.spent :] or batch.passes
 
@@ -218,7 +230,9 @@ class BatchLedger:
 
         Where no forward pass was seen (the loop calls parts of the model), the batch drawn last counts as used.
         """
-        used = [batch for batch in self._drawn if batch.used_in_training_mode is not None] or self._drawn[-1:]
+        used = [batch for batch in self._drawn if batch.used_in_training_mode is not None]
+        if not used and not self._calls_model():
+            used = self._drawn[-1:]
         if not used:
             return []
         dataset = self.dataset if self.dataset is not None else used[-1].loader.dataset
@@ -234,7 +248,8 @@ class BatchLedger:
         """
         batches: Sequence[MicroBatch] = self._made_step or self._training_batches()
         loose, losses, given, is_unclear = self._loose_rng, self._losses, self._given, self._is_unclear
-        self._made_step, self._losses, self._drawn, self._loose_rng, self._is_unclear = [], [], [], None, False
+        self._lay_aside()
+        self._made_step, self._losses, self._loose_rng, self._is_unclear = [], [], None, False
         self._given, self._given_is_open = [], False
         if given:
             if len(given) == len(batches):
