@@ -77,7 +77,10 @@ class Product:
 
     def summed(self, shares: Tensor) -> Tensor:
         """The sum [n] over the samples, each times its share [B]."""
-        return torch.einsum("bto,bti->oi", self.u * shares[:, None, None], self.x).flatten()
+        (_, places, width), outputs, u = self.x.shape, self.u.shape[2], self.u * shares[:, None, None]
+        if outputs * width <= places * (outputs + width):
+            return torch.bmm(u.mT, self.x).sum(0).flatten()
+        return torch.mm(u.flatten(0, 1).T, self.x.flatten(0, 1)).flatten()
 
 
 @dataclass(frozen=True, slots=True)
