@@ -26,7 +26,7 @@ from torch import Tensor
 
 from trajrec.records import IntArray
 from trajrec.replay.certificate import StepChecks
-from trajrec.replay.choice import GAUSS_NEWTON, Forms, kind_of
+from trajrec.replay.choice import GAUSS_NEWTON, REFERENCE, Forms, kind_of
 from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import FORMS, Derivatives, Wanted, saved_bytes
 from trajrec.replay.model import LossFunction
@@ -148,7 +148,14 @@ class Adjoint:
         if count > 1:
             forms.settle_chunk(lambda: saved_bytes(function, samples, _piece(self.problem, step)))
         kind = kind_of(step, count, hessian=self.problem.exact)
-        found = trial(forms.form(kind, self._candidates(step), trial), wanted)
+        name = forms.form(kind, self._candidates(step), trial)
+        try:
+            found = trial(name, wanted)
+        except NotImplementedError:  # a model may use its weights otherwise than at the step that was tried
+            if name == REFERENCE:
+                raise
+            forms.names[kind] = REFERENCE
+            found = trial(REFERENCE, wanted)
         return made[0], found
 
     def _candidates(self, step: Step) -> tuple[str, ...]:

@@ -171,6 +171,23 @@ def test_contributions_to_several_targets_are_right_in_this_form(name, monkeypat
     assert all("layers" in right for right in tried)
 
 
+class Moody(nn.Sequential):
+    """Uses a weight in a way of its own for some inputs."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else functional.linear(x, self[0].weight * 1.0, self[0].bias)
+
+
+def test_another_form_takes_over_where_a_later_step_uses_a_weight_in_another_way(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(choice, "fastest", lambda names, trial: chosen.append(right_forms(names, trial)) or "layers")
+    s = scenario.train(lambda: Moody(nn.Linear(4, 3)))
+    assert len({bool(s.task.train[i][0].sum() > 0) for i in range(len(s.task.train))}) == 2
+    found = contributions(s.run, s.task, "each", exact=False, mode="adjoint")
+    expected = s.reference(False)
+    assert abs(found.values - expected).max() < 1e-9 * abs(expected).max()
+
+
 def test_a_penalty_is_in_the_gradient():
     s = scenario.train(MODELS["wide"])
     s.task.penalty = lambda model: 1e-2 * model[0].weight.square().sum()
