@@ -483,3 +483,25 @@ def test_two_loaders_in_turn_begin_an_epoch_each():
                 loop.ordinary(batch)
     assert [r.ids.tolist() for r in sink.records[1:]] == loop.made
     assert [r.epoch for r in sink.records[1:]] == [0] + 7 * [1]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("skipped", [None, 1])
+def test_a_loop_that_draws_between_the_forward_and_the_backward_pass(copied, skipped):
+    data = TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
+    loader = DataLoader(data, batch_size=3)
+    model, sink = nn.Linear(3, 2), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(sink, model=model, optimizer=optimizer, loader=loader):
+        batches = iter(loader)
+        following, number = next(batches), 0
+        while following is not None:
+            x, y = following
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x.clone() if copied else x), y)
+            following, number = next(batches, None), number + 1
+            if number - 1 != skipped:
+                loss.backward()
+                optimizer.step()
+    expected = [[3 * k, 3 * k + 1, 3 * k + 2] for k in range(4) if k != skipped]
+    assert [record.ids.tolist() for record in sink.records[1:]] == expected

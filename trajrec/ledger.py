@@ -43,6 +43,7 @@ class BatchLedger:
         self.backwards = 0  # backward passes seen
         self._drawn: list[MicroBatch] = []
         self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
+        self._left: MicroBatch | None = None  # the last that went through the model before another was drawn
         self._made_step: list[MicroBatch] = []
         self._given: list[MicroBatch] = []
         self._given_is_open = False
@@ -82,7 +83,10 @@ class BatchLedger:
 
     def draw(self, loader: Any, ids: Any, content: Any, serial: int = 0) -> None:
         """The loop has received a batch."""
-        self._drawn = [batch for batch in self._drawn if not self._is_over(batch, loader)]
+        over = [self._is_over(batch, loader) for batch in self._drawn]
+        left = [batch for batch, is_over in zip(self._drawn, over, strict=True) if is_over and not batch.evaluated]
+        self._left = left[-1] if left else self._left
+        self._drawn = [batch for batch, is_over in zip(self._drawn, over, strict=True) if not is_over]
         seeded = self._seeded.get(id(loader.dataset))
         # As it is now: a pass over the same data in between (an evaluation) has told another one.
         made_for = None if seeded is None else seeded.epoch
@@ -95,9 +99,9 @@ class BatchLedger:
     def _is_over(self, batch: MicroBatch, loader: Any) -> bool:
         """Whether a batch is done with now that its loader has handed out the next one.
 
-        It was evaluated; or it went through the model and the loop went on without a backward pass: skipped. (Losses
-        of several batches of one loader that are added up before one backward pass look the same: they need
-        `set_batch`.)
+        It was evaluated; or it went through the model and the loop went on without a backward pass: skipped, unless a
+        backward pass comes before the next one through the model. (Losses of several batches of one loader that are
+        added up before one backward pass look the same: they need `set_batch`.)
         """
         return batch.loader is loader and (batch.evaluated or batch.used_in_training_mode is not None)
 
@@ -190,7 +194,7 @@ class BatchLedger:
         """Done with what was drawn, but for the batches that wait for their turn."""
         waiting = (*self._ahead, *self._drawn_ahead())
         self._ahead = [batch for batch in waiting if not batch.evaluated or batch.alive()]
-        self._drawn = []
+        self._drawn, self._left = [], None
 
     def _drawn_ahead(self) -> list[MicroBatch]:
         """The batches that were drawn after the last one in use, and wait for their turn."""
@@ -231,6 +235,8 @@ class BatchLedger:
         Where no forward pass was seen (the loop calls parts of the model), the batch drawn last counts as used.
         """
         used = [batch for batch in self._drawn if batch.used_in_training_mode is not None]
+        if not used and self._left is not None:
+            used = [self._left]
         if not used and not self._calls_model():
             used = self._drawn[-1:]
         if not used:
