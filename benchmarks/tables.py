@@ -41,17 +41,17 @@ def overhead():
         if model not in result:
             continue
         rows = result[model]
-        noise = percent(rows["none"]["thread_cpu_over_unrecorded"], "+")
-        p99 = percent(rows["none"]["wall_p99_over_unrecorded"], "+")
+        noise, p99 = percent(rows["none"]["thread"], "+"), percent(rows["none"]["p99"], "+")
         size = next(iter(rows.values()))["parameters"]
-        head = ["what saves the weights", "training thread", "other threads and processes", "p99 of a step's time"]
-        head += ["bytes a step", "steps"]
+        head = ["what saves the weights", "training thread", "inside the hooks", "other threads and processes"]
+        head += ["p99 of a step's time", "bytes a step", "steps"]
         cells = [
             [
                 name,
-                percent(rows[key]["hooks_share"]),
-                percent(rows[key]["others_share"]),
-                percent(rows[key]["wall_p99_over_unrecorded"], "+"),
+                percent(rows[key]["thread"], "+"),
+                percent(rows[key]["hooks"]),
+                percent(rows[key]["others"]),
+                percent(rows[key]["p99"], "+"),
                 f"{rows[key]['bytes_a_step']:,}",
                 rows[key].get("steps", ""),
             ]
@@ -59,10 +59,10 @@ def overhead():
             if key in rows
         ]
         parts.append(
-            f"**{title}**, {size:,} parameters. CPU time over that of the unrecorded part of the same training thread, "
-            f"and the 99th percentile of a step's wall time over that of an unrecorded run just before: median, and "
-            f"range over {rows['none'].get('pairs', result.get('pairs'))} runs. Two unrecorded runs differ by {noise} "
-            f"in CPU time and by {p99} in that percentile.\n\n" + table(head, cells)
+            f"**{title}**, {size:,} parameters. CPU time of the thread, of the hooks and of everything else, and the "
+            "99th percentile of a step's wall time, over an unrecorded training that takes turns with the recorded one "
+            f"in the same process: median, and range over {rows['none']['trials']} trials. Two unrecorded trainings "
+            f"differ by {noise} in CPU time and by {p99} in that percentile.\n\n" + table(head, cells)
         )
     return "\n\n".join(parts)
 
@@ -169,12 +169,13 @@ def streaming(row):
 
 def replaying():
     result = json.loads((RESULTS / "replay_cost.json").read_text())
-    head = ["model", "threads", "exact", "exact, sampled certificate", "Hessian-free", "limit exact / Hessian-free"]
-    head += ["not derivatives, exact / Hessian-free", "load"]
+    head = ["model", "threads", "exact", "certified in turns", "certified by a sample", "Hessian-free"]
+    head += ["limit exact / Hessian-free", "not derivatives, exact / Hessian-free", "load"]
     rows, blocks, bounds = [], [], []
     for r in result["rows"]:
         name, limit, rest = MODELS[r["model"]], r["limit"], r["not_derivatives"]
-        rows.append([name, r["threads"], f"{r['exact']:.2f}", f"{r['exact_sampled']:.2f}", f"{r['free']:.2f}"])
+        rows.append([name, r["threads"]])
+        rows[-1] += [f"{r[key]:.2f}" for key in ("exact", "exact_turns", "exact_sampled", "free")]
         rows[-1] += [f"{limit['exact']:.2f} / {limit['free']:.2f}", f"{rest['exact']:.0%} / {rest['free']:.0%}"]
         rows[-1].append(r["load_average"])
         bounds += bounded(name, r)
