@@ -161,3 +161,5 @@ def test_sizes(text, size):
 def test_not_a_size(tmp_path):
     with pytest.raises(ValueError, match='a size is given like "20GB"'):
         RunFileSink(tmp_path / "run.h5", budget="much")
+    with pytest.raises(ValueError, match="a size is at least one byte"):
+        parse_size("0 GB")

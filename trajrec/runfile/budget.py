@@ -36,7 +36,10 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)b?\s*", str(text).lower())
     if not match:
         raise ValueError(f'a size is given like "20GB" or "500 MB"; found {text!r}.')
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = int(float(match[1]) * _UNITS[match[2]])
+    if not size:
+        raise ValueError(f"a size is at least one byte; found {text!r}.")
+    return size
 
 
 @dataclass(slots=True)
