@@ -146,7 +146,7 @@ class Adjoint:
 
         count = self.puller.count
         if count > 1:
-            forms.settle_chunk(lambda: saved_bytes(function, samples, _piece(self.problem, step)))
+            forms.settle_chunk(lambda: saved_bytes(function, samples, self._piece(step)))
         kind = kind_of(step, count, hessian=self.problem.exact)
         name = forms.form(kind, self._candidates(step), trial)
         try:
@@ -164,9 +164,14 @@ class Adjoint:
             return ("forward", "reverse")
         if self.problem.exact:
             return ("reverse", "batched", "forward")
-        rows = len(_piece(self.problem, step).ids) * step.before.nbytes
+        rows = _at_once(self.problem, step) * step.before.nbytes
         samples = () if rows > self.problem.forms.memory else ("samples",)
         return ("reverse", "layers", *samples, "batched", "forward")
+
+    def _piece(self, step: Step) -> Step:
+        """What of a step is computed at once."""
+        size = _at_once(self.problem, step)
+        return step if size == len(step.ids) else next(cut(self.problem.function, self.problem.samples, step, size))
 
     def norms(self) -> Tensor:
         """|lam| of every target, [K]."""
@@ -181,16 +186,14 @@ class Adjoint:
 def point_at(form: Form, problem: Problem, step: Step) -> Any:
     """A step in a form; in pieces, where it does not fit as a whole."""
     forms, function, samples = problem.forms, problem.function, problem.samples
-    size = forms.cutting.size(function, samples, step)
-    if not 0 < size < len(step.ids):
+    size = _at_once(problem, step)
+    if size == len(step.ids):
         return form(function, samples, step, forms.chunk)
     return CutPoint(form, function, samples, step, forms.chunk, size)
 
 
-def _piece(problem: Problem, step: Step) -> Step:
-    """What of a step is computed at once."""
-    size = problem.forms.cutting.size(problem.function, problem.samples, step)
-    return next(cut(problem.function, problem.samples, step, size)) if 0 < size < len(step.ids) else step
+def _at_once(problem: Problem, step: Step) -> int:
+    return problem.forms.cutting.size(problem.function, problem.samples, step)
 
 
 def _directions(pulled: Pulled, rule: Rule) -> Tensor:

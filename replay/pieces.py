@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import ReplayError
-from trajrec.replay.linearize import Derivatives, gradient_of, saved_bytes
+from trajrec.replay.linearize import Derivatives, Wanted, gradient_of, saved_bytes
 from trajrec.replay.model import LossFunction
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Part, Step
@@ -72,7 +72,7 @@ class CutPoint:
             self._gradient = _sum(gradient_of(self._function, self._samples, piece) for piece in self._pieces)
         return self._gradient
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
         """Derivatives along directions [K, P']."""
         wanted = gradient if self._gradient is None else False
         inners, hvp, total = [], None, None
@@ -106,12 +106,12 @@ def _sum(values: Iterator[Tensor]) -> Tensor:
 
 @dataclass(slots=True)
 class Cutting:
-    """How many samples a form takes at once, by kind of step; 0 is all.
+    """How many samples a form takes at once, by kind of step.
 
     Attributes:
         memory: bytes that one step may take.
         most: bytes that the user gave the replay, or None.
-        sizes: what has been settled.
+        sizes: what has been settled; 0 is all.
     """
 
     memory: int = 1 << 62
@@ -119,7 +119,7 @@ class Cutting:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def size(self, function: LossFunction, samples: Samples, step: Step) -> int:
-        """The size for a step; tried out at the first of its kind.
+        """The size for a step, at most its batch; tried out at the first of its kind.
 
         Raises:
             ReplayError: if the batch does not fit into the memory that the user gave, and cannot be cut.
@@ -128,7 +128,7 @@ class Cutting:
         kind = f"{len(step.ids)}/{len(step.parts)}/{random}/{modes}"
         if kind not in self.sizes:
             self.sizes[kind] = self._settle(function, samples, step)
-        return self.sizes[kind]
+        return min(self.sizes[kind] or len(step.ids), len(step.ids))
 
     def _settle(self, function: LossFunction, samples: Samples, step: Step) -> int:
         count = len(step.ids)
