@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch._inductor.config
-from machine import clock
+from machine import seconds
 from replay_cost import ROOT, setting, train
 from torch.func import functional_call, grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,12 +53,7 @@ def exact(loss, build, layout):
 
 def least(work):
     """Milliseconds."""
-    found = []
-    for _ in range(TIMES):
-        began = clock()
-        work()
-        found.append(clock() - began)
-    return round(1e3 * min(found), 2)
+    return round(1e3 * seconds(work, TIMES), 2)
 
 
 def measure(name, root, folder):

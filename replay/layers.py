@@ -29,6 +29,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from trajrec.replay.products import pair
+
 # Of single samples' gradients for a weight, so many numbers are formed at once.
 _MOST_NUMBERS = 1 << 24
 
@@ -189,17 +191,13 @@ def _conv2d(
     if isinstance(padding, str) or groups != 1 or x.dim() != 4:
         return
     x, kernel = x.detach(), list(weight.shape[2:])
-    steps, edges, holes = _pair(stride), _pair(padding), _pair(dilation)
+    steps, edges, holes = pair(stride), pair(padding), pair(dilation)
 
     def product(u: Tensor) -> Product:
         return Product(_windows(x, kernel, list(u.shape[2:]), steps, edges, holes).mT, u.flatten(2).mT)
 
     yield weight, product
     yield bias, lambda u: _spread(u, _channels(u))
-
-
-def _pair(value: Any) -> list[int]:
-    return list(value) if isinstance(value, tuple | list) else [value, value]
 
 
 def _windows(

@@ -86,9 +86,14 @@ def _conv2d(
     # Of many channels several convolutions are as fast as one over all of them, and torch sums them well.
     if isinstance(padding, str) or groups != 1 or x.dim() != 4 or x.shape[1] > _FEW_CHANNELS:
         return None
-    options = [list(o) if isinstance(o, tuple | list) else [o, o] for o in (stride, padding, dilation)]
+    options = [pair(option) for option in (stride, padding, dilation)]
     y, dy = _Convolution.apply(value, dx, w, dw, b, db, options)  # type: ignore[no-untyped-call]
     return dual_of(y, dy)
+
+
+def pair(value: Any) -> list[int]:
+    """An option of a convolution for both dimensions of an image."""
+    return list(value) if isinstance(value, tuple | list) else [value, value]
 
 
 class _Convolution(torch.autograd.Function):

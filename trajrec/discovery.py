@@ -33,17 +33,18 @@ def _states_for(module: nn.Module) -> Callable[[], States]:
 def companions(optimizer: Optimizer, model: nn.Module) -> list[Optimizer]:
     """The optimizer, and others that hold other parameters of the model, with gradients."""
     gc.collect()
-    others = {id(p) for p in model.parameters()} - {id(p) for p in _parameters_of(optimizer)}
+    others = {id(p) for p in model.parameters()} - {id(p) for p in parameters_of(optimizer)}
     found = [optimizer]
     for candidate in [value for value in gc.get_objects() if issubclass(type(value), Optimizer)]:
-        held = {id(p) for p in _parameters_of(candidate)}
-        if held and held <= others and any(p.grad is not None for p in _parameters_of(candidate)):
+        held = {id(p) for p in parameters_of(candidate)}
+        if held and held <= others and any(p.grad is not None for p in parameters_of(candidate)):
             found.append(candidate)
             others -= held
     return found
 
 
-def _parameters_of(optimizer: Optimizer) -> list[Any]:
+def parameters_of(optimizer: Optimizer) -> list[Any]:
+    """The parameters of all its groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -87,7 +88,7 @@ class Discovery:
         Raises:
             RecordingError: if no single module does.
         """
-        wanted = {id(p) for optimizer in optimizers for p in _parameters_of(optimizer)}
+        wanted = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
         for module in self._called.values():
             if wanted <= {id(p) for p in module.parameters()}:
                 return module

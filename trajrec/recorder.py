@@ -31,7 +31,7 @@ from trajrec.batches import StepBatch
 from trajrec.capture import Capture
 from trajrec.contents import arrays_of
 from trajrec.devicecopy import RowCopy
-from trajrec.discovery import Discovery, companions
+from trajrec.discovery import Discovery, companions, parameters_of
 from trajrec.errors import RecordingError
 from trajrec.ledger import BatchLedger
 from trajrec.nesting import is_within_step
@@ -200,7 +200,7 @@ class Recorder:
 
     def _has_gradients(self) -> bool:
         """Whether gradients of an earlier backward pass are there."""
-        held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        held = [p for optimizer in self.optimizers for p in parameters_of(optimizer)]
         return any(p.grad is not None for p in held or (self.model.parameters() if self.model else ()))
 
     def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -336,8 +336,8 @@ class Recorder:
         }
 
     def _refuse_second(self, optimizer: Optimizer) -> None:
-        known = {id(p) for known in self.optimizers for group in known.param_groups for p in group["params"]}
-        if any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+        known = {id(p) for known in self.optimizers for p in parameters_of(known)}
+        if any(id(p) in known for p in parameters_of(optimizer)):
             raise RecordingError(
                 "A second optimizer has stepped on the parameters that are being recorded. trajrec records one "
                 "optimizer of a parameter: pass it to trajrec.record(optimizer=...) in the part that is to be recorded."
@@ -429,7 +429,7 @@ def _listed(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     optimizers = [] if given is None else [given] if isinstance(given, Optimizer) else list(given)
     if not all(isinstance(optimizer, Optimizer) for optimizer in optimizers):
         raise RecordingError(f"optimizer= takes one or several of torch.optim.Optimizer, not {given!r}.")
-    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    held = [id(p) for optimizer in optimizers for p in parameters_of(optimizer)]
     if len(optimizers) > 1 and len(set(held)) < len(held):
         raise RecordingError("Two of the optimizers hold the same parameter: only one may step it.")
     return optimizers
