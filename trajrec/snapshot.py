@@ -52,7 +52,7 @@ class Snapshot:
         self._joined: dict[str, int] = {}
         self._seen: object = None
         self._seeded_from: int | None = None
-        self._last_seeded_from: int | None = None
+        self._spec_seeded_from: int | None = None
         self.enters_other_modes = False  # the step that `changes` was last asked about
         self._conditions: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
         self.names = tuple(dict.fromkeys(name for o in optimizers for name in _hyperparameter_names(o)))
@@ -132,16 +132,14 @@ class Snapshot:
     def begin_again(self) -> None:
         """Records the coming step's conditions whatever they are: a resumed recording does not know the last ones."""
         self._conditions = None
-        self._last_seeded_from = None
 
     def begin_seeded(self, seeded_from: int | None) -> None:
-        """The run begins with this pass over seeded data: only another one is a condition of a step."""
-        self._last_seeded_from = seeded_from
+        """The run's spec names this pass over seeded data: only another one is a condition of a step."""
+        self._spec_seeded_from = seeded_from
 
     def tell_pass(self, seeded_from: int | None) -> None:
         """What `Conditions.seeded_from` would be of the coming step."""
-        if seeded_from != self._last_seeded_from:
-            self._seeded_from = self._last_seeded_from = seeded_from
+        self._seeded_from = None if seeded_from == self._spec_seeded_from else seeded_from
 
     def _regroup(self, step: int) -> None:
         """Takes in parameters that were added to the optimizer."""
