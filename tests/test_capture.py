@@ -1,6 +1,6 @@
 """Which samples made a step: told right for every way that loops draw their batches, or refused with a reason."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 import trajrec
 from trajrec.batches import MicroBatch, StepBatch, _alone, _joined
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
+from trajrec.ledger import BatchLedger
 from trajrec.recorder import Recorder
 from trajrec.sink import MemorySink
 
@@ -124,6 +125,23 @@ def test_a_batch_alone_gives_what_joining_gives(weights, sketch):
     alone, joined = _alone(batch, [torch.tensor(1.0)]), _joined([batch], [torch.tensor(1.0)], None)
     for field in fields(StepBatch):
         assert repr(getattr(alone, field.name)) == repr(getattr(joined, field.name))
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_loop_with_one_batch_at_a_time_is_booked_as_any_other(name, monkeypatch):
+    def booked():
+        LOADERS["generator"]["generator"].manual_seed(3)
+        return [replace(r, time=0.0) for r in loop(DataLoader(Identified(), **LOADERS[name]))[2].records]
+
+    straight = booked()
+    monkeypatch.setattr(BatchLedger, "_alone", lambda self: None)
+    assert [*map(repr, straight)] == [*map(repr, booked())]
+
+
+def test_batches_are_summed_in_the_first_epoch_and_now_and_then_later():
+    _, _, sink = loop(DataLoader(Identified(), batch_size=2), passes=8)
+    summed = [t for t, record in enumerate(sink.records) if len(record.digests)]
+    assert summed == [*range(1, 14), 32, 33, 64, 65, 96]
 
 
 def test_micro_batches_of_one_step_are_joined():

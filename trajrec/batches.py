@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -159,7 +158,7 @@ def _alone(batch: MicroBatch, losses: list[Tensor]) -> StepBatch:
         (len(batch.ids),),
         (batch.passes[0][1],),
         None if batch.sketch is None else (batch.sketch,),
-        tuple(batch.cut_contents()),
+        () if batch.contents is None else tuple(batch.cut_contents()),
         batch.digest,
     )
 
@@ -179,8 +178,10 @@ def _given_weights(batches: Sequence[MicroBatch]) -> FloatArray | None:
 def as_ids(drawn: Any) -> IntArray | None:
     """What a sampler drew as [B] int64, or None if it is not integers."""
     if type(drawn) is list and drawn:
-        with suppress(TypeError, OverflowError):
+        try:
             return np.frombuffer(array("q", drawn), np.int64)  # several times faster than to find out the dtype
+        except (TypeError, OverflowError):
+            pass
     try:
         ids = np.asarray(drawn)
     except (TypeError, ValueError):
@@ -192,14 +193,16 @@ def as_ids(drawn: Any) -> IntArray | None:
 
 def samples_in(inputs: tuple[Any, ...]) -> int:
     """How many samples a forward pass is called on: the length of its first tensor; 0 if it has none."""
-    tensor = next((v for v in inputs if isinstance(v, Tensor)), None)
-    if tensor is None:
-        tensor = next(tensors_in(inputs), None)
+    tensor = inputs[0] if inputs else None
+    if not isinstance(tensor, Tensor):
+        tensor = next((v for v in (*inputs, *tensors_in(inputs)) if isinstance(v, Tensor)), None)
     return len(tensor) if tensor is not None and tensor.dim() else 0
 
 
 def references(content: Any) -> list[ref[Tensor]]:
     """The tensors of a batch."""
+    if type(content) in (list, tuple) and {*map(type, content)} == {Tensor}:
+        return [*map(ref, content)]
     return [ref(tensor) for tensor in tensors_in(content)]
 
 

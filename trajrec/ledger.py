@@ -22,6 +22,7 @@ from trajrec.stopwatch import Stopwatch
 from trajrec.task import digest, sketch
 
 _MOST_DRAWN = 64
+_SKETCH_EVERY = 32  # steps after the first epoch; two at a time, because loops draw ahead
 _HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
 
 
@@ -41,6 +42,7 @@ class BatchLedger:
         self.epochs = 0
         self.watch = Stopwatch()
         self.backwards = 0  # backward passes seen
+        self._steps = 0
         self._drawn: list[MicroBatch] = []
         self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
         self._left: MicroBatch | None = None  # the last that went through the model before another was drawn
@@ -83,10 +85,8 @@ class BatchLedger:
 
     def draw(self, loader: Any, ids: Any, content: Any, serial: int = 0) -> None:
         """The loop has received a batch."""
-        over = [self._is_over(batch, loader) for batch in self._drawn]
-        left = [batch for batch, is_over in zip(self._drawn, over, strict=True) if is_over and not batch.evaluated]
-        self._left = left[-1] if left else self._left
-        self._drawn = [batch for batch, is_over in zip(self._drawn, over, strict=True) if not is_over]
+        if self._drawn:
+            self._put_away(loader)
         seeded = self._seeded.get(id(loader.dataset))
         # As it is now: a pass over the same data in between (an evaluation) has told another one.
         made_for = None if seeded is None else seeded.epoch
@@ -94,7 +94,14 @@ class BatchLedger:
         if self.dataset is None or loader.dataset is self.dataset:
             self._look_at(batch, content)
         self._drawn.append(batch)
-        del self._drawn[:-_MOST_DRAWN], self._ahead[:-_MOST_DRAWN]
+
+    def _put_away(self, loader: Any) -> None:
+        """What this loader handed out before is done with, if it has been used; and there is an end to waiting."""
+        over = [self._is_over(batch, loader) for batch in self._drawn]
+        left = [batch for batch, is_over in zip(self._drawn, over, strict=True) if is_over and not batch.evaluated]
+        self._left = left[-1] if left else self._left
+        self._drawn = [batch for batch, is_over in zip(self._drawn, over, strict=True) if not is_over]
+        del self._drawn[: 1 - _MOST_DRAWN], self._ahead[:-_MOST_DRAWN]
 
     def _is_over(self, batch: MicroBatch, loader: Any) -> bool:
         """Whether a batch is done with now that its loader has handed out the next one.
@@ -106,8 +113,12 @@ class BatchLedger:
         return batch.loader is loader and (batch.evaluated or batch.used_in_training_mode is not None)
 
     def _look_at(self, batch: MicroBatch, content: Any) -> None:
-        """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place."""
-        batch.sketch = sketch(content)
+        """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place.
+
+        The first epoch has summed nearly every sample: of later ones, which may be augmented anew, a few are enough.
+        """
+        if self.epochs <= 1 or (self._steps + 1) % _SKETCH_EVERY < 2:
+            batch.sketch = sketch(content)
         if self.keeps_contents:
             try:
                 batch.contents = contents_of(content)
@@ -149,6 +160,9 @@ class BatchLedger:
         Where several were drawn, one that holds the inputs comes first; nothing is known of inputs that were made anew
         from a batch (sent to a device, say).
         """
+        alone = self._alone()
+        if alone is not None:
+            return alone
         if self._ahead and not any(batch.holds(inputs) for batch in (*self._made_step, *self._drawn)):
             self._drawn, self._ahead = [*self._ahead, *self._drawn], []
         if not self._drawn:
@@ -164,6 +178,10 @@ class BatchLedger:
             self._is_unclear |= self._looks_like_two(fitting, samples_in(inputs))
         return (fitting or own)[-1]
 
+    def _alone(self) -> MicroBatch | None:
+        """The batch that is there, where it is the only one: in most loops always. Every step pays for this."""
+        return self._drawn[0] if len(self._drawn) == 1 and not self._ahead and not self._made_step else None
+
     def _looks_like_two(self, fitting: Sequence[MicroBatch], size: int) -> bool:
         """Whether the newest batch has been through the model, and now it may be the turn of another loader's."""
         if not any(batch.loader is not fitting[-1].loader for batch in fitting):
@@ -178,17 +196,24 @@ class BatchLedger:
     def backward(self, loss: Any) -> None:
         """A backward pass has begun: what was used so far belongs to the next step."""
         self.backwards += 1
+        alone = self._alone()
+        if alone is not None and alone.used_in_training_mode and self.dataset in (None, alone.loader.dataset):
+            alone.spent = len(alone.passes)
+            self._made_step, self._drawn, self._left = [alone], [], None
+        else:
+            self._book()
+        self._cleared = self._given_is_open = False
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._losses.append(loss.detach())
+
+    def _book(self) -> None:
         if self._made_step and (self._cleared or not self._accumulates()):
             self._start_anew()
-        self._cleared = False
         self._take_back_guesses()
         self._made_step += self._training_batches()
         for batch in self._made_step:
             batch.spent = len(batch.passes)
         self._lay_aside()
-        self._given_is_open = False
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._losses.append(loss.detach())
 
     def _lay_aside(self) -> None:
         """Done with what was drawn, but for the batches that wait for their turn."""
@@ -252,9 +277,12 @@ class BatchLedger:
         Raises:
             UnknownBatchError: if they cannot be told.
         """
+        self._steps += 1
         batches: Sequence[MicroBatch] = self._made_step or self._training_batches()
         loose, losses, given, is_unclear = self._loose_rng, self._losses, self._given, self._is_unclear
-        self._lay_aside()
+        if self._drawn or self._ahead:
+            self._lay_aside()
+        self._left = None
         self._made_step, self._losses, self._loose_rng, self._is_unclear = [], [], None, False
         self._given, self._given_is_open = [], False
         if given:

@@ -400,11 +400,11 @@ class Generators:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._on_cuda = device.type == "cuda"
+        self._cpu = torch.default_generator.get_state
 
     def states(self) -> States:
         """Their states, each a vector of bytes."""
-        cpu = torch.default_generator.get_state()
-        return (cpu, torch.cuda.get_rng_state(self.device)) if self._on_cuda else (cpu,)
+        return (self._cpu(), torch.cuda.get_rng_state(self.device)) if self._on_cuda else (self._cpu(),)
 
     def table(self) -> tuple[tuple[str, int], ...]:
         """Their names with the lengths of their states in bytes."""

@@ -129,6 +129,9 @@ class Ring:
         count = geometry.slots * geometry.row_length
         self._rows = np.frombuffer(self._map, self.dtype, count, _rows_at(geometry)).reshape(geometry.slots, -1)
         self._arena_head = 0
+        self._row = list(self._rows) if geometry.row_length else [None] * geometry.slots
+        # Up to where there was room when the tail was last looked at: the tail only moves on.
+        self._free_until = self._arena_until = 0
 
     def touch(self) -> None:
         """Brings every page into memory, so that no step of the training has to wait for that."""
@@ -154,13 +157,15 @@ class Ring:
 
     def has_slot(self, entry: int) -> bool:
         """Whether the slot of the next entry is free."""
-        return entry - self.get(Control.TAIL) < self.geometry.slots
+        if entry >= self._free_until:
+            self._free_until = self.get(Control.TAIL) + self.geometry.slots
+        return entry < self._free_until
 
     def open_slot(self, entry: int) -> Row | None:
         """The row of an entry to be filled [P]; None where the ring keeps no rows. Its slot must be free."""
-        slot = entry % self.geometry.slots
+        slot = entry % len(self._row)
         self._slots[slot * _SLOT_WORDS] = 0
-        return self._rows[slot] if self.geometry.row_length else None
+        return self._row[slot]
 
     def publish(self, record: StepRecord) -> bool:
         """Publishes the opened slot with its record; False if the arena has no room yet."""
@@ -186,12 +191,14 @@ class Ring:
 
     def _place(self, entry: int, size: int) -> int | None:
         """Absolute arena offset for a record, or None if unsealed records are in the way."""
-        arena, tail = self.geometry.arena_bytes, self.get(Control.TAIL)
-        place = self._arena_head
+        arena, place = self.geometry.arena_bytes, self._arena_head
         if place % arena + size > arena:
             place = -(-place // arena) * arena
-        oldest = place if tail >= entry else self._slots[self._word(tail) + 1]
-        return place if place + size - oldest <= arena else None
+        if place + size > self._arena_until:
+            tail = self.get(Control.TAIL)
+            oldest = place if tail >= entry else self._slots[self._word(tail) + 1]
+            self._arena_until = oldest + arena
+        return place if place + size <= self._arena_until else None
 
     def _publish_overflow(self, entry: int, data: bytes) -> bool:
         path = overflow_path(self.path.parent, entry)
