@@ -70,8 +70,8 @@ def record(
 
     Example: [bold]trajrec record --out runs/mnist.h5 train.py --epochs 5[/bold]
     """
+    from trajrec.api import record as make_recorder
     from trajrec.cli.runs import new_run
-    from trajrec.recorder import record as make_recorder
 
     script, rest = _script(arguments or [], module)
     path = out or new_run(script.stem if module is None else module.rpartition(".")[2])

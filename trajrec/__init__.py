@@ -22,7 +22,7 @@ _PUBLIC = {
     "clip_norm": "trajrec.gradients",
     "clip_value": "trajrec.gradients",
     "open": "trajrec.runfile.reader",
-    "record": "trajrec.recorder",
+    "record": "trajrec.api",
     "register_rule": "trajrec.rules",
     "seeded": "trajrec.seeding",
     "set_batch": "trajrec.capture",
@@ -47,11 +47,11 @@ __all__ = [
 
 if TYPE_CHECKING:
     from trajrec import replay as replay
+    from trajrec.api import record as record
     from trajrec.capture import set_batch as set_batch
     from trajrec.errors import TrajrecError as TrajrecError
     from trajrec.gradients import clip_norm as clip_norm
     from trajrec.gradients import clip_value as clip_value
-    from trajrec.recorder import record as record
     from trajrec.rules import register_rule as register_rule
     from trajrec.runfile.reader import Run as Run
     from trajrec.runfile.reader import open as open

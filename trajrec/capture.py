@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -74,6 +75,24 @@ class WatchedIterator:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._iterator, name)
+
+
+class ForwardHook:
+    """Stands in the model's forward hooks; copies and pickles of the model must not take the recorder along."""
+
+    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Before a forward pass."""
+        self._call(module, inputs, named)
+
+    def __deepcopy__(self, _: Any) -> ForwardHook:
+        return self
+
+    def __reduce__(self) -> Any:
+        # A hook that hands the inputs on as they are, and needs nothing of ours where the model is loaded.
+        return getattr, (nullcontext(), "__exit__")
 
 
 class Capture:

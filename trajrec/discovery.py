@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from trajrec.batches import States
 from trajrec.errors import RecordingError
+from trajrec.generators import Generators
 from trajrec.ledger import BatchLedger
-from trajrec.snapshot import Generators
 
 
 def _states_for(module: nn.Module) -> Callable[[], States]:

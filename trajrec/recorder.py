@@ -14,10 +14,8 @@ recorded only for steps that consumed randomness. What the recorder itself cost 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,11 +26,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.data import DataLoader
 
 from trajrec.batches import StepBatch
-from trajrec.capture import Capture
+from trajrec.capture import Capture, ForwardHook
 from trajrec.contents import arrays_of
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery, companions, parameters_of
 from trajrec.errors import RecordingError
+from trajrec.generators import Generators, consumed
 from trajrec.ledger import BatchLedger
 from trajrec.nesting import is_within_step
 from trajrec.records import NO_IDS, FloatArray, Inputs, Keyframe, StepRecord
@@ -40,7 +39,7 @@ from trajrec.rounds import Round
 from trajrec.rules import check_recordable, rehearse
 from trajrec.seeding import find_seeded
 from trajrec.sink import Sink, Summary
-from trajrec.snapshot import Generators, Snapshot, consumed, copy_row
+from trajrec.snapshot import Snapshot, copy_row
 from trajrec.task import file_sha256, task_file
 
 
@@ -52,24 +51,6 @@ class Pending:
     hyper: FloatArray
     rng: bytes = b""
     changes: bytes = b""
-
-
-class ForwardHook:
-    """Stands in the model's forward hooks; copies and pickles of the model must not take the recorder along."""
-
-    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
-        self._call = call
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Before a forward pass."""
-        self._call(module, inputs, named)
-
-    def __deepcopy__(self, _: Any) -> ForwardHook:
-        return self
-
-    def __reduce__(self) -> Any:
-        # A hook that hands the inputs on as they are, and needs nothing of ours where the model is loaded.
-        return getattr, (nullcontext(), "__exit__")
 
 
 class Recorder:
@@ -433,60 +414,3 @@ def _listed(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     if len(optimizers) > 1 and len(set(held)) < len(held):
         raise RecordingError("Two of the optimizers hold the same parameter: only one may step it.")
     return optimizers
-
-
-def record(
-    path: str | Path,
-    *,
-    model: nn.Module | None = None,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    loader: Any = None,
-    task: str | None = None,
-    force: bool = False,
-    keep: Literal["steps"] | int = "steps",
-    compression: Literal["zstd", "none"] = "zstd",
-    budget: str | int | None = None,
-    on_full: Literal["wait", "stop-recording", "raise"] = "wait",
-    resume: bool = False,
-    keyframe_every: int = 64,
-    inputs: Literal["digest", "store"] = "digest",
-) -> Recorder:
-    """A recorder, to be used as a context manager around a training loop.
-
-        with trajrec.record("run.h5", model=model, optimizer=optimizer, loader=loader):
-            ...
-
-    Args:
-        path: the run file to be written.
-        model: the model being trained; left out, it is found at the first step.
-        optimizer: its optimizer, or a list of those that hold different parameters of it and step together; left out,
-            they are found when the first one steps.
-        loader: the training DataLoader, or a list of them; left out, all are watched and validation is told apart.
-        task: "FILE.py:ATTR" of the Task, noted in the recording so that `trajrec replay` finds it.
-        force: replace an existing recording.
-        keep: "steps" for the weights of every step, or K for keyframes every K steps, recomputed between at replay.
-        compression: "zstd" or "none".
-        budget: limit on disk space, "20GB" or bytes; rows and keyframes are thinned to stay below it.
-        on_full: what to do when the disk is full: "wait" for room, "stop-recording" or "raise".
-        resume: go on with an existing recording at the step whose weights training starts with.
-        keyframe_every: steps between keyframes with keep="steps".
-        inputs: "digest" keeps a checksum of every batch, "store" the batches themselves, as the loader yielded them:
-            then a replay needs no data set but for its length, and random augmentation comes back as it was.
-
-    Raises:
-        OutputExistsError: if the output exists and `force` is False.
-        RecordingError: if this training cannot be recorded (see `trajrec.errors`).
-    """
-    from trajrec.runfile.recording import RunFileSink
-
-    sink = RunFileSink(
-        Path(path),
-        keep=keep,
-        compression=compression,
-        on_full=on_full,
-        force=force,
-        resume=resume,
-        budget=budget,
-        keyframe_every=keyframe_every,
-    )
-    return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task, inputs=inputs)

@@ -8,7 +8,6 @@ Letters: G parameter groups, H hyperparameters, P weights.
 from __future__ import annotations
 
 import platform
-import random
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,10 +21,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import trajrec
-from trajrec.batches import States
 from trajrec.checksum import crc32
 from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
+from trajrec.generators import Generators, all_states
 from trajrec.records import BufferSpec, Conditions, FloatArray, OptimizerSpec, ParamSpec, Row, RunSpec
 
 # What an optimizer makes inside its steps, in a parameter group instead of its state.
@@ -300,7 +299,7 @@ class Snapshot:
             arrays["weights"] = row
         for name, buffer in self.model.named_buffers():
             arrays[f"buffers/{name}"] = buffer.detach().cpu().numpy().copy()
-        return arrays | _all_generator_states()
+        return arrays | all_states()
 
     def _optimizer_state(self) -> dict[str, npt.NDArray[Any]]:
         arrays: dict[str, npt.NDArray[Any]] = {}
@@ -392,47 +391,3 @@ def copy_row(source: npt.NDArray[Any], row: Row | None) -> int:
     if row is not None:
         row[:] = source
     return crc32(source.data)
-
-
-class Generators:
-    """The random generators that a forward pass on a device may use: the CPU's and the device's own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._on_cuda = device.type == "cuda"
-        self._cpu = torch.default_generator.get_state
-
-    def states(self) -> States:
-        """Their states, each a vector of bytes."""
-        return (self._cpu(), torch.cuda.get_rng_state(self.device)) if self._on_cuda else (self._cpu(),)
-
-    def table(self) -> tuple[tuple[str, int], ...]:
-        """Their names with the lengths of their states in bytes."""
-        return tuple(zip(("cpu", str(self.device)), (len(state) for state in self.states()), strict=False))
-
-
-def consumed(before: Sequence[States], after: States) -> bytes:
-    """The states before each forward pass, one after the other, if the step drew random numbers; else b""."""
-    # Comparing bytes is several times cheaper here than torch.equal.
-    first = _joined(before[0])
-    return b"" if first == _joined(after) else b"".join([first, *map(_joined, before[1:])])
-
-
-def _joined(states: States) -> bytes:
-    if len(states) == 1:
-        return states[0].numpy().tobytes()
-    return b"".join([state.numpy().tobytes() for state in states])
-
-
-def _all_generator_states() -> dict[str, npt.NDArray[Any]]:
-    version, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state()
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "rng/python": np.array([version, *words, np.nan if gauss is None else gauss], dtype=np.float64),
-        "rng/numpy": np.append(legacy[1].astype(np.float64), legacy[2:]),
-        "rng/cpu": torch.get_rng_state().numpy().copy(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for index in range(torch.cuda.device_count()):
-            arrays[f"rng/cuda:{index}"] = torch.cuda.get_rng_state(index).numpy().copy()
-    return arrays

@@ -1,0 +1,68 @@
+"""`trajrec.record`: a recorder that writes a run file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from trajrec.recorder import Recorder
+from trajrec.runfile.recording import RunFileSink
+
+
+def record(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    loader: Any = None,
+    task: str | None = None,
+    force: bool = False,
+    keep: Literal["steps"] | int = "steps",
+    compression: Literal["zstd", "none"] = "zstd",
+    budget: str | int | None = None,
+    on_full: Literal["wait", "stop-recording", "raise"] = "wait",
+    resume: bool = False,
+    keyframe_every: int = 64,
+    inputs: Literal["digest", "store"] = "digest",
+) -> Recorder:
+    """A recorder, to be used as a context manager around a training loop.
+
+        with trajrec.record("run.h5", model=model, optimizer=optimizer, loader=loader):
+            ...
+
+    Args:
+        path: the run file to be written.
+        model: the model being trained; left out, it is found at the first step.
+        optimizer: its optimizer, or a list of those that hold different parameters of it and step together; left out,
+            they are found when the first one steps.
+        loader: the training DataLoader, or a list of them; left out, all are watched and validation is told apart.
+        task: "FILE.py:ATTR" of the Task, noted in the recording so that `trajrec replay` finds it.
+        force: replace an existing recording.
+        keep: "steps" for the weights of every step, or K for keyframes every K steps, recomputed between at replay.
+        compression: "zstd" or "none".
+        budget: limit on disk space, "20GB" or bytes; rows and keyframes are thinned to stay below it.
+        on_full: what to do when the disk is full: "wait" for room, "stop-recording" or "raise".
+        resume: go on with an existing recording at the step whose weights training starts with.
+        keyframe_every: steps between keyframes with keep="steps".
+        inputs: "digest" keeps a checksum of every batch, "store" the batches themselves, as the loader yielded them:
+            then a replay needs no data set but for its length, and random augmentation comes back as it was.
+
+    Raises:
+        OutputExistsError: if the output exists and `force` is False.
+        RecordingError: if this training cannot be recorded (see `trajrec.errors`).
+    """
+    sink = RunFileSink(
+        Path(path),
+        keep=keep,
+        compression=compression,
+        on_full=on_full,
+        force=force,
+        resume=resume,
+        budget=budget,
+        keyframe_every=keyframe_every,
+    )
+    return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task, inputs=inputs)

@@ -1,0 +1,58 @@
+"""Random generators: their states, and whether a step drew from them. They are read, never drawn from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trajrec.batches import States
+
+
+class Generators:
+    """The random generators that a forward pass on a device may use: the CPU's and the device's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._on_cuda = device.type == "cuda"
+        self._cpu = torch.default_generator.get_state
+
+    def states(self) -> States:
+        """Their states, each a vector of bytes."""
+        return (self._cpu(), torch.cuda.get_rng_state(self.device)) if self._on_cuda else (self._cpu(),)
+
+    def table(self) -> tuple[tuple[str, int], ...]:
+        """Their names with the lengths of their states in bytes."""
+        return tuple(zip(("cpu", str(self.device)), (len(state) for state in self.states()), strict=False))
+
+
+def consumed(before: Sequence[States], after: States) -> bytes:
+    """The states before each forward pass, one after the other, if the step drew random numbers; else b""."""
+    # Comparing bytes is several times cheaper here than torch.equal.
+    first = _joined(before[0])
+    return b"" if first == _joined(after) else b"".join([first, *map(_joined, before[1:])])
+
+
+def _joined(states: States) -> bytes:
+    if len(states) == 1:
+        return states[0].numpy().tobytes()
+    return b"".join([state.numpy().tobytes() for state in states])
+
+
+def all_states() -> dict[str, npt.NDArray[Any]]:
+    """States of the generators of Python, numpy and torch on all devices, by the paths of `Keyframe.arrays`."""
+    version, words, gauss = random.getstate()
+    legacy: Any = np.random.get_state()
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "rng/python": np.array([version, *words, np.nan if gauss is None else gauss], dtype=np.float64),
+        "rng/numpy": np.append(legacy[1].astype(np.float64), legacy[2:]),
+        "rng/cpu": torch.get_rng_state().numpy().copy(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for index in range(torch.cuda.device_count()):
+            arrays[f"rng/cuda:{index}"] = torch.cuda.get_rng_state(index).numpy().copy()
+    return arrays
