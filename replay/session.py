@@ -266,6 +266,16 @@ class Session:
     def guarded(self, work: Callable[[], Any]) -> Any:
         """Does the work; a drift in it becomes an explained refusal."""
         try:
+            return self._explained(work)
+        except OtherInputs as other:
+            raise DriftError(
+                f"Replay drifted at step {self._first_other_inputs(other.t)}: the inputs of its batch are not those "
+                "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
+                f"{self._about_augmentation()} Mend the Task, or go on with --allow-drift."
+            ) from None
+
+    def _explained(self, work: Callable[[], Any]) -> Any:
+        try:
             with full_single_precision():
                 return work()
         except Drifted as drifted:
@@ -273,12 +283,6 @@ class Session:
         except OtherState as other:
             first = self.find_drift()
             raise (DriftError(str(other)) if first is None else self.explain(first)) from None
-        except OtherInputs as other:
-            raise DriftError(
-                f"Replay drifted at step {self._first_other_inputs(other.t)}: the inputs of its batch are not those "
-                "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
-                f"{self._about_augmentation()} Mend the Task, or go on with --allow-drift."
-            ) from None
 
     def _first_other_inputs(self, seen_at: int) -> int:
         """The first step whose inputs differ from the recorded ones, `seen_at` being one."""

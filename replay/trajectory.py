@@ -212,7 +212,8 @@ def _parts(run: RecordedRun, t: int) -> tuple[Part, ...]:
     edges, length = [0, *accumulate(sizes)], len(rng) // len(sizes)
     states = [rng[k * length : (k + 1) * length] for k in range(len(sizes))]
     spans = [slice(a, b) for a, b in pairwise(edges)]
-    return tuple(Part(*part) for part in zip(spans, states, digests or [None] * len(sizes), strict=True))
+    made = [None if digest < 0 else digest for digest in digests] or [None] * len(sizes)
+    return tuple(Part(*part) for part in zip(spans, states, made, strict=True))
 
 
 def _conditions(run: RecordedRun, t: int) -> Conditions:

@@ -1,6 +1,7 @@
 """Which samples made a step: told right for every way that loops draw their batches, or refused with a reason."""
 
 from dataclasses import fields, replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import trajrec
-from trajrec.batches import MicroBatch, StepBatch, _alone, _joined
+from trajrec.batches import MicroBatch, SampleSet, StepBatch, _alone, _joined
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
 from trajrec.ledger import BatchLedger
 from trajrec.recorder import Recorder
@@ -138,10 +139,41 @@ def test_a_loop_with_one_batch_at_a_time_is_booked_as_any_other(name, monkeypatc
     assert [*map(repr, straight)] == [*map(repr, booked())]
 
 
-def test_batches_are_summed_in_the_first_epoch_and_now_and_then_later():
+def test_batches_are_summed_where_a_sample_is_new_and_now_and_then_later():
     _, _, sink = loop(DataLoader(Identified(), batch_size=2), passes=8)
     summed = [t for t, record in enumerate(sink.records) if len(record.digests)]
-    assert summed == [*range(1, 14), 32, 33, 64, 65, 96]
+    assert summed == [*range(1, 13), 32, 33, 64, 65, 96]
+
+
+@pytest.mark.parametrize("batches_an_epoch", [1, 3])
+def test_every_sample_is_summed_where_it_comes_first(batches_an_epoch):
+    class Some(DataLoader):
+        def __iter__(self):
+            return islice(super().__iter__(), batches_an_epoch)
+
+    _, _, sink = loop(Some(Identified(), batch_size=2, shuffle=True), passes=24)
+    summed = set()
+    for record in sink.records[1:]:
+        new = set(record.ids.tolist()) - summed
+        assert len(record.digests) or not new
+        summed |= new
+
+
+def test_a_step_of_a_batch_that_was_summed_and_one_that_was_not():
+    batches = [MicroBatch(np.array([k, k + 1]), sketch=sketch) for k, sketch in enumerate((None, 7))]
+    assert _joined(batches, [], None).sketches == (-1, 7)
+    assert _joined(batches[:1], [], None).sketches is None
+
+
+def test_a_set_of_samples():
+    some = SampleSet(6)
+    some.add(np.array([1, 4, 4]))
+    assert some.holds(np.array([4, 1]))
+    assert not some.holds(np.array([4, 2]))
+    some.add(np.array([9]))
+    assert not some.holds(np.array([9]))
+    some.add(np.array([0, 2, 3, 5]))
+    assert some.holds(np.arange(6))
 
 
 def test_micro_batches_of_one_step_are_joined():

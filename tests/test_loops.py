@@ -515,6 +515,18 @@ def test_changed_data_are_caught_at_their_batch():
         assert f"at step {first}:" in str(caught.value)
 
 
+@pytest.mark.parametrize("mode", ["adjoint", "tangent"])
+def test_labels_that_changed_are_named_where_they_come_first(mode):
+    """Later epochs are not summed: there the weights drift, and the search for the first bad step meets the data."""
+    made = loops.train(Loop(epochs=5))
+    y = made.task.train.tensors[1]
+    later = next(int(i) for t in (2, 3) for i in made.run.sample_ids(t) if i not in made.run.sample_ids(1))
+    y[later] = (y[later] + 1) % 3
+    first = next(t for t in range(1, 4) if later in made.run.sample_ids(t))
+    with pytest.raises(DriftError, match=f"at step {first}: the inputs of its batch are not those"):
+        contributions(made.run, made.task, exact=True, mode=mode)
+
+
 # -- compiled models and mixed precision -------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -92,6 +93,29 @@ class MicroBatch:
         return [self.contents.rows(slice(a, b), len(self.ids)) for a, b in pairwise(edges)]
 
 
+class SampleSet:
+    """Some of N samples, by their ids."""
+
+    def __init__(self, samples: int) -> None:
+        self._is_in = np.zeros(samples, dtype=bool)
+        self._missing = samples
+
+    def holds(self, ids: IntArray) -> bool:
+        """Whether all of these samples [B] are in it; not of ids that are none of the N."""
+        try:
+            return not self._missing or bool(self._is_in[ids].all())
+        except IndexError:
+            return False
+
+    def add(self, ids: IntArray) -> None:
+        """Takes in these samples [B], as far as they are of the N."""
+        if self._missing:
+            with suppress(IndexError):
+                new = np.unique(ids[~self._is_in[ids]])
+                self._is_in[new] = True
+                self._missing -= len(new)
+
+
 @dataclass(slots=True)
 class StepBatch:
     """The samples of one step, from one or more micro-batches.
@@ -102,7 +126,7 @@ class StepBatch:
         losses: what backward was called on; they stay where they are until they are read.
         parts: [A] sizes of the micro-batches.
         rng: [A] generator states at the start of their forward passes; None if there was none.
-        sketches: [A] CRC-32 of the batches as the loader made them, or None.
+        sketches: [A] CRC-32 of the batches as the loader made them, -1 where it was not made; None if none was.
         contents: [A] copies of the micro-batches; none where they are not kept, or no loader made them.
         digest: CRC-32 of the whole batch as the loader made it; None after the first step, or where no loader did.
     """
@@ -134,7 +158,7 @@ def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States |
     pieces = [piece for batch in batches for piece in batch.cut()]
     states = [state or pieces[0][1] or loose for _, state in pieces]
     known = [state for state in states if state is not None]
-    sketches = [batch.sketch for batch in batches if batch.sketch is not None]
+    sketches = [-1 if batch.sketch is None else batch.sketch for batch in batches]
     contents = [part for batch in batches for part in batch.cut_contents()]
     return StepBatch(
         ids[0] if len(ids) == 1 else np.concatenate(ids),
@@ -142,7 +166,7 @@ def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States |
         losses,
         tuple([size for size, _ in pieces]),
         tuple(known) if len(known) == len(pieces) else None,
-        tuple(sketches) if len(sketches) == len(pieces) else None,
+        tuple(sketches) if len(sketches) == len(pieces) and max(sketches) >= 0 else None,
         tuple(contents) if len(contents) == len(pieces) else (),
         batches[0].digest if len(batches) == 1 else None,
     )

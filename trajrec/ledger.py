@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from trajrec.batches import MicroBatch, States, StepBatch, as_ids, references, samples_in, step_of
+from trajrec.batches import MicroBatch, SampleSet, States, StepBatch, as_ids, references, samples_in, step_of
 from trajrec.contents import contents_of
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.records import FloatArray, IntArray
@@ -22,7 +22,7 @@ from trajrec.stopwatch import Stopwatch
 from trajrec.task import digest, sketch
 
 _MOST_DRAWN = 64
-_SKETCH_EVERY = 32  # steps after the first epoch; two at a time, because loops draw ahead
+_SKETCH_EVERY = 32  # steps, where there is nothing new; two at a time, because loops draw ahead
 _HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
 
 
@@ -43,6 +43,7 @@ class BatchLedger:
         self.watch = Stopwatch()
         self.backwards = 0  # backward passes seen
         self._steps = 0
+        self._summed: SampleSet | None = None  # samples of steps whose inputs were summed
         self._drawn: list[MicroBatch] = []
         self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
         self._left: MicroBatch | None = None  # the last that went through the model before another was drawn
@@ -115,9 +116,10 @@ class BatchLedger:
     def _look_at(self, batch: MicroBatch, content: Any) -> None:
         """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place.
 
-        The first epoch has summed nearly every sample: of later ones, which may be augmented anew, a few are enough.
+        Of batches whose samples have all been summed before, and may only be augmented anew, a few are enough.
         """
-        if self.epochs <= 1 or (self._steps + 1) % _SKETCH_EVERY < 2:
+        summed = self._summed is not None and batch.ids is not None and self._summed.holds(batch.ids)
+        if not summed or (self._steps + 1) % _SKETCH_EVERY < 2:
             batch.sketch = sketch(content)
         if self.keeps_contents:
             try:
@@ -301,7 +303,15 @@ class BatchLedger:
             )
         self._count_epoch(batches[-1])
         self._first = False
+        self._note_summed(batches)
         return step_of(batches, losses, loose)
+
+    def _note_summed(self, batches: Sequence[MicroBatch]) -> None:
+        if self._summed is None:
+            self._summed = SampleSet(len(self.dataset) if hasattr(self.dataset, "__len__") else 0)
+        for batch in batches:
+            if batch.sketch is not None and batch.ids is not None:
+                self._summed.add(batch.ids)
 
     def _count_epoch(self, batch: MicroBatch) -> None:
         self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
