@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -98,7 +97,7 @@ class SampleSet:
 
     def __init__(self, samples: int) -> None:
         self._is_in = np.zeros(samples, dtype=bool)
-        self._missing = samples
+        self._missing = self._uncounted = samples  # at least that many until it can be whole
 
     def holds(self, ids: IntArray) -> bool:
         """Whether all of these samples [B] are in it; not of ids that are none of the N."""
@@ -109,11 +108,13 @@ class SampleSet:
 
     def add(self, ids: IntArray) -> None:
         """Takes in these samples [B], as far as they are of the N."""
-        if self._missing:
-            with suppress(IndexError):
-                new = np.unique(ids[~self._is_in[ids]])
-                self._is_in[new] = True
-                self._missing -= len(new)
+        try:
+            self._is_in[ids] = True
+        except IndexError:
+            return
+        self._uncounted -= len(ids)
+        if self._missing and self._uncounted <= 0:
+            self._missing = self._uncounted = int(np.count_nonzero(~self._is_in))
 
 
 @dataclass(slots=True)
