@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import trajrec
-from trajrec.batches import MicroBatch, SampleSet, StepBatch, _alone, _joined
+from trajrec.batches import MicroBatch, SampleSet, StepBatch, _joined, alone
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
 from trajrec.ledger import BatchLedger
 from trajrec.recorder import Recorder
@@ -123,9 +123,9 @@ def test_an_abandoned_pass_and_a_skipped_batch_are_told_apart():
 def test_a_batch_alone_gives_what_joining_gives(weights, sketch):
     batch = MicroBatch(np.array([3, 1, 2]), weights=weights, digest=5, sketch=sketch)
     batch.passes.append((3, (torch.arange(4, dtype=torch.uint8),)))
-    alone, joined = _alone(batch, [torch.tensor(1.0)]), _joined([batch], [torch.tensor(1.0)], None)
+    straight, joined = alone(batch, [torch.tensor(1.0)]), _joined([batch], [torch.tensor(1.0)], None)
     for field in fields(StepBatch):
-        assert repr(getattr(alone, field.name)) == repr(getattr(joined, field.name))
+        assert repr(getattr(straight, field.name)) == repr(getattr(joined, field.name))
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -135,7 +135,8 @@ def test_a_loop_with_one_batch_at_a_time_is_booked_as_any_other(name, monkeypatc
         return [replace(r, time=0.0) for r in loop(DataLoader(Identified(), **LOADERS[name]))[2].records]
 
     straight = booked()
-    monkeypatch.setattr(BatchLedger, "_alone", lambda self: None)
+    monkeypatch.setattr(BatchLedger, "_is_alone", lambda self: False)
+    monkeypatch.setattr(BatchLedger, "_straight", lambda self: None)
     assert [*map(repr, straight)] == [*map(repr, booked())]
 
 

@@ -39,7 +39,8 @@ class MicroBatch:
         spent: how many of the passes were made before the last backward pass.
         serial: of the pass over a loader that it came from.
         seeded_pass: the epoch that seeded data were told when the batch was handed out; None for other data.
-        tensors: of the batch as the loader yielded it, not kept alive.
+        content: the batch as the loader yielded it, until it is let go of.
+        tensors: of that batch, not kept alive, from then on.
         is_fed: a forward pass with gradients was called on one of them.
     """
 
@@ -55,8 +56,14 @@ class MicroBatch:
     spent: int = 0
     serial: int = 0
     seeded_pass: int | None = None
+    content: Any = None
     tensors: Sequence[ref[Tensor]] = ()
     is_fed: bool = False
+
+    def let_go(self) -> None:
+        """Keeps the batch's tensors alive no longer: another one was drawn, and this one may wait for long."""
+        if self.content is not None:
+            self.tensors, self.content = references(self.content), None
 
     def holds(self, inputs: tuple[Any, ...]) -> bool:
         """Whether one of these tensors, or what it is a view of, is in the batch."""
@@ -65,6 +72,8 @@ class MicroBatch:
 
     def alive(self) -> list[Tensor]:
         """The tensors of the batch that the loop still has."""
+        if self.content is not None:
+            return list(tensors_in(self.content))
         return [tensor for reference in self.tensors if (tensor := reference()) is not None]
 
     def cut(self) -> list[tuple[int, States | None]]:
@@ -124,7 +133,7 @@ class StepBatch:
     Attributes:
         ids: [B].
         weights: [B] the c that the user has given, or None.
-        losses: what backward was called on; they stay where they are until they are read.
+        losses: what backward was called on; those on another device stay there until they are read.
         parts: [A] sizes of the micro-batches.
         rng: [A] generator states at the start of their forward passes; None if there was none.
         sketches: [A] CRC-32 of the batches as the loader made them, -1 where it was not made; None if none was.
@@ -134,7 +143,7 @@ class StepBatch:
 
     ids: IntArray
     weights: FloatArray | None
-    losses: list[Tensor]
+    losses: list[Tensor | float]
     parts: tuple[int, ...] = ()
     rng: tuple[States, ...] | None = None
     sketches: tuple[int, ...] | None = None
@@ -144,17 +153,19 @@ class StepBatch:
     @property
     def loss(self) -> float:
         """The loss as the loop computed it (sum over backward passes); NaN if there was none."""
-        return sum([value.item() for value in self.losses]) if self.losses else float("nan")
+        if len(self.losses) == 1 and type(self.losses[0]) is float:
+            return self.losses[0]
+        return float(sum(map(float, self.losses))) if self.losses else float("nan")
 
 
-def step_of(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States | None) -> StepBatch:
+def step_of(batches: Sequence[MicroBatch], losses: list[Tensor | float], loose: States | None) -> StepBatch:
     """The step that these micro-batches made; `loose` are generator states of a pass that belongs to none of them."""
     if len(batches) == 1 and len(batches[0].passes) == 1:
-        return _alone(batches[0], losses)
+        return alone(batches[0], losses)
     return _joined(batches, losses, loose)
 
 
-def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States | None) -> StepBatch:
+def _joined(batches: Sequence[MicroBatch], losses: list[Tensor | float], loose: States | None) -> StepBatch:
     ids = [batch.ids for batch in batches if batch.ids is not None]
     pieces = [piece for batch in batches for piece in batch.cut()]
     states = [state or pieces[0][1] or loose for _, state in pieces]
@@ -173,7 +184,7 @@ def _joined(batches: Sequence[MicroBatch], losses: list[Tensor], loose: States |
     )
 
 
-def _alone(batch: MicroBatch, losses: list[Tensor]) -> StepBatch:
+def alone(batch: MicroBatch, losses: list[Tensor | float]) -> StepBatch:
     """`_joined` of one batch that went through the model once, as most do: every step pays for this."""
     assert batch.ids is not None
     return StepBatch(

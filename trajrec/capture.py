@@ -57,17 +57,24 @@ class SamplerTap:
 class WatchedIterator:
     """A loader's iterator that reports each batch when the loop receives it."""
 
-    def __init__(self, iterator: Any, received: Callable[[Any, Any], None], drawn: deque[Any] | None) -> None:
+    def __init__(self, iterator: Any, ledger: BatchLedger, loader: Any, drawn: deque[Any] | None, serial: int) -> None:
         self._iterator = iterator
-        self._received = received
+        self._ledger = ledger
+        self._loader = loader
         self._drawn = drawn
+        self._serial = serial
 
     def __iter__(self) -> WatchedIterator:
         return self
 
     def __next__(self) -> Any:
         content = next(self._iterator)
-        self._received(self._drawn.popleft() if self._drawn else None, content)
+        ledger, drawn = self._ledger, self._drawn
+        watch = ledger.watch
+        began = watch.start() if watch.looks else 0.0
+        ledger.draw(self._loader, drawn.popleft() if drawn else None, content, self._serial)
+        if began:
+            watch.stop(began)
         return content
 
     def __len__(self) -> int:
@@ -120,8 +127,8 @@ class Capture:
     def install(self) -> None:
         """Starts watching."""
         self._original_iter = DataLoader.__iter__
-        self._original_backward = torch.autograd.backward
-        capture = self
+        original = self._original_backward = torch.autograd.backward
+        capture, ledger, watch = self, self.ledger, self.ledger.watch
 
         def watched_iter(loader: Any) -> Any:
             if not capture.ledger.watches(loader):
@@ -129,10 +136,11 @@ class Capture:
             return capture._watch(loader)
 
         def watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            began = capture.ledger.watch.start()
-            capture.ledger.backward(tensors)
-            capture.ledger.watch.stop(began)
-            return capture._original_backward(tensors, *args, **kwargs)
+            began = watch.start() if watch.looks else 0.0
+            ledger.backward(tensors)
+            if began:
+                watch.stop(began)
+            return original(tensors, *args, **kwargs)
 
         DataLoader.__iter__ = watched_iter  # type: ignore[method-assign]
         torch.autograd.backward = watched_backward
@@ -158,13 +166,7 @@ class Capture:
         iterator = self._original_iter(loader)
         # Read after the iterator exists: making it is what starts the sampler anew.
         drawn = tap.drawn if tap is not None else None
-
-        def received(ids: Any, content: Any) -> None:
-            began = self.ledger.watch.start()
-            self.ledger.draw(loader, ids, content, serial)
-            self.ledger.watch.stop(began)
-
-        return WatchedIterator(iterator, received, drawn)
+        return WatchedIterator(iterator, self.ledger, loader, drawn, serial)
 
     def _tap(self, loader: Any) -> SamplerTap | None:
         """The stand-in of this loader's sampler, put in place on the first pass."""

@@ -21,7 +21,7 @@ from torch import Tensor
 class RowCopy(Protocol):
     """A transfer that is started after a step and finished after the next one."""
 
-    def start(self, values: Sequence[Tensor], losses: Sequence[Tensor]) -> None:
+    def start(self, values: Sequence[Tensor], losses: Sequence[Tensor | float]) -> None:
         """Begins to transfer flat parameters and the step's loss values (their sum is the loss)."""
 
     def finish(self) -> tuple[npt.NDArray[Any], float]:
@@ -48,7 +48,7 @@ class DeviceCopy:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def start(self, values: Sequence[Tensor], losses: Sequence[Tensor]) -> None:
+    def start(self, values: Sequence[Tensor], losses: Sequence[Tensor | float]) -> None:
         """Begins to transfer flat parameters and the step's loss values."""
         training = torch.cuda.current_stream(self._device)
         # The transfer of the step before reads the staging vector; it has had a whole step to do so.
@@ -56,7 +56,7 @@ class DeviceCopy:
         torch._foreach_copy_(self._parts, list(values))
         self._stage_loss.fill_(float("nan") if not losses else 0.0)
         for value in losses:
-            self._stage_loss += value.to(self._device, torch.float64)
+            self._stage_loss += value.to(self._device, torch.float64) if isinstance(value, Tensor) else value
         self._stream.wait_stream(training)
         with torch.cuda.stream(self._stream):
             self._row.copy_(self._stage, non_blocking=True)

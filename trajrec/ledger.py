@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from trajrec.batches import MicroBatch, SampleSet, States, StepBatch, as_ids, references, samples_in, step_of
+from trajrec.batches import MicroBatch, SampleSet, States, StepBatch, alone, as_ids, samples_in, step_of
 from trajrec.contents import contents_of
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.records import FloatArray, IntArray
@@ -47,10 +47,11 @@ class BatchLedger:
         self._drawn: list[MicroBatch] = []
         self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
         self._left: MicroBatch | None = None  # the last that went through the model before another was drawn
+        self._lone: MicroBatch | None = None  # the batch in use, while there is no other: the straight way
         self._made_step: list[MicroBatch] = []
         self._given: list[MicroBatch] = []
         self._given_is_open = False
-        self._losses: list[Tensor] = []
+        self._losses: list[Tensor | float] = []
         self._passes: dict[int, int] = {}
         self._serial = 0
         self._last_serial = 0
@@ -86,18 +87,22 @@ class BatchLedger:
 
     def draw(self, loader: Any, ids: Any, content: Any, serial: int = 0) -> None:
         """The loop has received a batch."""
-        if self._drawn:
+        if self._drawn or self._made_step:
             self._put_away(loader)
-        seeded = self._seeded.get(id(loader.dataset))
+        dataset = loader.dataset
+        seeded = self._seeded.get(id(dataset))
         # As it is now: a pass over the same data in between (an evaluation) has told another one.
         made_for = None if seeded is None else seeded.epoch
-        batch = MicroBatch(as_ids(ids), loader, serial=serial, seeded_pass=made_for, tensors=references(content))
-        if self.dataset is None or loader.dataset is self.dataset:
+        batch = MicroBatch(as_ids(ids), loader, serial=serial, seeded_pass=made_for, content=content)
+        if self.dataset is None or dataset is self.dataset:
             self._look_at(batch, content)
         self._drawn.append(batch)
+        self._lone = batch if self._is_alone() else None
 
     def _put_away(self, loader: Any) -> None:
         """What this loader handed out before is done with, if it has been used; and there is an end to waiting."""
+        for batch in (*self._made_step, *self._drawn):
+            batch.let_go()
         over = [self._is_over(batch, loader) for batch in self._drawn]
         left = [batch for batch, is_over in zip(self._drawn, over, strict=True) if is_over and not batch.evaluated]
         self._left = left[-1] if left else self._left
@@ -146,7 +151,11 @@ class BatchLedger:
             if self._drawn and self._drawn[-1].used_in_training_mode is None:
                 self._drawn[-1].evaluated = True
             return
-        size = samples_in(inputs)
+        size, lone = samples_in(inputs), self._lone
+        if lone is not None and not self._given_is_open:
+            lone.used_in_training_mode = training
+            lone.passes.append((size, states()))
+            return
         if self._given_is_open:
             self._given[-1].passes.append((size, states()))
         used = self._used(training, inputs)
@@ -162,9 +171,8 @@ class BatchLedger:
         Where several were drawn, one that holds the inputs comes first; nothing is known of inputs that were made anew
         from a batch (sent to a device, say).
         """
-        alone = self._alone()
-        if alone is not None:
-            return alone
+        if self._lone is not None:
+            return self._lone
         if self._ahead and not any(batch.holds(inputs) for batch in (*self._made_step, *self._drawn)):
             self._drawn, self._ahead = [*self._ahead, *self._drawn], []
         if not self._drawn:
@@ -180,9 +188,9 @@ class BatchLedger:
             self._is_unclear |= self._looks_like_two(fitting, samples_in(inputs))
         return (fitting or own)[-1]
 
-    def _alone(self) -> MicroBatch | None:
-        """The batch that is there, where it is the only one: in most loops always. Every step pays for this."""
-        return self._drawn[0] if len(self._drawn) == 1 and not self._ahead and not self._made_step else None
+    def _is_alone(self) -> bool:
+        """Whether the batch that was drawn last is the only one, as in most loops always. Every step pays for this."""
+        return len(self._drawn) == 1 and not self._ahead and not self._made_step
 
     def _looks_like_two(self, fitting: Sequence[MicroBatch], size: int) -> bool:
         """Whether the newest batch has been through the model, and now it may be the turn of another loader's."""
@@ -198,15 +206,16 @@ class BatchLedger:
     def backward(self, loss: Any) -> None:
         """A backward pass has begun: what was used so far belongs to the next step."""
         self.backwards += 1
-        alone = self._alone()
-        if alone is not None and alone.used_in_training_mode and self.dataset in (None, alone.loader.dataset):
-            alone.spent = len(alone.passes)
-            self._made_step, self._drawn, self._left = [alone], [], None
+        lone, self._lone = self._lone, None
+        if lone is not None and lone.used_in_training_mode and self.dataset in (None, lone.loader.dataset):
+            lone.spent = len(lone.passes)
+            self._made_step, self._drawn, self._left = [lone], [], None
         else:
             self._book()
         self._cleared = self._given_is_open = False
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._losses.append(loss.detach())
+            # A number that is at hand is read at once; from another device it is fetched with the weights.
+            self._losses.append(loss.item() if loss.is_cpu else loss.detach())
 
     def _book(self) -> None:
         if self._made_step and (self._cleared or not self._accumulates()):
@@ -220,6 +229,8 @@ class BatchLedger:
     def _lay_aside(self) -> None:
         """Done with what was drawn, but for the batches that wait for their turn."""
         waiting = (*self._ahead, *self._drawn_ahead())
+        for batch in waiting:
+            batch.let_go()
         self._ahead = [batch for batch in waiting if not batch.evaluated or batch.alive()]
         self._drawn, self._left = [], None
 
@@ -280,6 +291,9 @@ class BatchLedger:
             UnknownBatchError: if they cannot be told.
         """
         self._steps += 1
+        if (step := self._straight()) is not None:
+            return step
+        self._lone = None
         batches: Sequence[MicroBatch] = self._made_step or self._training_batches()
         loose, losses, given, is_unclear = self._loose_rng, self._losses, self._given, self._is_unclear
         if self._drawn or self._ahead:
@@ -305,6 +319,23 @@ class BatchLedger:
         self._first = False
         self._note_summed(batches)
         return step_of(batches, losses, loose)
+
+    def _straight(self) -> StepBatch | None:
+        """The step where all of it is one batch that went through the model once, as most do; else None."""
+        if len(self._made_step) != 1 or self._drawn or self._ahead or self._given or self._is_unclear:
+            return None
+        batch = self._made_step[0]
+        if batch.ids is None or len(batch.passes) != 1:
+            return None
+        losses = self._losses
+        self._made_step, self._losses, self._loose_rng = [], [], None
+        if batch.serial != self._last_serial or self._first:
+            self._count_epoch(batch)
+            self._first = False
+        self.seeded_pass = batch.seeded_pass
+        if batch.sketch is not None:
+            self._note_summed([batch])
+        return alone(batch, losses)
 
     def _note_summed(self, batches: Sequence[MicroBatch]) -> None:
         if self._summed is None:

@@ -12,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from trajrec.records import BufferSpec, Conditions, FloatArray, OptimizerSpec, P
 
 # What an optimizer makes inside its steps, in a parameter group instead of its state.
 GROUP_STATE = "group:"
+_MODE = attrgetter("training")
 # How torch computes a step, not what: they have no place in the mathematics of a replay.
 _IMPLEMENTATION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr"})
 
@@ -42,6 +44,7 @@ class Snapshot:
     def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
         self.model = model = uncompiled(model)
         self.optimizers = optimizers
+        self._only = optimizers[0] if len(optimizers) == 1 else None
         self.parameters = dict(model.named_parameters())
         self._groups: dict[int, int] = {}
         self._group_sizes: list[int] = []
@@ -83,8 +86,8 @@ class Snapshot:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of all optimizers."""
-        if len(self.optimizers) == 1:
-            return self.optimizers[0].param_groups
+        if self._only is not None:
+            return self._only.param_groups
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _read_groups(self) -> None:
@@ -108,7 +111,7 @@ class Snapshot:
         self.enters_other_modes = False
         seen = (
             [len(group["params"]) for group in self.param_groups],
-            [module.training for module in self._modules],
+            [*map(_MODE, self._modules)],
             [None if p.grad is None else p.requires_grad for p in self._optimized],
             self._seeded_from,
         )
@@ -249,7 +252,7 @@ class Snapshot:
                 crc = crc32(view.data, crc)
             return crc
         np.concatenate(views, out=row)
-        return crc32(row.data)
+        return crc32(row)
 
     def flat(self) -> list[Tensor]:
         """The parameters as flat tensors, where they are."""

@@ -2,7 +2,7 @@
 
 So the clock is read in one step out of seven, and what it shows then stands for all of them. Seven, because what comes
 back every so many steps (waking the writer, say) comes back after a power of two. What happens rarely and takes long (a
-keyframe) is timed whenever it happens.
+keyframe) is timed whenever it happens. Hooks look at `looks` before they call `start`: that is cheaper than the call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Stopwatch:
         self._looked = 0
         self._sum = 0.0
         self._rare = 0.0
-        self._looks = True
+        self.looks = True
 
     @property
     def seconds(self) -> float:
@@ -34,21 +34,21 @@ class Stopwatch:
     def next_step(self) -> None:
         """A step has ended."""
         self._steps += 1
-        self._looked += self._looks
-        self._looks = self._steps % EVERY == 0
+        self._looked += self.looks
+        self.looks = self._steps % EVERY == 0
 
     def start(self) -> float:
         """The beginning of a hook, to be given to `stop`."""
-        return time.thread_time() if self._looks else 0.0
+        return time.thread_time() if self.looks else 0.0
 
     def stop(self, began: float) -> None:
         """The end of a hook."""
-        if self._looks:
+        if self.looks:
             self._sum += time.thread_time() - began
 
     def rare(self, began: float) -> None:
         """The end of something rare, which began at a reading of `time.thread_time`."""
         taken = time.thread_time() - began
         self._rare += taken
-        if self._looks:
+        if self.looks:
             self._sum -= taken  # it happened within a hook that is being timed

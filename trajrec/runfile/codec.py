@@ -42,20 +42,22 @@ def encode(record: StepRecord) -> bytes:
         len(ids),
         len(record.rng),
     )
-    given = b"" if weights is None else _bytes(weights)
-    return b"".join((head, _bytes(hyper), _bytes(ids), given, record.rng, _encode_rest(record)))
+    pieces: tuple[Any, ...] = (head, _buffer(hyper), _buffer(ids))
+    if weights is not None:
+        pieces += (_buffer(weights),)
+    return b"".join((*pieces, record.rng, _encode_rest(record)))
 
 
-def _bytes(array: npt.NDArray[Any]) -> bytes:
-    """The array's bytes, little-endian."""
-    return array.tobytes() if _LITTLE else array.astype(array.dtype.newbyteorder("<")).tobytes()
+def _buffer(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array as its bytes are stored: one after the other, little-endian."""
+    return np.ascontiguousarray(array) if _LITTLE else array.astype(array.dtype.newbyteorder("<"), order="C")
 
 
 def _encode_rest(record: StepRecord) -> bytes:
     parts, digests, changes = record.parts, record.digests, record.changes
     if not (len(parts) or len(digests) or changes):
         return b""
-    return b"".join((_REST.pack(len(parts), len(digests), len(changes)), _bytes(parts), _bytes(digests), changes))
+    return b"".join((_REST.pack(len(parts), len(digests), len(changes)), _buffer(parts), _buffer(digests), changes))
 
 
 def decode(data: bytes) -> StepRecord:

@@ -1,7 +1,7 @@
 """The sink that writes a run file, as the training process sees it: copy into the ring, now and then a glance.
 
     reserve()   waits for a free slot (there nearly always is one) and hands out its row
-    commit()    encodes the record into the ring and publishes the slot; every R steps wakes the writer
+    commit()    encodes the record into the ring and publishes the slot; wakes the writer for every whole segment
     inputs()    writes a raw file, which the writer takes into the step's segment
     keyframe()  writes a raw file
     close()     waits until the writer has packed everything
@@ -229,7 +229,8 @@ class RunFileSink:
             return
         self._next = record.step + 1
         if self._next % self._geometry.chunk_rows == 0:
-            self._writer.wake()
+            if self._next % self._geometry.segment_rows == 0:
+                self._writer.wake()
             if self._writer.status() is Status.DISK_FULL and self._free() > 2 * self._geometry.segment_bytes:
                 self._writer.restart()
 
