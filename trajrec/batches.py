@@ -115,6 +115,11 @@ class SampleSet:
         except IndexError:
             return False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all N are in it."""
+        return not self._missing
+
     def add(self, ids: IntArray) -> None:
         """Takes in these samples [B], as far as they are of the N."""
         try:

@@ -15,8 +15,7 @@ and `zero_grad`, which tells gradients that were thrown away from those that add
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from functools import wraps
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from trajrec.batches import as_ids
 from trajrec.errors import UnknownBatchError
 from trajrec.ledger import BatchLedger
+from trajrec.straight import Kind, Straight
 
 
 class SamplerTap:
@@ -72,7 +72,9 @@ class WatchedIterator:
         ledger, drawn = self._ledger, self._drawn
         watch = ledger.watch
         began = watch.start() if watch.looks else 0.0
-        ledger.draw(self._loader, drawn.popleft() if drawn else None, content, self._serial)
+        ids, lane = drawn.popleft() if drawn else None, ledger.lane
+        if lane is None or not lane.draw(self._loader, ids, content, self._serial):
+            ledger.draw(self._loader, ids, content, self._serial)
         if began:
             watch.stop(began)
         return content
@@ -84,29 +86,12 @@ class WatchedIterator:
         return getattr(self._iterator, name)
 
 
-class ForwardHook:
-    """Stands in the model's forward hooks; copies and pickles of the model must not take the recorder along."""
-
-    def __init__(self, call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]) -> None:
-        self._call = call
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Before a forward pass."""
-        self._call(module, inputs, named)
-
-    def __deepcopy__(self, _: Any) -> ForwardHook:
-        return self
-
-    def __reduce__(self) -> Any:
-        # A hook that hands the inputs on as they are, and needs nothing of ours where the model is loaded.
-        return getattr, (nullcontext(), "__exit__")
-
-
 class Capture:
     """Installs the watching of loaders and backward passes, and takes it out again."""
 
-    def __init__(self, ledger: BatchLedger) -> None:
+    def __init__(self, ledger: BatchLedger, straight: Straight) -> None:
         self.ledger = ledger
+        self._straight = straight
         self._taps: list[tuple[Any, str, SamplerTap]] = []
         self._original_iter: Any = None
         self._original_backward: Any = None
@@ -143,7 +128,7 @@ class Capture:
             return original(tensors, *args, **kwargs)
 
         DataLoader.__iter__ = watched_iter  # type: ignore[method-assign]
-        torch.autograd.backward = watched_backward
+        torch.autograd.backward = self._straight.hook(Kind.BACKWARD, watched_backward, original)
         for owner in (Optimizer, nn.Module):
             self._watch_clearing(owner)
         _active.append(self.ledger)

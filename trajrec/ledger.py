@@ -8,7 +8,7 @@ integers, loops without a DataLoader) is an error that says to call `trajrec.set
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -20,6 +20,9 @@ from trajrec.records import FloatArray, IntArray
 from trajrec.seeding import Seeded, find_seeded
 from trajrec.stopwatch import Stopwatch
 from trajrec.task import digest, sketch
+
+if TYPE_CHECKING:
+    from trajrec.lane import Lane
 
 _MOST_DRAWN = 64
 _SKETCH_EVERY = 32  # steps, where there is nothing new; two at a time, because loops draw ahead
@@ -47,7 +50,9 @@ class BatchLedger:
         self._drawn: list[MicroBatch] = []
         self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
         self._left: MicroBatch | None = None  # the last that went through the model before another was drawn
-        self._lone: MicroBatch | None = None  # the batch in use, while there is no other: the straight way
+        self._lone: MicroBatch | None = None  # the batch in use, while there is no other
+        self._last: MicroBatch | None = None  # of the last step, if that was such a batch
+        self.lane: Lane | None = None  # where steps like the last one are taken (trajrec.straight)
         self._made_step: list[MicroBatch] = []
         self._given: list[MicroBatch] = []
         self._given_is_open = False
@@ -136,6 +141,8 @@ class BatchLedger:
 
     def give(self, ids: IntArray, weights: FloatArray | None) -> None:
         """The user has named the samples of the next step, or of its next micro-batch."""
+        if self.lane is not None:
+            self.lane.leave()
         if self._given_is_open:
             del self._given[-1]
         self._given.append(MicroBatch(ids, weights=weights))
@@ -201,7 +208,8 @@ class BatchLedger:
 
     def cleared(self, by: Any) -> None:
         """An optimizer or a module has set its gradients to zero."""
-        self._cleared |= any(by is known for known in self.owners)
+        if not self._cleared:
+            self._cleared = any(by is known for known in self.owners)
 
     def backward(self, loss: Any) -> None:
         """A backward pass has begun: what was used so far belongs to the next step."""
@@ -291,9 +299,9 @@ class BatchLedger:
             UnknownBatchError: if they cannot be told.
         """
         self._steps += 1
-        if (step := self._straight()) is not None:
+        if (step := self._take_lone()) is not None:
             return step
-        self._lone = None
+        self._lone = self._last = None
         batches: Sequence[MicroBatch] = self._made_step or self._training_batches()
         loose, losses, given, is_unclear = self._loose_rng, self._losses, self._given, self._is_unclear
         if self._drawn or self._ahead:
@@ -320,7 +328,7 @@ class BatchLedger:
         self._note_summed(batches)
         return step_of(batches, losses, loose)
 
-    def _straight(self) -> StepBatch | None:
+    def _take_lone(self) -> StepBatch | None:
         """The step where all of it is one batch that went through the model once, as most do; else None."""
         if len(self._made_step) != 1 or self._drawn or self._ahead or self._given or self._is_unclear:
             return None
@@ -335,7 +343,44 @@ class BatchLedger:
         self.seeded_pass = batch.seeded_pass
         if batch.sketch is not None:
             self._note_summed([batch])
+        self._last, batch.content = batch, None
         return alone(batch, losses)
+
+    # ---- the straight way
+
+    def straight(self) -> dict[str, Any] | None:
+        """What the next batch must be like to go through the lane, as fields of it; None if it must not."""
+        last = self._last
+        is_busy = self._drawn or self._ahead or self._made_step or self._given
+        if last is None or is_busy or self.keeps_contents or last.seeded_pass is not None or len(self._losses):
+            return None
+        summed = self._summed is not None and self._summed.is_whole
+        return {
+            "ledger": self,
+            "loader": last.loader,
+            "serial": last.serial,
+            "look": self._look_again,
+            "note": self._note,
+            "summed": summed,
+            "look_every": _SKETCH_EVERY,
+            "steps": self._steps,
+        }
+
+    def _look_again(self, ids: list[int], content: Any) -> int | None:
+        batch = MicroBatch(as_ids(ids))
+        self._look_at(batch, content)
+        return batch.sketch
+
+    def _note(self, ids: list[int]) -> None:
+        self._note_summed([MicroBatch(as_ids(ids), sketch=0)])
+
+    def take_over(self, batch: MicroBatch, loss: float | None) -> None:
+        """Goes on with a batch that the lane has seen drawn, and used in a backward pass if there is a loss."""
+        if loss is None:
+            self._drawn, self._lone = [batch], batch
+        else:
+            batch.spent = len(batch.passes)
+            self._made_step, self._losses = [batch], [loss]
 
     def _note_summed(self, batches: Sequence[MicroBatch]) -> None:
         if self._summed is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
-from trajrec.batches import StepBatch
-from trajrec.capture import Capture, ForwardHook
+from trajrec.batches import MicroBatch, StepBatch
+from trajrec.capture import Capture
 from trajrec.contents import arrays_of
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery, companions, parameters_of
@@ -40,7 +40,11 @@ from trajrec.rules import check_recordable, rehearse
 from trajrec.seeding import find_seeded
 from trajrec.sink import Sink, Summary
 from trajrec.snapshot import Snapshot, copy_row
+from trajrec.straight import Kind, Stage, Straight
 from trajrec.task import file_sha256, task_file
+
+if TYPE_CHECKING:
+    from trajrec.lane import Lane
 
 
 @dataclass(slots=True)
@@ -91,7 +95,9 @@ class Recorder:
                 raise RecordingError(f"loader= takes the DataLoader of the training, not {type(given).__name__}.")
         self.ledger = BatchLedger(loaders, keeps_contents=inputs == "store")
         self._watch = self.ledger.watch
-        self._capture = Capture(self.ledger)
+        self._straight = Straight(self._take_over, self._renew)
+        self.ledger.lane = self._straight.lane
+        self._capture = Capture(self.ledger, self._straight)
         self._discovery = Discovery(self.ledger) if model is None else None
         self._handles: list[Any] = []
         self._snapshot: Snapshot | None = None
@@ -127,12 +133,14 @@ class Recorder:
             self._discovery.install()
         if self.model is not None:
             self._watch_model(self.model)
+        before = self._straight.hook(Kind.BEFORE, self._before_step)
+        after = self._straight.hook(Kind.AFTER, self._after_step)
         for optimizer in self.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(optimizer.register_step_pre_hook(before))
+            self._handles.append(optimizer.register_step_post_hook(after))
         if not self.optimizers:
-            self._handles.append(register_optimizer_step_pre_hook(self._before_step))
-            self._handles.append(register_optimizer_step_post_hook(self._after_step))
+            self._handles.append(register_optimizer_step_pre_hook(before))
+            self._handles.append(register_optimizer_step_post_hook(after))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
@@ -149,6 +157,7 @@ class Recorder:
             self._round.check_complete()
 
     def _detach(self) -> None:
+        self._straight.end()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -173,11 +182,12 @@ class Recorder:
 
     def _watch_model(self, model: nn.Module) -> None:
         self._generators = Generators(next(model.parameters()).device)
-        call = self._on_forward
-        if getattr(model, "_compiled_call_impl", None) is not None:
+        call, is_compiled = self._on_forward, getattr(model, "_compiled_call_impl", None) is not None
+        if is_compiled:
             # Compiled in place: the compiler would look into the hook, which is no part of the model.
             call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        self._handles.append(model.register_forward_pre_hook(ForwardHook(call), with_kwargs=True))
+        hook = self._straight.forward_hook(call, is_compiled)
+        self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
         self.ledger.owners += [model, *self.optimizers]
         self.ledger.ask_for_gradients(self._has_gradients)
 
@@ -270,6 +280,38 @@ class Recorder:
             self._is_warm = True
             watch.reset()
             self._began = time.thread_time()
+        if self._straight.is_open(self._step):
+            self._go_straight()
+
+    # -- the straight way ------------------------------------------------------------------------------------------
+
+    def _go_straight(self) -> None:
+        """Leaves the next step to the lane, if it may be like the last one."""
+        assert self._snapshot is not None
+        if not self._is_single or self._transfer is not None or self._snapshot.model is not self.model:
+            return
+        books, ring = self.ledger.straight(), self.sink.straight(self._step + 1)
+        state = None if books is None or ring is None else self._snapshot.straight()
+        if books is None or ring is None or state is None:
+            return
+        around = {"recorder": self, "watch": self._watch, "model": self.model, "optimizer": self.optimizers[0]}
+        before_us = self._step - books.pop("steps")
+        fields = {**books, **ring, **state, **around, "epoch": self._epoch(), "before_us": before_us}
+        self._straight.enter(self._step, fields.pop("map"), fields)
+
+    def _renew(self) -> tuple[Any, bytes] | None:
+        """An option has changed since the last step, as a schedule does it."""
+        assert self._snapshot is not None
+        if self._hides_state(self._snapshot.hyper()):
+            self._keyframe()
+        return self._snapshot.straight_options()
+
+    def _take_over(self, stage: Stage, batch: MicroBatch, lane: Lane) -> None:
+        """Goes on with a step that began in the lane."""
+        assert self._snapshot is not None
+        self.ledger.take_over(batch, lane.loss if stage in (Stage.BACKWARD, Stage.PREPARED) else None)
+        if stage is Stage.PREPARED:
+            self._pending = Pending(self.ledger.take(), self._snapshot.hyper(), lane.rng or b"")
 
     # -- the first step ------------------------------------------------------------------------------------------
 

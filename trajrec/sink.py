@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -62,6 +62,9 @@ class Sink(Protocol):
 
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step (also of steps it did not ask for)."""
+
+    def straight(self, step: int) -> dict[str, Any] | None:
+        """Where the lane (`trajrec.straight`) may publish this and the next steps by itself; None if it must not."""
 
     def close(self, complete: bool) -> Summary:
         """Ends the run; `complete` is False when training was cut off."""
@@ -109,6 +112,9 @@ class MemorySink:
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step."""
         self.keyframes.append(keyframe)
+
+    def straight(self, step: int) -> None:
+        """Every step is committed."""
 
     def close(self, complete: bool) -> Summary:
         """Ends the run."""

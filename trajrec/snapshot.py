@@ -52,7 +52,7 @@ class Snapshot:
         self._read_groups()
         self._modules = list(model.modules())
         self._joined: dict[str, int] = {}
-        self._seen: object = None
+        self._seen: Any = None
         self._seeded_from: int | None = None
         self._spec_seeded_from: int | None = None
         self.enters_other_modes = False  # the step that `changes` was last asked about
@@ -288,6 +288,38 @@ class Snapshot:
             rows = [[_number(group, key, place) for key, place in self._keys] for group in self.param_groups]
             self._hyper = np.array(rows, dtype=np.float64)
         return self._hyper
+
+    def straight(self) -> dict[str, Any] | None:
+        """What a step must find to go through the lane (`trajrec.straight`), as fields of it; None if it must not.
+
+        Only where the weights are seen in memory as they are, and everything that may draw is the CPU's generator.
+        """
+        options = self.straight_options()
+        if options is None or not self._places or not self.model.training or self.generators.device.type != "cpu":
+            return None
+        sizes, modes, grads, _ = self._seen
+        return {
+            "modules": tuple(self._modules),
+            "modes": tuple(modes),
+            "optimized": tuple(self._optimized),
+            "grads": tuple(grads),
+            "values": tuple(self._values),
+            "views": tuple(self._views),
+            "pointers": tuple(self._places),
+            "keys": tuple(self._options_read),
+            "sizes": tuple(sizes),
+            "options": options[0],
+            "hyper": options[1],
+            "groups": len(sizes),
+            "names": len(self.names),
+            "get_state": torch.default_generator.get_state,
+            "state_bytes": len(torch.default_generator.get_state()),
+        }
+
+    def straight_options(self) -> tuple[Any, bytes] | None:
+        """The options of all groups as they are, and the hyperparameters [G, H] as bytes; None if any is a tensor."""
+        hyper = self.hyper()
+        return None if self._has_tensors else (tuple(map(tuple, self._options)), hyper.tobytes())
 
     def rates(self, hyper: FloatArray) -> list[float]:
         """The learning rate of each group, of hyperparameters [G, H]."""

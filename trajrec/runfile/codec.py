@@ -48,7 +48,7 @@ def encode(record: StepRecord) -> bytes:
     return b"".join((*pieces, record.rng, _encode_rest(record)))
 
 
-def _buffer(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _buffer(array: npt.NDArray[Any]) -> Any:
     """The array as its bytes are stored: one after the other, little-endian."""
     return np.ascontiguousarray(array) if _LITTLE else array.astype(array.dtype.newbyteorder("<"), order="C")
 

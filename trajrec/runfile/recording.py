@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -238,6 +238,17 @@ class RunFileSink:
         if not self._ring.gaps():
             self._ring.set(Control.GAP_FIRST, step)
         self._ring.set(Control.GAP_LAST, step)
+
+    def straight(self, step: int) -> dict[str, Any] | None:
+        """Where the lane may publish this and the next steps by itself: fields of it; None if it must not.
+
+        Not where there is something to be done besides: a new chunk begins or one ends, or a keyframe is due.
+        """
+        rows = self._geometry.chunk_rows
+        if self._stopped or self._resuming or step != self._next or step % rows == 0 or self._spec.inputs == "store":
+            return None
+        end = min(step - step % rows + rows - 1, step - step % self._interval + self._interval)
+        return {"sink": self, **self._ring.straight(end)}
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""

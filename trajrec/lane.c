@@ -1,0 +1,618 @@
+/* The straight way of a step, without a line of Python: what `trajrec.straight` hands over and takes back.
+
+   A step costs the training thread a few hundred microseconds when its hooks are Python, nearly all of it cache misses:
+   a step of training has pushed the interpreter's data out, and it comes back line by line. Here the same is done with
+   a tenth of the lines. Nothing is decided here: every step that is not like the one before in all that is looked at is
+   left to the Python code, which is given what was seen of it so far. Where this file was not compiled, Python does all.
+
+   READY --draw--> DRAWN --forward--> FORWARDED --backward--> BACKWARD --before--> PREPARED --after--> READY
+   anything else --> OFF, and `left(stage)` is called: see trajrec/straight.py. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#include <structmember.h>
+#include <time.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+enum { OFF, READY, DRAWN, FORWARDED, BACKWARD, PREPARED };
+enum { RECORD_HEAD = 64, SLOT_BYTES = 64, OUT_OF_THE_WAY = 1 << 16 };
+
+typedef struct {
+    PyObject_HEAD
+    int stage, timed;
+    /* what a step must be like, given by `arm` */
+    PyObject *model, *optimizer, *loader, *serial, *modules, *modes, *optimized, *grads, *values, *views, *pointers;
+    PyObject *keys, *options, *sizes, *hyper;
+    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *look, *note, *summed, *renew, *left;
+    PyObject *recorder, *sink, *ledger, *ring, *watch;
+    long long entry, before_us, stop, epoch, groups, names, look_every, state_bytes;
+    Py_buffer map;
+    long long slots, slots_at, arena_at, arena_bytes, arena_head, arena_until, rows_at, row_bytes;
+    /* what was seen of the step */
+    PyObject *ids, *content, *inputs, *before, *sketch, *loss, *rng;
+} Lane;
+
+static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_params, *s_param_groups, *s_looks, *s_start,
+    *s_stop, *s_next_step, *s_cleared, *s_step, *s_next, *s_steps, *s_arena_head;
+
+static void forget_step(Lane *lane) {
+    Py_CLEAR(lane->ids);
+    Py_CLEAR(lane->content);
+    Py_CLEAR(lane->inputs);
+    Py_CLEAR(lane->before);
+    Py_CLEAR(lane->sketch);
+    Py_CLEAR(lane->loss);
+    Py_CLEAR(lane->rng);
+}
+
+/* Leaves the straight way: Python takes over what was seen. Returns 0, or -1 with an exception. */
+static int leave(Lane *lane) {
+    int stage = lane->stage;
+    if (stage == OFF) return 0;
+    lane->stage = OFF;
+    PyObject *done = PyObject_CallFunction(lane->left, "i", stage);
+    forget_step(lane);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* ---- what is looked at: 1 if as expected, 0 if not, -1 with an exception ---- */
+
+static int is_attribute(PyObject *of, PyObject *name, PyObject *expected) {
+    PyObject *found = PyObject_GetAttr(of, name);
+    if (!found) return -1;
+    int same = found == expected;
+    Py_DECREF(found);
+    return same;
+}
+
+static int same_modes(Lane *lane) {
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(lane->modules); k++) {
+        int same = is_attribute(PyTuple_GET_ITEM(lane->modules, k), s_training, PyTuple_GET_ITEM(lane->modes, k));
+        if (same != 1) return same;
+    }
+    return 1;
+}
+
+/* `grads` has None for a parameter without a gradient, and else its `requires_grad`. */
+static int same_grads(Lane *lane) {
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(lane->optimized); k++) {
+        PyObject *p = PyTuple_GET_ITEM(lane->optimized, k), *expected = PyTuple_GET_ITEM(lane->grads, k);
+        int is_none = is_attribute(p, s_grad, Py_None);
+        if (is_none < 0) return -1;
+        if (is_none != (expected == Py_None)) return 0;
+        int same = is_none ? 1 : is_attribute(p, s_requires_grad, expected);
+        if (same != 1) return same;
+    }
+    return 1;
+}
+
+static int same_group(Lane *lane, PyObject *group, Py_ssize_t index) {
+    PyObject *known = PyTuple_GET_ITEM(lane->options, index);
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(lane->keys); k++) {
+        PyObject *value = PyDict_GetItemWithError(group, PyTuple_GET_ITEM(lane->keys, k));
+        if (!value && PyErr_Occurred()) return -1;
+        int same = PyObject_RichCompareBool(value ? value : Py_None, PyTuple_GET_ITEM(known, k), Py_EQ);
+        if (same != 1) return same;
+    }
+    return 1;
+}
+
+/* -2 where the groups hold other parameters. */
+static int same_options(Lane *lane) {
+    PyObject *groups = PyObject_GetAttr(lane->optimizer, s_param_groups);
+    if (!groups) return -1;
+    int same = PyList_Check(groups) && PyList_GET_SIZE(groups) == PyTuple_GET_SIZE(lane->options) ? 1 : -2;
+    for (Py_ssize_t k = 0; same == 1 && k < PyTuple_GET_SIZE(lane->options); k++) {
+        PyObject *group = PyList_GET_ITEM(groups, k);
+        PyObject *params = PyDict_Check(group) ? PyDict_GetItemWithError(group, s_params) : NULL;
+        if (!params || PyObject_Size(params) != PyLong_AsLong(PyTuple_GET_ITEM(lane->sizes, k))) same = -2;
+        else same = same_group(lane, group, k);
+    }
+    Py_DECREF(groups);
+    return PyErr_Occurred() ? -1 : same;
+}
+
+static int address_of(PyObject *tensor, unsigned long long *address) {
+    PyObject *found = PyObject_CallMethodNoArgs(tensor, s_data_ptr);
+    if (!found) return -1;
+    *address = PyLong_AsUnsignedLongLong(found);
+    Py_DECREF(found);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int same_places(Lane *lane) {
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(lane->values); k++) {
+        unsigned long long place;
+        if (address_of(PyTuple_GET_ITEM(lane->values, k), &place) < 0) return -1;
+        if (place != PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(lane->pointers, k))) return PyErr_Occurred() ? -1 : 0;
+    }
+    return 1;
+}
+
+/* Keeps the generator's state before the step where the step has drawn from it. */
+static int compare_states(Lane *lane) {
+    PyObject *after = PyObject_CallNoArgs(lane->get_state);
+    if (!after) return -1;
+    unsigned long long a, b;
+    int failed = address_of(lane->before, &a) < 0 || address_of(after, &b) < 0;
+    if (!failed && memcmp((void *)(uintptr_t)a, (void *)(uintptr_t)b, lane->state_bytes))
+        failed = !(lane->rng = PyBytes_FromStringAndSize((char *)(uintptr_t)a, lane->state_bytes));
+    Py_DECREF(after);
+    return failed ? -1 : 1;
+}
+
+/* ---- the events: 1 if taken, 0 if left to Python, -1 with an exception ---- */
+
+static int wants_look(Lane *lane) {
+    return lane->look != Py_None && (lane->summed == Py_False || (lane->entry - lane->before_us) % lane->look_every < 2);
+}
+
+static int drawn(Lane *lane, PyObject *loader, PyObject *ids, PyObject *content, PyObject *serial) {
+    if (loader != lane->loader || !PyList_CheckExact(ids) || !PyList_GET_SIZE(ids)) return 0;
+    int same = PyObject_RichCompareBool(serial, lane->serial, Py_EQ);
+    if (same != 1) return same;
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(ids); k++)
+        if (!PyLong_CheckExact(PyList_GET_ITEM(ids, k))) return 0;
+    if (wants_look(lane)) {
+        PyObject *sketch = PyObject_CallFunctionObjArgs(lane->look, ids, content, NULL);
+        if (!sketch) return -1;
+        Py_XSETREF(lane->sketch, sketch);
+    }
+    lane->ids = Py_NewRef(ids);
+    lane->content = Py_NewRef(content);
+    lane->stage = DRAWN;
+    return 1;
+}
+
+static int forwarded(Lane *lane, PyObject *inputs, PyObject *named) {
+    if (lane->stage != DRAWN || PyObject_Size(named)) return 0;
+    PyObject *gradients = PyObject_CallNoArgs(lane->is_grad_enabled);
+    if (!gradients) return -1;
+    int taken = gradients == Py_True ? same_modes(lane) : 0;
+    Py_DECREF(gradients);
+    if (taken != 1) return taken;
+    if (!(lane->before = PyObject_CallNoArgs(lane->get_state))) return -1;
+    lane->inputs = Py_NewRef(inputs);
+    lane->stage = FORWARDED;
+    return 1;
+}
+
+static int gone_back(Lane *lane, PyObject *loss) {
+    if (lane->stage != FORWARDED || !PyObject_IsInstance(loss, lane->tensor)) return 0;
+    PyObject *value = PyObject_CallMethodNoArgs(loss, s_item);
+    if (!value) {
+        PyErr_Clear(); /* not a number: Python knows what to do */
+        return 0;
+    }
+    if (!PyFloat_CheckExact(value)) {
+        Py_DECREF(value);
+        return 0;
+    }
+    lane->loss = value;
+    lane->stage = BACKWARD;
+    return PyObject_SetAttr(lane->ledger, s_cleared, Py_False) < 0 ? -1 : 1;
+}
+
+static int renewed(Lane *lane) {
+    PyObject *found = PyObject_CallNoArgs(lane->renew);
+    if (!found) return -1;
+    int taken = found != Py_None;
+    if (taken) {
+        Py_XSETREF(lane->options, Py_NewRef(PyTuple_GetItem(found, 0)));
+        Py_XSETREF(lane->hyper, Py_NewRef(PyTuple_GetItem(found, 1)));
+    }
+    Py_DECREF(found);
+    return taken;
+}
+
+static int prepared(Lane *lane, PyObject *arguments, PyObject *options) {
+    if (lane->stage != BACKWARD || PyObject_Size(options) || PyObject_Size(arguments) != 1) return 0;
+    int same = same_grads(lane);
+    if (same == 1) same = same_options(lane);
+    if (same == 0) same = renewed(lane);
+    if (same == 1) same = compare_states(lane);
+    if (same == 1) lane->stage = PREPARED;
+    return same < 0 && !PyErr_Occurred() ? 0 : same;
+}
+
+/* ---- the record: as trajrec/runfile/codec.py has it, into the ring, as trajrec/runfile/ring.py has it ---- */
+
+static int checksum(Lane *lane, uint32_t *crc) {
+    PyObject *sum = PyLong_FromLong(0);
+    for (Py_ssize_t k = 0; sum && k < PyTuple_GET_SIZE(lane->views); k++) {
+        PyObject *next = PyObject_CallFunctionObjArgs(lane->crc32, PyTuple_GET_ITEM(lane->views, k), sum, NULL);
+        Py_SETREF(sum, next);
+    }
+    if (!sum) return -1;
+    *crc = (uint32_t)PyLong_AsUnsignedLong(sum);
+    Py_DECREF(sum);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* Stores that go past the caches, where the processor has them: a row is not looked at again by this thread, and would
+   only push out what the next step needs. */
+static void copy(char *to, const char *from, size_t size) {
+#if defined(__SSE2__)
+    if (size >= 4096) {
+        size_t head = (16 - ((uintptr_t)to & 15)) & 15;
+        memcpy(to, from, head);
+        to += head, from += head, size -= head;
+        for (; size >= 64; to += 64, from += 64, size -= 64)
+            for (int k = 0; k < 64; k += 16)
+                _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
+    }
+#endif
+    memcpy(to, from, size);
+}
+
+static int copy_row(Lane *lane, char *to) {
+    Py_ssize_t count = PyTuple_GET_SIZE(lane->views);
+    for (Py_ssize_t k = 0; k < count; k++) {
+        Py_buffer view;
+        if (PyObject_GetBuffer(PyTuple_GET_ITEM(lane->views, k), &view, PyBUF_SIMPLE) < 0) return -1;
+        PyThreadState *released = view.len > OUT_OF_THE_WAY ? PyEval_SaveThread() : NULL;
+        copy(to, view.buf, view.len);
+        if (released) PyEval_RestoreThread(released);
+        to += view.len;
+        PyBuffer_Release(&view);
+    }
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+    return 0;
+}
+
+static double now(void) {
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static char *put(char *to, const void *value, size_t size) {
+    memcpy(to, value, size);
+    return to + size;
+}
+
+static char *put_integer(char *to, int64_t value) { return put(to, &value, 8); }
+
+static size_t record_bytes(Lane *lane) {
+    size_t rng = lane->rng ? (size_t)PyBytes_GET_SIZE(lane->rng) : 0, sketched = lane->sketch && lane->sketch != Py_None;
+    return RECORD_HEAD + PyBytes_GET_SIZE(lane->hyper) + 8 * PyList_GET_SIZE(lane->ids) + rng + 32 * sketched;
+}
+
+static int encode(Lane *lane, char *to, uint32_t crc) {
+    Py_ssize_t batch = PyList_GET_SIZE(lane->ids), rng = lane->rng ? PyBytes_GET_SIZE(lane->rng) : 0;
+    uint32_t words[4] = {crc, (uint32_t)lane->groups, (uint32_t)lane->names, 0};
+    double numbers[2] = {PyFloat_AS_DOUBLE(lane->loss), now()};
+    to = put_integer(put_integer(to, lane->entry), lane->epoch);
+    to = put(put(to, numbers, sizeof numbers), words, sizeof words);
+    to = put_integer(put_integer(to, batch), rng);
+    to = put(to, PyBytes_AS_STRING(lane->hyper), PyBytes_GET_SIZE(lane->hyper));
+    for (Py_ssize_t k = 0; k < batch; k++) to = put_integer(to, PyLong_AsLongLong(PyList_GET_ITEM(lane->ids, k)));
+    if (rng) to = put(to, PyBytes_AS_STRING(lane->rng), rng);
+    if (lane->sketch && lane->sketch != Py_None) {
+        to = put_integer(put_integer(put_integer(to, 0), 1), 0); /* no parts, one digest, no changes */
+        put_integer(to, PyLong_AsLongLong(lane->sketch));
+    }
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* 1 if the record was published, 0 if there is no room for it at the arena's head. */
+static int publish(Lane *lane) {
+    long long size = (long long)record_bytes(lane), place = lane->arena_head, entry = lane->entry;
+    if (place % lane->arena_bytes + size > lane->arena_bytes || place + size > lane->arena_until) return 0;
+    char *base = lane->map.buf, *record = base + lane->arena_at + place % lane->arena_bytes;
+    volatile uint64_t *slot = (volatile uint64_t *)(base + lane->slots_at + entry % lane->slots * SLOT_BYTES);
+    uint32_t crc;
+    if (checksum(lane, &crc) < 0) return -1;
+    slot[0] = 0;
+    atomic_thread_fence(memory_order_release);
+    if (lane->row_bytes && copy_row(lane, base + lane->rows_at + entry % lane->slots * lane->row_bytes) < 0) return -1;
+    if (encode(lane, record, crc) < 0) return -1;
+    PyObject *data = PyMemoryView_FromMemory(record, size, PyBUF_READ);
+    PyObject *sum = data ? PyObject_CallFunction(lane->crc32, "OI", data, (uint32_t)(entry + 1)) : NULL;
+    Py_XDECREF(data);
+    if (!sum) return -1;
+    slot[1] = place, slot[2] = size, slot[3] = PyLong_AsUnsignedLong(sum);
+    Py_DECREF(sum);
+    atomic_thread_fence(memory_order_release);
+    slot[0] = entry + 1;
+    lane->arena_head = place + size;
+    return 1;
+}
+
+static int set_number(PyObject *of, PyObject *name, long long value) {
+    PyObject *number = PyLong_FromLongLong(value);
+    int failed = !number || PyObject_SetAttr(of, name, number) < 0;
+    Py_XDECREF(number);
+    return failed ? -1 : 0;
+}
+
+/* Python's own counts stay right all the time. */
+static int count_step(Lane *lane) {
+    if (set_number(lane->recorder, s_step, lane->entry) < 0 || set_number(lane->sink, s_next, lane->entry + 1) < 0) return -1;
+    if (set_number(lane->ledger, s_steps, lane->entry - lane->before_us) < 0 || set_number(lane->ring, s_arena_head, lane->arena_head) < 0) return -1;
+    return 0;
+}
+
+static int noted(Lane *lane) {
+    if (!lane->sketch || lane->sketch == Py_None) return 0;
+    PyObject *done = PyObject_CallOneArg(lane->note, lane->ids);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+static int committed(Lane *lane) {
+    if (lane->stage != PREPARED || lane->entry >= lane->stop) return 0;
+    int taken = same_places(lane);
+    if (taken == 1) taken = publish(lane);
+    if (taken != 1) return taken;
+    if (count_step(lane) < 0 || noted(lane) < 0) return -1;
+    forget_step(lane);
+    lane->entry++;
+    lane->stage = READY;
+    return 1;
+}
+
+/* ---- hooks ---- */
+
+static PyObject *started(Lane *lane) { return lane->timed ? PyObject_CallMethodNoArgs(lane->watch, s_start) : Py_NewRef(Py_None); }
+
+static int stopped(Lane *lane, PyObject *began) {
+    PyObject *done = began == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodOneArg(lane->watch, s_stop, began);
+    Py_DECREF(began);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+static int next_step(Lane *lane) {
+    PyObject *done = PyObject_CallMethodNoArgs(lane->watch, s_next_step);
+    if (!done) return -1;
+    Py_DECREF(done);
+    PyObject *looks = PyObject_GetAttr(lane->watch, s_looks);
+    if (!looks) return -1;
+    lane->timed = looks == Py_True;
+    Py_DECREF(looks);
+    return 0;
+}
+
+typedef enum { FORWARD_HOOK, BACKWARD_HOOK, BEFORE_HOOK, AFTER_HOOK } Kind;
+
+static int take(Lane *lane, Kind kind, PyObject *args) {
+    switch (kind) {
+    case FORWARD_HOOK: return forwarded(lane, PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2));
+    case BACKWARD_HOOK: return PyTuple_GET_SIZE(args) ? gone_back(lane, PyTuple_GET_ITEM(args, 0)) : 0;
+    case BEFORE_HOOK: return prepared(lane, PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2));
+    case AFTER_HOOK: return committed(lane);
+    }
+    return 0;
+}
+
+/* Takes an event, or leaves the straight way. */
+static int timed_take(Lane *lane, Kind kind, PyObject *args) {
+    if (lane->stage == OFF) return 0;
+    PyObject *began = started(lane);
+    if (!began) return -1;
+    int taken = take(lane, kind, args);
+    if (taken < 0) {
+        Py_DECREF(began);
+        return -1;
+    }
+    if (!taken && leave(lane) < 0) taken = -1;
+    if (stopped(lane, began) < 0) return -1;
+    return taken == 1 && kind == AFTER_HOOK && next_step(lane) < 0 ? -1 : taken;
+}
+
+static PyTypeObject LaneType;
+
+typedef struct {
+    PyObject_HEAD
+    Lane *lane;
+    int kind;
+    PyObject *otherwise, *original, *dict;
+} Hook;
+
+/* An event of another model or optimizer is none of the lane's business. */
+static int is_ours(Hook *self, PyObject *args) {
+    Py_ssize_t count = PyTuple_GET_SIZE(args);
+    if (self->kind == BACKWARD_HOOK) return 1;
+    PyObject *of = self->kind == FORWARD_HOOK ? self->lane->model : self->lane->optimizer;
+    return count == 3 && PyTuple_GET_ITEM(args, 0) == of;
+}
+
+static PyObject *hook_call(Hook *self, PyObject *args, PyObject *kwargs) {
+    int taken = self->lane->stage != OFF && is_ours(self, args) ? timed_take(self->lane, self->kind, args) : 0;
+    if (taken < 0) return NULL;
+    if (!taken) return PyObject_Call(self->otherwise, args, kwargs);
+    if (self->original == Py_None) Py_RETURN_NONE;
+    return PyObject_Call(self->original, args, kwargs);
+}
+
+static int hook_init(Hook *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"lane", "kind", "otherwise", "original", NULL};
+    PyObject *lane, *otherwise, *original = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!iO|O", names, &LaneType, &lane, &self->kind, &otherwise, &original))
+        return -1;
+    Py_XSETREF(self->lane, (Lane *)Py_NewRef(lane));
+    Py_XSETREF(self->otherwise, Py_NewRef(otherwise));
+    Py_XSETREF(self->original, Py_NewRef(original));
+    return 0;
+}
+
+static int hook_traverse(Hook *self, visitproc visit, void *arg) {
+    Py_VISIT(self->lane);
+    Py_VISIT(self->otherwise);
+    Py_VISIT(self->original);
+    Py_VISIT(self->dict);
+    return 0;
+}
+
+static int hook_clear(Hook *self) {
+    Py_CLEAR(self->lane);
+    Py_CLEAR(self->otherwise);
+    Py_CLEAR(self->original);
+    Py_CLEAR(self->dict);
+    return 0;
+}
+
+static void hook_dealloc(Hook *self) {
+    PyObject_GC_UnTrack(self);
+    hook_clear(self);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyTypeObject HookType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "trajrec.lane.Hook",
+    .tp_doc = "Hook(lane, kind, otherwise, original=None): an event of the lane, or `otherwise` called with the same arguments.",
+    .tp_basicsize = sizeof(Hook),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)hook_init,
+    .tp_dealloc = (destructor)hook_dealloc,
+    .tp_traverse = (traverseproc)hook_traverse,
+    .tp_clear = (inquiry)hook_clear,
+    .tp_call = (ternaryfunc)hook_call,
+    .tp_dictoffset = offsetof(Hook, dict),
+};
+
+/* ---- the lane itself ---- */
+
+#define OBJECTS(DO)                                                                                                        \
+    DO(model) DO(optimizer) DO(loader) DO(serial) DO(modules) DO(modes) DO(optimized) DO(grads) DO(values) DO(views)        \
+    DO(pointers) DO(keys) DO(options) DO(sizes) DO(hyper) DO(get_state) DO(is_grad_enabled) DO(crc32) DO(tensor) DO(look)   \
+    DO(note) DO(summed) DO(renew) DO(left) DO(recorder) DO(sink) DO(ledger) DO(ring) DO(watch)
+
+static int lane_traverse(Lane *lane, visitproc visit, void *arg) {
+#define VISIT(name) Py_VISIT(lane->name);
+    OBJECTS(VISIT)
+    Py_VISIT(lane->content);
+    Py_VISIT(lane->inputs);
+    Py_VISIT(lane->before);
+    return 0;
+}
+
+static int lane_clear(Lane *lane) {
+#define CLEAR(name) Py_CLEAR(lane->name);
+    OBJECTS(CLEAR)
+    forget_step(lane);
+    if (lane->map.obj) PyBuffer_Release(&lane->map);
+    lane->stage = OFF;
+    return 0;
+}
+
+static void lane_dealloc(Lane *lane) {
+    PyObject_GC_UnTrack(lane);
+    lane_clear(lane);
+    Py_TYPE(lane)->tp_free((PyObject *)lane);
+}
+
+static PyObject *lane_draw(Lane *lane, PyObject *const *args, Py_ssize_t count) {
+    if (count != 4) return PyErr_Format(PyExc_TypeError, "draw takes loader, ids, content and serial");
+    if (lane->stage == OFF) Py_RETURN_FALSE;
+    int taken = lane->stage == READY ? drawn(lane, args[0], args[1], args[2], args[3]) : 0;
+    if (taken < 0 || (!taken && leave(lane) < 0)) return NULL;
+    return PyBool_FromLong(taken);
+}
+
+static PyObject *lane_leave(Lane *lane, PyObject *unused) {
+    if (leave(lane) < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
+/* All fields by name, those that are not given stay; then READY for step `entry`. */
+static PyObject *lane_arm(Lane *lane, PyObject *args, PyObject *kwargs) {
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    while (kwargs && PyDict_Next(kwargs, &at, &key, &value))
+        if (PyObject_SetAttr((PyObject *)lane, key, value) < 0) return NULL;
+#define CHECK(name)                                                                                                        \
+    if (!lane->name) return PyErr_Format(PyExc_TypeError, "the lane has no %s", #name);
+    OBJECTS(CHECK)
+    PyObject *looks = PyObject_GetAttr(lane->watch, s_looks);
+    if (!looks) return NULL;
+    lane->timed = looks == Py_True;
+    Py_DECREF(looks);
+    lane->stage = READY;
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_attach(Lane *lane, PyObject *map) {
+    if (lane->map.obj) PyBuffer_Release(&lane->map);
+    if (PyObject_GetBuffer(map, &lane->map, PyBUF_WRITABLE) < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_detach(Lane *lane, PyObject *unused) {
+    lane_clear(lane);
+    Py_RETURN_NONE;
+}
+
+#define MEMBER(name) {#name, T_OBJECT, offsetof(Lane, name), 0, NULL},
+#define SEEN(name) {#name, T_OBJECT, offsetof(Lane, name), READONLY, NULL},
+#define NUMBER(name) {#name, T_LONGLONG, offsetof(Lane, name), 0, NULL},
+static PyMemberDef lane_members[] = {
+    OBJECTS(MEMBER) SEEN(ids) SEEN(content) SEEN(inputs) SEEN(before) SEEN(sketch) SEEN(loss) SEEN(rng)
+    NUMBER(entry) NUMBER(before_us) NUMBER(stop) NUMBER(epoch) NUMBER(groups) NUMBER(names) NUMBER(look_every) NUMBER(state_bytes)
+    NUMBER(slots) NUMBER(slots_at) NUMBER(arena_at) NUMBER(arena_bytes) NUMBER(arena_head) NUMBER(arena_until)
+    NUMBER(rows_at) NUMBER(row_bytes)
+    {"stage", T_INT, offsetof(Lane, stage), READONLY, NULL}, {NULL}};
+
+static PyMethodDef lane_methods[] = {
+    {"draw", (PyCFunction)(void (*)(void))lane_draw, METH_FASTCALL, "Takes a batch; False if it is left to Python."},
+    {"leave", (PyCFunction)lane_leave, METH_NOARGS, "Leaves the straight way; Python takes over what was seen."},
+    {"arm", (PyCFunction)(void (*)(void))lane_arm, METH_VARARGS | METH_KEYWORDS, "Sets fields and waits for a batch."},
+    {"attach", (PyCFunction)lane_attach, METH_O, "Holds a ring's map."},
+    {"detach", (PyCFunction)lane_detach, METH_NOARGS, "Lets go of everything."},
+    {NULL}};
+
+static PyTypeObject LaneType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "trajrec.lane.Lane",
+    .tp_doc = "The straight way of a step; see trajrec.straight.",
+    .tp_basicsize = sizeof(Lane),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .tp_new = PyType_GenericNew,
+    .tp_dealloc = (destructor)lane_dealloc,
+    .tp_traverse = (traverseproc)lane_traverse,
+    .tp_clear = (inquiry)lane_clear,
+    .tp_methods = lane_methods,
+    .tp_members = lane_members,
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "trajrec.lane", "The straight way of a step.", -1, NULL};
+
+static int intern(void) {
+#define INTERN(name, text)                                                                                                 \
+    if (!(name = PyUnicode_InternFromString(text))) return -1;
+    INTERN(s_training, "training")
+    INTERN(s_grad, "grad")
+    INTERN(s_requires_grad, "requires_grad")
+    INTERN(s_data_ptr, "data_ptr")
+    INTERN(s_item, "item")
+    INTERN(s_params, "params")
+    INTERN(s_param_groups, "param_groups")
+    INTERN(s_looks, "looks")
+    INTERN(s_start, "start")
+    INTERN(s_stop, "stop")
+    INTERN(s_next_step, "next_step")
+    INTERN(s_cleared, "_cleared")
+    INTERN(s_step, "_step")
+    INTERN(s_next, "_next")
+    INTERN(s_steps, "_steps")
+    INTERN(s_arena_head, "_arena_head")
+    return 0;
+}
+
+PyMODINIT_FUNC PyInit_lane(void) {
+    if (intern() < 0 || PyType_Ready(&LaneType) < 0 || PyType_Ready(&HookType) < 0) return NULL;
+    PyObject *module = PyModule_Create(&definition);
+    if (!module) return NULL;
+    if (PyModule_AddObjectRef(module, "Lane", (PyObject *)&LaneType) < 0) return NULL;
+    if (PyModule_AddObjectRef(module, "Hook", (PyObject *)&HookType) < 0) return NULL;
+    return module;
+}
