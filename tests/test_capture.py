@@ -136,7 +136,7 @@ def test_a_loop_with_one_batch_at_a_time_is_booked_as_any_other(name, monkeypatc
 
     straight = booked()
     monkeypatch.setattr(BatchLedger, "_is_alone", lambda self: False)
-    monkeypatch.setattr(BatchLedger, "_straight", lambda self: None)
+    monkeypatch.setattr(BatchLedger, "_take_lone", lambda self: None)
     assert [*map(repr, straight)] == [*map(repr, booked())]
 
 

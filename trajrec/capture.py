@@ -59,6 +59,7 @@ class WatchedIterator:
 
     def __init__(self, iterator: Any, ledger: BatchLedger, loader: Any, drawn: deque[Any] | None, serial: int) -> None:
         self._iterator = iterator
+        self._next = iterator.__next__
         self._ledger = ledger
         self._loader = loader
         self._drawn = drawn
@@ -68,7 +69,7 @@ class WatchedIterator:
         return self
 
     def __next__(self) -> Any:
-        content = next(self._iterator)
+        content = self._next()
         ledger, drawn = self._ledger, self._drawn
         watch = ledger.watch
         began = watch.start() if watch.looks else 0.0

@@ -20,7 +20,7 @@
 #endif
 
 enum { OFF, READY, DRAWN, FORWARDED, BACKWARD, PREPARED };
-enum { RECORD_HEAD = 64, SLOT_BYTES = 64, OUT_OF_THE_WAY = 1 << 16 };
+enum { RECORD_HEAD = 64, SLOT_BYTES = 64, LONG_COPY = 1 << 20, OTHER_PARAMETERS = 2 };
 
 typedef struct {
     PyObject_HEAD
@@ -103,15 +103,14 @@ static int same_group(Lane *lane, PyObject *group, Py_ssize_t index) {
     return 1;
 }
 
-/* -2 where the groups hold other parameters. */
 static int same_options(Lane *lane) {
     PyObject *groups = PyObject_GetAttr(lane->optimizer, s_param_groups);
     if (!groups) return -1;
-    int same = PyList_Check(groups) && PyList_GET_SIZE(groups) == PyTuple_GET_SIZE(lane->options) ? 1 : -2;
+    int same = PyList_Check(groups) && PyList_GET_SIZE(groups) == PyTuple_GET_SIZE(lane->options) ? 1 : OTHER_PARAMETERS;
     for (Py_ssize_t k = 0; same == 1 && k < PyTuple_GET_SIZE(lane->options); k++) {
         PyObject *group = PyList_GET_ITEM(groups, k);
         PyObject *params = PyDict_Check(group) ? PyDict_GetItemWithError(group, s_params) : NULL;
-        if (!params || PyObject_Size(params) != PyLong_AsLong(PyTuple_GET_ITEM(lane->sizes, k))) same = -2;
+        if (!params || PyObject_Size(params) != PyLong_AsLong(PyTuple_GET_ITEM(lane->sizes, k))) same = OTHER_PARAMETERS;
         else same = same_group(lane, group, k);
     }
     Py_DECREF(groups);
@@ -214,11 +213,14 @@ static int renewed(Lane *lane) {
 static int prepared(Lane *lane, PyObject *arguments, PyObject *options) {
     if (lane->stage != BACKWARD || PyObject_Size(options) || PyObject_Size(arguments) != 1) return 0;
     int same = same_grads(lane);
-    if (same == 1) same = same_options(lane);
-    if (same == 0) same = renewed(lane);
+    if (same == 1) {
+        same = same_options(lane);
+        if (same == 0) same = renewed(lane);
+        if (same == OTHER_PARAMETERS) return 0;
+    }
     if (same == 1) same = compare_states(lane);
     if (same == 1) lane->stage = PREPARED;
-    return same < 0 && !PyErr_Occurred() ? 0 : same;
+    return same;
 }
 
 /* ---- the record: as trajrec/runfile/codec.py has it, into the ring, as trajrec/runfile/ring.py has it ---- */
@@ -256,7 +258,7 @@ static int copy_row(Lane *lane, char *to) {
     for (Py_ssize_t k = 0; k < count; k++) {
         Py_buffer view;
         if (PyObject_GetBuffer(PyTuple_GET_ITEM(lane->views, k), &view, PyBUF_SIMPLE) < 0) return -1;
-        PyThreadState *released = view.len > OUT_OF_THE_WAY ? PyEval_SaveThread() : NULL;
+        PyThreadState *released = view.len > LONG_COPY ? PyEval_SaveThread() : NULL;
         copy(to, view.buf, view.len);
         if (released) PyEval_RestoreThread(released);
         to += view.len;

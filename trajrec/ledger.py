@@ -51,6 +51,7 @@ class BatchLedger:
         self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
         self._left: MicroBatch | None = None  # the last that went through the model before another was drawn
         self._lone: MicroBatch | None = None  # the batch in use, while there is no other
+        self._looked = MicroBatch(None)  # what `_look_again` was last asked about
         self._last: MicroBatch | None = None  # of the last step, if that was such a batch
         self.lane: Lane | None = None  # where steps like the last one are taken (trajrec.straight)
         self._made_step: list[MicroBatch] = []
@@ -126,9 +127,12 @@ class BatchLedger:
     def _look_at(self, batch: MicroBatch, content: Any) -> None:
         """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place.
 
-        Of batches whose samples have all been summed before, and may only be augmented anew, a few are enough.
+        After the first epoch, of batches whose samples have all been summed before, and may only be augmented anew, a
+        few are enough.
         """
-        summed = self._summed is not None and batch.ids is not None and self._summed.holds(batch.ids)
+        # In the first epoch nearly all samples are new: to ask for each batch would cost more than to sum it.
+        is_first = not self.epochs or (self.epochs == 1 and batch.serial == self._last_serial)
+        summed = not is_first and self._summed is not None and batch.ids is not None and self._summed.holds(batch.ids)
         if not summed or (self._steps + 1) % _SKETCH_EVERY < 2:
             batch.sketch = sketch(content)
         if self.keeps_contents:
@@ -208,8 +212,9 @@ class BatchLedger:
 
     def cleared(self, by: Any) -> None:
         """An optimizer or a module has set its gradients to zero."""
-        if not self._cleared:
-            self._cleared = any(by is known for known in self.owners)
+        for known in self.owners:
+            if by is known:
+                self._cleared = True
 
     def backward(self, loss: Any) -> None:
         """A backward pass has begun: what was used so far belongs to the next step."""
@@ -367,12 +372,12 @@ class BatchLedger:
         }
 
     def _look_again(self, ids: list[int], content: Any) -> int | None:
-        batch = MicroBatch(as_ids(ids))
-        self._look_at(batch, content)
-        return batch.sketch
+        self._looked = MicroBatch(as_ids(ids), serial=self._last_serial)
+        self._look_at(self._looked, content)
+        return self._looked.sketch
 
-    def _note(self, ids: list[int]) -> None:
-        self._note_summed([MicroBatch(as_ids(ids), sketch=0)])
+    def _note(self, _: list[int]) -> None:
+        self._note_summed([self._looked])
 
     def take_over(self, batch: MicroBatch, loss: float | None) -> None:
         """Goes on with a batch that the lane has seen drawn, and used in a backward pass if there is a loss."""

@@ -32,8 +32,7 @@ except ImportError:
 else:
     HAS_LANE = sys.byteorder == "little"  # as records are encoded
 
-_WORTH = 8  # steps; a lane that is left sooner is not entered again for a while
-_PAUSE = 32
+_PAUSE = 32  # steps that a lane is not entered for where it was left at once
 
 
 class Stage(IntEnum):
@@ -146,7 +145,7 @@ class Straight:
         """The lane's word that it does not know how to go on."""
         lane, stage = self.lane, Stage(number)
         assert lane is not None
-        if stage is not Stage.PREPARED and lane.entry - self._entered_at <= _WORTH:
+        if stage is not Stage.PREPARED and lane.entry == self._entered_at + 1:
             self._not_before = max(self._not_before, lane.entry + _PAUSE)
         if stage is Stage.READY:
             return

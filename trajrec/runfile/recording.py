@@ -1,7 +1,7 @@
 """The sink that writes a run file, as the training process sees it: copy into the ring, now and then a glance.
 
     reserve()   waits for a free slot (there nearly always is one) and hands out its row
-    commit()    encodes the record into the ring and publishes the slot; wakes the writer for every whole segment
+    commit()    encodes the record into the ring and publishes the slot; now and then wakes the writer
     inputs()    writes a raw file, which the writer takes into the step's segment
     keyframe()  writes a raw file
     close()     waits until the writer has packed everything
@@ -41,6 +41,7 @@ KEYFRAME_INTERVAL = 64
 INPUT_BYTES = 256 * 1024**2  # of raw inputs at a time; then training waits for the writer
 _NAP = 0.001
 _GLANCE = 0.1
+_GLANCE_STEPS = 128
 _RETRY = 1.0
 
 OnFull = Literal["wait", "stop-recording", "raise"]
@@ -126,6 +127,12 @@ class RunFileSink:
         self._resuming = self._resume and not self._force and self._is_there()
         if not self._resuming:
             self._begin()
+
+    @property
+    def _pause(self) -> int:
+        """Steps between two glances at the writer."""
+        geometry = self._geometry
+        return geometry.chunk_rows if self._budget is not None else min(geometry.segment_rows, _GLANCE_STEPS)
 
     def _lock_folder(self) -> None:
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -228,9 +235,8 @@ class RunFileSink:
             self._note_gap(record.step)
             return
         self._next = record.step + 1
-        if self._next % self._geometry.chunk_rows == 0:
-            if self._next % self._geometry.segment_rows == 0:
-                self._writer.wake()
+        if self._next % self._pause == 0:
+            self._writer.wake()
             if self._writer.status() is Status.DISK_FULL and self._free() > 2 * self._geometry.segment_bytes:
                 self._writer.restart()
 
@@ -242,12 +248,12 @@ class RunFileSink:
     def straight(self, step: int) -> dict[str, Any] | None:
         """Where the lane may publish this and the next steps by itself: fields of it; None if it must not.
 
-        Not where there is something to be done besides: a new chunk begins or one ends, or a keyframe is due.
+        Not where there is something to be done besides: the budget and the writer are looked after, a keyframe is due.
         """
-        rows = self._geometry.chunk_rows
-        if self._stopped or self._resuming or step != self._next or step % rows == 0 or self._spec.inputs == "store":
+        is_ready = step == self._next and not self._stopped and not self._resuming and self._spec.inputs != "store"
+        if not is_ready or (self._budget is not None and step % self._geometry.chunk_rows == 0):
             return None
-        end = min(step - step % rows + rows - 1, step - step % self._interval + self._interval)
+        end = min(step + -(step + 1) % self._pause, step + -step % self._interval)
         return {"sink": self, **self._ring.straight(end)}
 
     def wants_keyframe(self, step: int) -> bool:

@@ -1,0 +1,319 @@
+"""The compiled lane records what Python records, to the byte, whatever the loop does; and it is used where it can be."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import trajrec
+from tests.lane_sink import LaneSink
+from trajrec import straight
+from trajrec.recorder import Recorder
+from trajrec.sink import MemorySink
+
+pytestmark = pytest.mark.skipif(not straight.HAS_LANE, reason="lane.c was not compiled here")
+
+N, BATCH, EPOCHS = 44, 4, 6
+STEPS = EPOCHS * N // BATCH
+
+
+class Loop:
+    """A training whose parts a case changes: `each(t)` is called before every step, `after(t)` behind it."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.0), nn.ReLU(), nn.Linear(8, 2))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        data = TensorDataset(torch.randn(N, 3), torch.randint(2, (N,)))
+        self.loader = DataLoader(data, BATCH, shuffle=True)
+        self.validation = DataLoader(TensorDataset(*data.tensors), BATCH)
+        self.each = self.after = lambda t: None
+        self.forward = lambda x: self.model(x)
+        self.backwards = 1
+
+    def run(self):
+        t = 0
+        for _ in range(EPOCHS):
+            for x, y in self.loader:
+                t += 1
+                self.each(t)
+                self.optimizer.zero_grad()
+                for k in range(self.backwards):
+                    loss = nn.functional.cross_entropy(self.forward(x), y)
+                    loss.backward(retain_graph=k + 1 < self.backwards)
+                self.optimizer.step()
+                self.after(t)
+
+
+CASES = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+@case
+def plain(loop):
+    pass
+
+
+@case
+def adam(loop):
+    loop.optimizer = torch.optim.AdamW(loop.model.parameters(), lr=0.01)
+
+
+@case
+def float64(loop):
+    loop.model.double()
+    loop.forward = lambda x: loop.model(x.double())
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+
+
+@case
+def groups(loop):
+    first, *_, last = loop.model
+    loop.optimizer = torch.optim.SGD([{"params": first.parameters(), "lr": 0.2}, {"params": last.parameters()}], lr=0.1)
+
+
+@case
+def dropout(loop):
+    loop.model[2].p = 0.5
+
+
+@case
+def dropout_from_a_step_on(loop):
+    def each(t):
+        loop.model[2].p = 0.5 * (t > 30)
+
+    loop.each = each
+
+
+@case
+def other_random_numbers(loop):
+    loop.each = lambda t: torch.rand(t % 3)
+
+
+@case
+def a_schedule(loop):
+    schedule = torch.optim.lr_scheduler.ExponentialLR(loop.optimizer, 0.97)
+    loop.after = lambda t: schedule.step()
+
+
+@case
+def a_rate_that_rises_from_zero(loop):
+    def each(t):
+        loop.optimizer.param_groups[0]["lr"] = 0.0 if 20 <= t < 24 else 0.1
+
+    loop.each = each
+
+
+@case
+def evaluations(loop):
+    def after(t):
+        if t % 9 == 0:
+            with torch.no_grad():
+                for x, _ in loop.validation:
+                    loop.model(x)
+
+    loop.after = after
+
+
+@case
+def evaluations_in_eval_mode(loop):
+    def after(t):
+        if t % 9 == 0:
+            loop.model.eval()
+            with torch.no_grad():
+                for x, _ in loop.validation:
+                    loop.model(x)
+            loop.model.train()
+
+    loop.after = after
+
+
+@case
+def a_module_changes_its_mode(loop):
+    def each(t):
+        loop.model[1].training = t < 30
+
+    loop.each = each
+
+
+@case
+def frozen_on_the_way(loop):
+    def each(t):
+        loop.model[0].weight.requires_grad_(t < 30)
+
+    loop.each = each
+
+
+@case
+def weights_move_in_memory(loop):
+    def each(t):
+        if t % 7 == 0:
+            weight = loop.model[0].weight
+            weight.data = weight.data.clone()
+
+    loop.each = each
+
+
+@case
+def weights_are_clipped(loop):
+    def after(t):
+        with torch.no_grad():
+            loop.model[0].weight.clamp_(-0.3, 0.3)
+
+    loop.after = after
+
+
+@case
+def two_backward_passes(loop):
+    loop.backwards = 2
+
+
+@case
+def two_forward_passes(loop):
+    loop.forward = lambda x: loop.model(x) + loop.model(-x)
+
+
+@case
+def two_forward_passes_now_and_then(loop):
+    calls = iter(range(10**6))
+    loop.forward = lambda x: loop.model(x) + (loop.model(-x) if next(calls) % 13 == 0 else 0)
+
+
+@case
+def named_samples_now_and_then(loop):
+    def each(t):
+        if t % 10 == 0:
+            trajrec.set_batch([1, 2, 3, 4])
+
+    loop.each = each
+
+
+@case
+def a_copy_of_the_model(loop):
+    def after(t):
+        copy.deepcopy(loop.model)(torch.ones(2, 3))
+        pickle.loads(pickle.dumps(loop.model))
+
+    loop.after = after
+
+
+@case
+def a_named_argument(loop):
+    loop.forward = lambda x: loop.model(input=x)
+
+
+@case
+def another_model_is_trained_too(loop):
+    other = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def after(t):
+        other(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+
+    loop.after = after
+
+
+@case
+def a_batch_is_looked_at_and_left(loop):
+    def after(t):
+        if t % 8 == 0:
+            next(iter(loop.loader))
+
+    loop.after = after
+
+
+@case
+def workers(loop):
+    loop.loader = DataLoader(loop.loader.dataset, BATCH, shuffle=True, num_workers=1, persistent_workers=True)
+
+
+def recorded(case, sink):
+    loop = Loop()
+    CASES[case](loop)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        loop.run()
+    return sink, [p.detach().clone() for p in loop.model.parameters()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_lane_records_what_python_records(name, monkeypatch):
+    lane, weights = recorded(name, LaneSink(16))
+    monkeypatch.setattr(straight, "HAS_LANE", False)
+    python, expected = recorded(name, MemorySink(16))
+    assert all(map(torch.equal, weights, expected))
+    assert len(lane.records) == STEPS + 1
+    for a, b in zip(lane.records, python.records, strict=True):
+        assert repr(replace(a, time=0.0)) == repr(replace(b, time=0.0))
+        assert a.hyper.tobytes() == b.hyper.tobytes()
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(lane.rows, python.rows, strict=True))
+    assert [k.step for k in lane.keyframes] == [k.step for k in python.keyframes]
+    for a, b in zip(lane.keyframes, python.keyframes, strict=True):
+        assert {k: v.tobytes() for k, v in a.arrays.items()} == {k: v.tobytes() for k, v in b.arrays.items()}
+
+
+@pytest.mark.parametrize("name", ["plain", "adam", "float64", "groups", "dropout", "a_schedule", "weights_are_clipped"])
+def test_most_steps_go_through_the_lane(name):
+    sink, _ = recorded(name, LaneSink(16))
+    # The others: the first, the first of every epoch (11 steps), those with a keyframe (every 16).
+    assert sink.straight_steps >= STEPS - 1 - EPOCHS - STEPS // 16
+
+
+@pytest.mark.parametrize("keep", ["steps", 10])
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_file_recorded_through_the_lane_is_the_same(tmp_path, monkeypatch, keep, compression):
+    def record(name):
+        loop = Loop()
+        options = {"keep": keep, "compression": compression}
+        with trajrec.record(tmp_path / name, model=loop.model, optimizer=loop.optimizer, **options):
+            loop.run()
+        return trajrec.open(tmp_path / name)
+
+    with record("lane.h5") as lane:
+        monkeypatch.setattr(straight, "HAS_LANE", False)
+        with record("python.h5") as python:
+            assert (lane.steps, lane.keyframe_steps) == (python.steps, python.keyframe_steps)
+            for t in range(1, STEPS + 1):
+                assert lane.sample_ids(t).tolist() == python.sample_ids(t).tolist()
+                assert lane.hyperparameters(t) == python.hyperparameters(t)
+            assert np.array_equal(lane.losses, python.losses)
+            if keep == "steps":
+                rows = zip(lane.walk(0, STEPS), python.walk(0, STEPS), strict=True)
+                assert all(a.tobytes() == b.tobytes() for (_, a), (_, b) in rows)
+
+
+def test_an_error_in_a_hook_of_the_lane_comes_out(monkeypatch):
+    loop, sink = Loop(), LaneSink(10**6)
+
+    def each(t):
+        if t == 20:
+            monkeypatch.setattr(Recorder, "_renew", lambda self: 1 / 0)
+            loop.optimizer.param_groups[0]["lr"] = 0.05
+
+    recorder = Recorder(sink, model=loop.model, optimizer=loop.optimizer)
+    loop.each = each
+    recorder._straight._renew = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError), recorder:
+        loop.run()
+    assert len(sink.records) == 20  # steps 0 to 19
+
+
+def test_a_recorder_lets_go_of_everything_when_it_ends():
+    loop, sink = Loop(), LaneSink(16)
+    recorder = Recorder(sink, model=loop.model, optimizer=loop.optimizer)
+    with recorder:
+        loop.run()
+    assert recorder._straight.lane.stage == straight.Stage.OFF
+    assert recorder._straight.lane.loader is None
+    before = len(sink.records)
+    loop.run()
+    assert len(sink.records) == before
