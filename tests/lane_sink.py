@@ -1,4 +1,4 @@
-"""A sink that keeps everything, like MemorySink, but in a ring: so that the lane of trajrec/straight.py can publish in it."""
+"""A sink that keeps everything, like MemorySink, but in a ring, where the lane (trajrec.straight) can publish."""
 
 import tempfile
 from dataclasses import replace

@@ -18,6 +18,7 @@ import pytest
 
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_step, spec
+from tests.runfile_training import SAMPLES, train
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import holder
 from trajrec.runfile.packing import pack
@@ -31,12 +32,12 @@ ROOT = Path(__file__).parents[1]
 class Trial:
     """A trainer process and its writer, recording."""
 
-    def __init__(self, folder: Path, keep: str = "steps", inputs: str = "digest") -> None:
+    def __init__(self, folder: Path, *options: str, module: str = "tests.runfile_trainer") -> None:
         self.run = folder / "run.h5"
         self.folder = Folder.of(self.run)
         self.progress = folder / "progress"
         self.progress.write_bytes(np.int64(-1).tobytes())
-        command = [sys.executable, "-m", "tests.runfile_trainer", self.run, self.progress, str(VALUES), keep, inputs]
+        command = [sys.executable, "-m", module, self.run, self.progress, *options]
         self.trainer = subprocess.Popen(command, cwd=ROOT)
         self._until(lambda: self.done >= 0)
 
@@ -86,7 +87,7 @@ def assert_nothing_is_lost(path: Path, done: int, keep: str = "steps", inputs: s
 
 
 def kill_trainer(folder: Path, keep: str = "steps", inputs: str = "digest") -> None:
-    trial = Trial(folder, keep, inputs)
+    trial = Trial(folder, str(VALUES), keep, inputs)
     time.sleep(random.uniform(0, 1.5 if keep == "steps" else 0.3))
     trial.kill(trial.trainer.pid)
     trial.trainer.wait()
@@ -102,7 +103,7 @@ def kill_trainer(folder: Path, keep: str = "steps", inputs: str = "digest") -> N
 
 
 def kill_both(folder: Path, keep: str = "steps", inputs: str = "digest") -> None:
-    trial = Trial(folder, keep, inputs)
+    trial = Trial(folder, str(VALUES), keep, inputs)
     time.sleep(random.uniform(0, 1.5 if keep == "steps" else 0.3))
     pids = [trial.trainer.pid, trial.writer]
     random.shuffle(pids)
@@ -137,7 +138,25 @@ def kill_writer(folder: Path) -> None:
     assert verify(folder / "run.h5") == []
 
 
-KINDS = {"trainer": kill_trainer, "both": kill_both, "writer": kill_writer}
+def kill_training(folder: Path) -> None:
+    """A training is killed, its writer too or not, and what is recorded are the weights of the same training."""
+    trial = Trial(folder, module="tests.runfile_training")
+    time.sleep(random.uniform(0, 1.5))
+    trial.kill(*random.choice([[trial.trainer.pid], [trial.writer, trial.trainer.pid]]))
+    trial.trainer.wait()
+    trial.wait_for_orphan()
+    with trajrec.open(trial.run) as run:
+        assert trial.done <= run.steps <= trial.done + 1
+        for (t, row), weights in zip(run.walk(0, run.steps), train(None), strict=False):
+            assert row.tobytes() == weights.numpy().tobytes(), t
+        batches = [run.sample_ids(t) for t in range(1, run.steps + 1)]
+    samples = np.concatenate(batches)
+    for start in range(0, len(samples) - SAMPLES + 1, SAMPLES):
+        assert sorted(samples[start : start + SAMPLES]) == list(range(SAMPLES))
+    assert verify(trial.run) == []
+
+
+KINDS = {"trainer": kill_trainer, "both": kill_both, "writer": kill_writer, "training": kill_training}
 
 
 @pytest.mark.parametrize("trial", range(2))

@@ -1,4 +1,4 @@
-"""The compiled lane records what Python records, to the byte, whatever the loop does; and it is used where it can be."""
+"""The lane records what Python records, to the byte, whatever the loop does; and it is used where it can be."""
 
 import copy
 import pickle
