@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import trajrec
-from trajrec.batches import MicroBatch, SampleSet, StepBatch, _joined, alone
+from trajrec.batches import MicroBatch, StepBatch, _joined, alone
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
 from trajrec.ledger import BatchLedger
 from trajrec.recorder import Recorder
 from trajrec.sink import MemorySink
+from trajrec.sums import SampleSet
 
 
 class Identified(Dataset):

@@ -101,36 +101,6 @@ class MicroBatch:
         return [self.contents.rows(slice(a, b), len(self.ids)) for a, b in pairwise(edges)]
 
 
-class SampleSet:
-    """Some of N samples, by their ids."""
-
-    def __init__(self, samples: int) -> None:
-        self._is_in = np.zeros(samples, dtype=bool)
-        self._missing = self._uncounted = samples  # at least that many until it can be whole
-
-    def holds(self, ids: IntArray) -> bool:
-        """Whether all of these samples [B] are in it; not of ids that are none of the N."""
-        try:
-            return not self._missing or bool(self._is_in[ids].all())
-        except IndexError:
-            return False
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all N are in it."""
-        return not self._missing
-
-    def add(self, ids: IntArray) -> None:
-        """Takes in these samples [B], as far as they are of the N."""
-        try:
-            self._is_in[ids] = True
-        except IndexError:
-            return
-        self._uncounted -= len(ids)
-        if self._missing and self._uncounted <= 0:
-            self._missing = self._uncounted = int(np.count_nonzero(~self._is_in))
-
-
 @dataclass(slots=True)
 class StepBatch:
     """The samples of one step, from one or more micro-batches.

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from trajrec.batches import MicroBatch, SampleSet, States, StepBatch, alone, as_ids, samples_in, step_of
+from trajrec import sums
+from trajrec.batches import MicroBatch, States, StepBatch, alone, as_ids, samples_in, step_of
 from trajrec.contents import contents_of
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.records import FloatArray, IntArray
 from trajrec.seeding import Seeded, find_seeded
 from trajrec.stopwatch import Stopwatch
+from trajrec.sums import Sums
 from trajrec.task import digest, sketch
 
 if TYPE_CHECKING:
     from trajrec.lane import Lane
 
 _MOST_DRAWN = 64
-_SKETCH_EVERY = 32  # steps, where there is nothing new; two at a time, because loops draw ahead
 _HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
 
 
@@ -46,12 +47,11 @@ class BatchLedger:
         self.watch = Stopwatch()
         self.backwards = 0  # backward passes seen
         self._steps = 0
-        self._summed: SampleSet | None = None  # samples of steps whose inputs were summed
+        self._sums = Sums(lambda: len(self.dataset) if hasattr(self.dataset, "__len__") else 0)
         self._drawn: list[MicroBatch] = []
         self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
         self._left: MicroBatch | None = None  # the last that went through the model before another was drawn
         self._lone: MicroBatch | None = None  # the batch in use, while there is no other
-        self._looked = MicroBatch(None)  # what `_look_again` was last asked about
         self._last: MicroBatch | None = None  # of the last step, if that was such a batch
         self.lane: Lane | None = None  # where steps like the last one are taken (trajrec.straight)
         self._made_step: list[MicroBatch] = []
@@ -125,16 +125,8 @@ class BatchLedger:
         return batch.loader is loader and (batch.evaluated or batch.used_in_training_mode is not None)
 
     def _look_at(self, batch: MicroBatch, content: Any) -> None:
-        """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place.
-
-        After the first epoch, of batches whose samples have all been summed before, and may only be augmented anew, a
-        few are enough.
-        """
-        # In the first epoch nearly all samples are new: to ask for each batch would cost more than to sum it.
-        is_first = not self.epochs or (self.epochs == 1 and batch.serial == self._last_serial)
-        summed = not is_first and self._summed is not None and batch.ids is not None and self._summed.holds(batch.ids)
-        if not summed or (self._steps + 1) % _SKETCH_EVERY < 2:
-            batch.sketch = sketch(content)
+        """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place."""
+        batch.sketch = self._sum(batch.ids, content, batch.serial)
         if self.keeps_contents:
             try:
                 batch.contents = contents_of(content)
@@ -142,6 +134,10 @@ class BatchLedger:
                 batch.contents = error  # to be raised only if the batch makes a step
         elif self._first:
             batch.digest = digest(content)
+
+    def _sum(self, ids: Any, content: Any, serial: int) -> int | None:
+        is_first = not self.epochs or (self.epochs == 1 and serial == self._last_serial)
+        return sketch(content) if self._sums.wants(ids, self._steps + 1, is_first) else None
 
     def give(self, ids: IntArray, weights: FloatArray | None) -> None:
         """The user has named the samples of the next step, or of its next micro-batch."""
@@ -330,7 +326,9 @@ class BatchLedger:
             )
         self._count_epoch(batches[-1])
         self._first = False
-        self._note_summed(batches)
+        for batch in batches:
+            if batch.sketch is not None:
+                self._sums.note(batch.ids)
         return step_of(batches, losses, loose)
 
     def _take_lone(self) -> StepBatch | None:
@@ -347,7 +345,7 @@ class BatchLedger:
             self._first = False
         self.seeded_pass = batch.seeded_pass
         if batch.sketch is not None:
-            self._note_summed([batch])
+            self._sums.note(batch.ids)
         self._last, batch.content = batch, None
         return alone(batch, losses)
 
@@ -359,25 +357,19 @@ class BatchLedger:
         is_busy = self._drawn or self._ahead or self._made_step or self._given
         if last is None or is_busy or self.keeps_contents or last.seeded_pass is not None or len(self._losses):
             return None
-        summed = self._summed is not None and self._summed.is_whole
         return {
             "ledger": self,
             "loader": last.loader,
             "serial": last.serial,
             "look": self._look_again,
-            "note": self._note,
-            "summed": summed,
-            "look_every": _SKETCH_EVERY,
+            "note": self._sums.note,
+            "summed": self._sums.is_whole,
+            "look_every": sums.EVERY,
             "steps": self._steps,
         }
 
     def _look_again(self, ids: list[int], content: Any) -> int | None:
-        self._looked = MicroBatch(as_ids(ids), serial=self._last_serial)
-        self._look_at(self._looked, content)
-        return self._looked.sketch
-
-    def _note(self, _: list[int]) -> None:
-        self._note_summed([self._looked])
+        return self._sum(ids, content, self._last_serial)
 
     def take_over(self, batch: MicroBatch, loss: float | None) -> None:
         """Goes on with a batch that the lane has seen drawn, and used in a backward pass if there is a loss."""
@@ -386,13 +378,6 @@ class BatchLedger:
         else:
             batch.spent = len(batch.passes)
             self._made_step, self._losses = [batch], [loss]
-
-    def _note_summed(self, batches: Sequence[MicroBatch]) -> None:
-        if self._summed is None:
-            self._summed = SampleSet(len(self.dataset) if hasattr(self.dataset, "__len__") else 0)
-        for batch in batches:
-            if batch.sketch is not None and batch.ids is not None:
-                self._summed.add(batch.ids)
 
     def _count_epoch(self, batch: MicroBatch) -> None:
         self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
