@@ -5,7 +5,8 @@ is step 0, the weights before training, so that `weights[t]` and `steps/loss[t]`
 
     attributes    format, version, created, state, first, keep, gaps, resumed
     /spec         one JSON attribute for every field of RunSpec
-    /weights      (n, P) in chunks (R, C); (0, P) where rows of single steps are not kept
+    /weights      (n, P) in chunks (R, C), or in one piece where there is no compression; (0, P) where rows of single
+                  steps are not kept, and in segments whose rows are in a file of their own (rowfile.py)
     /steps        step, epoch, loss, time, crc32, record_crc32 (n); hyper (n, G, H)
     /batches      ids, weights, rng, parts, digests, changes: flat; NAME_offsets (n + 1)
     /keyframes    the step as ten digits: the keyframe's arrays by their paths, each with its CRC-32 (packed runs)
@@ -33,6 +34,7 @@ import numpy.typing as npt
 
 from trajrec.checksum import crc32
 from trajrec.records import Row, RunSpec
+from trajrec.runfile.rowfile import HEAD_BYTES
 from trajrec.runfile.table import PLAIN, RAGGED, StepTable, widened
 
 FORMAT = "trajrec"
@@ -51,7 +53,7 @@ class Head:
         first: step of entry 0.
         keep: "steps", or "keyframes" where rows of single steps are not kept.
         compression: "zstd" or "none".
-        chunks: (R, C) of /weights.
+        chunks: (R, C) of /weights; None where it lies in one piece.
         gaps: first and last step of stretches that went unrecorded.
         resumed: steps that a recording was taken up again at.
     """
@@ -60,7 +62,7 @@ class Head:
     first: int
     keep: str
     compression: str
-    chunks: tuple[int, int]
+    chunks: tuple[int, int] | None
     gaps: tuple[tuple[int, int], ...] = ()
     resumed: tuple[int, ...] = ()
 
@@ -70,9 +72,13 @@ def filters(compression: str) -> dict[str, Any]:
     return {} if compression == "none" else {"shuffle": True, "compression": hdf5plugin.Zstd(clevel=1)}
 
 
-def begin(path: Path, head: Head, spec: RunSpec, cache: int | None = None) -> h5py.File:
-    """A new file with its attributes, its spec and empty /weights; `cache` is the chunk cache in bytes."""
-    file = h5py.File(path, "w", libver=LIBVER, locking=False, rdcc_nbytes=cache)
+def begin(path: Path, head: Head, spec: RunSpec, rows: int, cache: int | None = None) -> h5py.File:
+    """A new file with its attributes, its spec and /weights [rows, P]; `cache` is the chunk cache in bytes.
+
+    /weights comes first: where it lies in one piece, it then begins at `HEAD_BYTES`, like the rows of a row file.
+    """
+    file = h5py.File(path, "w", libver=LIBVER, locking=False, rdcc_nbytes=cache, **_alignment(head, rows))
+    _create_weights(file, head, spec, rows)
     for name, value in _attributes(head, spec).items():
         file.attrs[name] = np.bytes_(value)
     file.attrs["first"] = np.int64(head.first)
@@ -82,15 +88,27 @@ def begin(path: Path, head: Head, spec: RunSpec, cache: int | None = None) -> h5
     group = file.create_group("spec")
     for name, value in spec.to_json().items():
         group.attrs[name] = np.bytes_(json.dumps(value))
-    file.create_dataset(
-        "weights",
-        (0, spec.row_length),
-        np.dtype(spec.dtype).newbyteorder("<"),
-        maxshape=(None, spec.row_length),
-        chunks=head.chunks,
-        **filters(head.compression),
-    )
     return file
+
+
+def _alignment(head: Head, rows: int) -> dict[str, int]:
+    """Whatever is larger begins on a multiple of `HEAD_BYTES`, where /weights lies in one piece."""
+    return {} if head.chunks or not rows else {"alignment_threshold": HEAD_BYTES, "alignment_interval": HEAD_BYTES}
+
+
+def _create_weights(file: h5py.File, head: Head, spec: RunSpec, rows: int) -> None:
+    shape, dtype = (rows, spec.row_length), np.dtype(spec.dtype).newbyteorder("<")
+    if head.chunks:
+        options = filters(head.compression)
+        file.create_dataset("weights", shape, dtype, maxshape=(None, shape[1]), chunks=head.chunks, **options)
+        return
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_layout(h5py.h5d.CONTIGUOUS)
+    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    plan.set_obj_track_times(False)
+    plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # a place in the file, and nothing written there
+    kind, space = h5py.h5t.py_create(dtype), h5py.h5s.create_simple(shape)
+    h5py.h5d.create(file.id, b"weights", kind, space, plan)
 
 
 def _attributes(head: Head, spec: RunSpec) -> dict[str, str]:
@@ -105,10 +123,9 @@ def _attributes(head: Head, spec: RunSpec) -> dict[str, str]:
     }
 
 
-def write_rows(file: h5py.File, blocks: Iterable[Row], count: int) -> None:
-    """Fills /weights with blocks of R rows (the last may be shorter), `count` rows in all."""
+def write_rows(file: h5py.File, blocks: Iterable[Row]) -> None:
+    """Fills /weights with blocks of R rows (the last may be shorter)."""
     weights, at = file["weights"], 0
-    weights.resize(count, axis=0)
     for block in blocks:
         weights[at : at + len(block)] = block
         at += len(block)

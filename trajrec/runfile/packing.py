@@ -82,8 +82,8 @@ def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
         writer.close()
     if status is Status.DISK_FULL:
         folder.sweep()
+        size = f"{folder.packing_size() / 1e6:.0f} MB"
         raise DiskFullError(
-            f"The disk is full: packing {folder.path} needs about {folder.size() / 1e6:.0f} MB. Nothing is lost; make "
-            "room and pack again."
+            f"The disk is full: packing {folder.path} needs about {size}. Nothing is lost; make room and pack again."
         )
     return folder.output

@@ -31,7 +31,7 @@ from trajrec.runfile.folder import Folder, Manifest, Segment, is_disk_full, sync
 from trajrec.runfile.keyfile import read_keyframe, write_arrays
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.process import EXIT_DISK_FULL
-from trajrec.runfile.sealing import copy_segment
+from trajrec.runfile.sealing import copy_segment, row_file
 from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.writer import Writer
 
@@ -50,7 +50,7 @@ def resume(folder: Folder, crc32: int, keep: str, inputs: str) -> tuple[int, int
         raise RecordingError(f"It keeps {manifest.keep}, and would now keep {keep}.")
     if inputs != manifest.spec.inputs:
         raise RecordingError(f'It has inputs="{manifest.spec.inputs}", and would now have inputs="{inputs}".')
-    pieces = Pieces(segments)
+    pieces = Pieces(segments, folder.rows)
     step = _find(pieces, crc32)
     if step is None:
         return None
@@ -109,15 +109,17 @@ def _truncate(folder: Folder, manifest: Manifest, pieces: Pieces, step: int) -> 
         if segment.first > step:
             segment.path.unlink()
         elif segment.stop > step + 1:
-            copy_segment(folder, manifest, Pieces([segment]), segment.first, step + 1)
+            copy_segment(folder, manifest, Pieces([segment], folder.rows), segment.first, step + 1)
             segment.path.unlink()
+    if manifest.plain_rows:
+        row_file(folder, manifest).cut(step + 1)
     folder.ring.unlink(missing_ok=True)
 
 
 def drop_rows(folder: Folder) -> int:
     """Makes a recording of every step one of keyframes, and returns its last step."""
     manifest, segments = _of_folder(folder)
-    pieces = Pieces(segments)
+    pieces = Pieces(segments, folder.rows)
     for step, path in folder.keyframes().items():
         if step < pieces.stop:
             _move_weights(pieces, step, path)
@@ -125,7 +127,8 @@ def drop_rows(folder: Folder) -> int:
     folder.write_manifest(manifest)
     pieces.close()
     for segment in segments:
-        copy_segment(folder, manifest, Pieces([segment]), segment.first, segment.stop)
+        copy_segment(folder, manifest, Pieces([segment], folder.rows), segment.first, segment.stop)
+    folder.rows.unlink(missing_ok=True)
     folder.ring.unlink(missing_ok=True)
     return pieces.stop - 1
 

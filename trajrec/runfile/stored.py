@@ -3,6 +3,8 @@
 Nothing here trusts the file. Only plain datasets of the expected dtype and shape that lie in the file itself are
 read (no external or virtual storage, no links, no objects), every fault of the HDF5 library becomes a
 `DamagedRunError`, and nothing is unpickled or executed.
+
+Rows come from chunks, by way of the HDF5 library, or from one piece of a file (storedrows.py).
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import Inputs, Keyframe, Row, RunSpec
 from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, ColumnSizes, Head, inputs_name, keyframe_name
+from trajrec.runfile.rowfile import SharedRows
+from trajrec.runfile.storedrows import FlatRows, StoredRows, rows_of
 from trajrec.runfile.table import LATER, PLAIN, RAGGED, StepTable
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -59,9 +63,14 @@ class StoredRun:
         head: what the file says of itself.
         first: step of entry 0; `stop` is the step after the last.
         has_rows: whether rows of single steps are kept.
+        rows_path: the file with the rows.
+
+    Args:
+        path: the file.
+        rows: of a recording in whose folder the file is, for a segment that has no rows of its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: SharedRows | None = None) -> None:
         _check_signature(path)
         self.path = path
         with reading(path, "it"):
@@ -70,12 +79,13 @@ class StoredRun:
             self.head = self._head()
             self.first = self.head.first
             self._weights = self._dataset("weights", "f", 2)
-            self.entries = self._length()
+            self.has_rows = self.head.keep == "steps"
+            self.entries = len(self._dataset("steps/crc32", "u", 1))
+            self.rows_path, self._rows = self._find_rows(rows)
         except BaseException:
             self._file.close()
             raise
         self.stop = self.first + self.entries
-        self.has_rows = self.head.keep == "steps"
 
     def close(self) -> None:
         """Closes the file."""
@@ -117,12 +127,15 @@ class StoredRun:
                 raise ValueError(f"unexpected dtype {dataset.dtype} or shape {dataset.shape}")
             return dataset
 
-    def _length(self) -> int:
-        entries = len(self._dataset("steps/crc32", "u", 1))
-        rows = len(self._weights)
-        if rows != entries * (self.head.keep == "steps") or self.first < 0:
-            raise DamagedRunError(f"{self.path}: /weights has {rows} rows, /steps {entries}; the file is damaged.")
-        return entries
+    def _find_rows(self, shared: SharedRows | None) -> tuple[Path, StoredRows]:
+        """Where the rows are, and the file that they are in."""
+        rows, expected = len(self._weights), self.entries * self.has_rows
+        if shared is not None and expected and not rows:
+            return shared.path, FlatRows.of_folder(shared, self._weights, self.first)
+        if rows != expected or self.first < 0:
+            raise DamagedRunError(f"{self.path}: /weights has {rows} rows, /steps {self.entries}; the file is damaged.")
+        with reading(self.path, "/weights"):
+            return self.path, rows_of(self._weights)
 
     # ---- rows
 
@@ -131,17 +144,22 @@ class StoredRun:
         """P."""
         return int(self._weights.shape[1])
 
+    @property
+    def in_folder(self) -> bool:
+        """Whether the rows are in a file that all segments of a folder share."""
+        return self.rows_path != self.path
+
     def rows(self, first: int, stop: int) -> Row:
         """Rows of steps [first, stop) [n, P], not checked."""
-        with reading(self.path, f"/weights, steps {first} to {stop - 1}"):
+        with reading(self.rows_path, f"/weights, steps {first} to {stop - 1}"):
             out = np.empty((stop - first, self.row_length), self._weights.dtype)
             if out.size:
-                self._weights.read_direct(out, np.s_[first - self.first : stop - self.first])
+                self._rows.read(first - self.first, out)
             return out
 
     def block(self, step: int) -> tuple[int, int]:
-        """The steps [first, stop) whose rows share chunks with that of `step`."""
-        rows = self._weights.chunks[0]
+        """The steps [first, stop) whose rows are best read together with that of `step`."""
+        rows = self._rows.at_once
         start = self.first + (step - self.first) // rows * rows
         return start, min(start + rows, self.stop)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from trajrec.runfile.folder import Folder, is_disk_full, sync
 from trajrec.runfile.ring import Control, Finish, Ring, Status
-from trajrec.runfile.sealing import pack, seal
+from trajrec.runfile.sealing import pack, row_file, seal
 
 POLL_SECONDS = 0.25
 _PATIENCE = 20
@@ -43,9 +43,17 @@ class Writer:
         folder.sweep()
         segments = folder.segments()
         self.next = segments[-1].stop if segments else self.ring.first
+        self._tidy_rows()
         folder.drop_sealed(self.next)  # an earlier writer may have been killed before it did
         self.ring.set(Control.TAIL, self.next)
         self.ring.set(Control.STATUS, Status.RUNNING)
+
+    def _tidy_rows(self) -> None:
+        """Cuts off rows that an earlier writer was killed over, before a segment spoke of them."""
+        if self.manifest.plain_rows:
+            row_file(self.folder, self.manifest).cut(self.next)
+        else:
+            self.folder.rows.unlink(missing_ok=True)  # rows that are dropped to stay in a budget
 
     def run(self) -> None:
         """Seals until training ends."""
