@@ -27,7 +27,7 @@ from trajrec.runfile.joint import Joint
 HEAD_BYTES = 4096
 BLOCK_BYTES = 4 * 1024**2
 BLOCK_ROWS = 1024
-_PIECE = 1 << 20
+_PIECE = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +153,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _write_at(fd: int, data: memoryview, start: int) -> None:
+    """Writes in small pieces: of a large one, what the kernel copies has left the processor's cache on its way."""
     while data:
-        count = os.pwrite(fd, data, start)
+        count = os.pwrite(fd, data[:_PIECE], start)
         data, start = data[count:], start + count

@@ -14,6 +14,7 @@ carries the name of a temporary file; what it had not sealed is still in the rin
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -119,6 +120,7 @@ class Writer:
 def main(argument: str) -> None:
     """Runs a writer; never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # modules stay anyway: collections need not look through them
     folder = Folder(Path(argument))
     try:
         Writer(folder).run()
