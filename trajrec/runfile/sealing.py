@@ -25,10 +25,11 @@ import numpy as np
 from trajrec.errors import DamagedRunError
 from trajrec.records import Row, StepRecord
 from trajrec.runfile import layout, trailer
+from trajrec.runfile.columns import Columns, ColumnSizes
 from trajrec.runfile.folder import Folder, Manifest, durable, sync
 from trajrec.runfile.geometry import CHUNK_ROWS, chunk_shape
 from trajrec.runfile.keyfile import has_inputs, read_inputs, read_keyframe
-from trajrec.runfile.layout import ColumnSizes, Head
+from trajrec.runfile.layout import Head
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
 from trajrec.runfile.rowfile import HEAD_BYTES, RowFile
@@ -52,8 +53,8 @@ def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) 
             layout.write_rows(file, _blocks(ring, first, stop))
         elif manifest.plain_rows:
             row_file(folder, manifest).write(first, _blocks(ring, first, stop))
-        layout.create_columns(file, layout.column_sizes(table), table.hyper.shape[1:], manifest.compression)
-        layout.write_columns(file, table, ColumnSizes(0))
+        columns = Columns(file, ColumnSizes.of(table), table.hyper.shape[1:], manifest.compression)
+        columns.append(table)
         _take_in_inputs(file, folder, manifest, range(first, stop))
         file.close()
         trailer.append(tmp)
@@ -203,18 +204,18 @@ def _copy_columns(file: h5py.File, pieces: Pieces, first: int, stop: int, manife
     """Copies /steps and /batches, and /inputs where they are stored."""
     clips = [(k, max(s.first, first), min(s.stop, stop)) for k, s in enumerate(pieces.segments)]
     clips = [(k, a, b) for k, a, b in clips if a < b]
-    total = ColumnSizes.total(pieces.open(k).column_sizes(a, b) for k, a, b in clips)
-    shapes = [pieces.open(k).hyper_shape for k, _, _ in clips]
-    layout.create_columns(file, total, max(shapes), manifest.compression)
-    at = ColumnSizes(0)
+    sizes, shapes = zip(*(_sizes(pieces.open(k), a, b) for k, a, b in clips), strict=True)
+    columns = Columns(file, ColumnSizes.total(sizes), max(shapes), manifest.compression)
     for k, a, b in clips:
         for start in range(a, b, _ENTRIES):
-            table = pieces.open(k).table(start, min(start + _ENTRIES, b))
-            layout.write_columns(file, table, at)
-            at = ColumnSizes.total([at, layout.column_sizes(table)])
+            columns.append(pieces.open(k).table(start, min(start + _ENTRIES, b)))
     if manifest.spec.inputs == "store":
         for step in range(max(first, 1), stop):
             pieces.at(step).copy_inputs(step, file)
+
+
+def _sizes(piece: StoredRun, first: int, stop: int) -> tuple[ColumnSizes, tuple[int, int]]:
+    return piece.column_sizes(first, stop), piece.hyper_shape
 
 
 def _fold_keyframes(file: h5py.File, folder: Folder, stop: int, compression: str) -> None:

@@ -23,7 +23,8 @@ import numpy.typing as npt
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import Inputs, Keyframe, Row, RunSpec
-from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, ColumnSizes, Head, inputs_name, keyframe_name
+from trajrec.runfile.columns import ColumnSizes
+from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, Head, inputs_name, keyframe_name
 from trajrec.runfile.rowfile import SharedRows
 from trajrec.runfile.storedrows import FlatRows, StoredRows, rows_of
 from trajrec.runfile.table import LATER, PLAIN, RAGGED, StepTable
@@ -75,6 +76,7 @@ class StoredRun:
         self.path = path
         with reading(path, "it"):
             self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=_CACHE)
+        self._known: dict[str, h5py.Dataset] = {}
         try:
             self.head = self._head()
             self.first = self.head.first
@@ -117,15 +119,22 @@ class StoredRun:
             return RunSpec.from_json(fields)
 
     def _dataset(self, name: str, kinds: str, dimensions: int | None = None) -> h5py.Dataset:
-        with reading(self.path, f"/{name}"):
-            if not isinstance(self._file.get(name, getlink=True), h5py.HardLink):
-                raise ValueError("it is a link to somewhere else")
-            dataset = self._file[name]
-            if dataset.is_virtual or dataset.external:
-                raise ValueError("its values lie outside the file")
-            if dataset.dtype.kind not in kinds or dimensions not in (None, dataset.ndim):
-                raise ValueError(f"unexpected dtype {dataset.dtype} or shape {dataset.shape}")
-            return dataset
+        """A dataset of the file, checked when it is first asked for."""
+        if name not in self._known:
+            with reading(self.path, f"/{name}"):
+                self._known[name] = self._checked_dataset(name, kinds, dimensions)
+        return self._known[name]
+
+    def _checked_dataset(self, name: str, kinds: str, dimensions: int | None) -> h5py.Dataset:
+        path = name.encode()
+        if self._file.id.links.get_info(path).type != h5py.h5l.TYPE_HARD:
+            raise ValueError("it is a link to somewhere else")
+        dataset = h5py.Dataset(h5py.h5d.open(self._file.id, path))
+        if dataset.is_virtual or dataset.external:
+            raise ValueError("its values lie outside the file")
+        if dataset.dtype.kind not in kinds or dimensions not in (None, dataset.ndim):
+            raise ValueError(f"unexpected dtype {dataset.dtype} or shape {dataset.shape}")
+        return dataset
 
     def _find_rows(self, shared: SharedRows | None) -> tuple[Path, StoredRows]:
         """Where the rows are, and the file that they are in."""
@@ -184,8 +193,8 @@ class StoredRun:
         return ColumnSizes(stop - first, *spans)
 
     def _flat_length(self, name: str, first: int, stop: int) -> int:
-        offsets = f"batches/{name}_offsets"
-        return int(self.column(offsets, stop - 1, stop)[-1] - self.column(offsets, first, first + 1)[0])
+        offsets = self.column(f"batches/{name}_offsets", first, stop)
+        return int(offsets[-1] - offsets[0])
 
     def table(self, first: int, stop: int) -> StepTable:
         """The records of steps [first, stop)."""
@@ -220,8 +229,10 @@ class StoredRun:
 
     def _lacks(self, name: str) -> bool:
         """Whether a ragged column did not exist yet when the file was written."""
+        if name not in LATER or f"batches/{name}_offsets" in self._known:
+            return False
         with reading(self.path, "/batches"):
-            return name in LATER and self._file.get(f"batches/{name}_offsets", getlink=True) is None
+            return self._file.get(f"batches/{name}_offsets", getlink=True) is None
 
     def column(self, name: str, first: int, stop: int) -> Column:
         """Entries of steps [first, stop) of a column, by its HDF5 path; n + 1 entries of an offset column."""
@@ -265,7 +276,7 @@ class StoredRun:
             return {n: self._checked(f"{base}/{n}") for n in names if only in (None, n)}
 
     def _checked(self, name: str) -> npt.NDArray[Any]:
-        dataset = self._dataset(name, "biufc")
+        dataset = self._checked_dataset(name, "biufc", None)
         value = np.asarray(dataset[()])
         if crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
             raise DamagedRunError(f"{self.path}: /{name} does not match its checksum; the file is damaged.")

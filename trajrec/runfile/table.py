@@ -103,13 +103,13 @@ class StepTable:
 def table_of(records: Sequence[StepRecord]) -> StepTable:
     """The table of consecutive records."""
     groups = max(len(r.hyper) for r in records)
-    table = StepTable(
+    return StepTable(
         first=records[0].step,
         epoch=np.array([r.epoch for r in records], "<i8"),
         loss=np.array([r.loss for r in records], "<f8"),
         time=np.array([r.time for r in records], "<f8"),
         crc32=np.array([r.crc32 for r in records], "<u4"),
-        record_crc32=np.zeros(len(records), "<u4"),
+        record_crc32=np.array([_checksum(r) for r in records], "<u4"),
         hyper=np.stack([widened(r.hyper, groups) for r in records]),
         **_flat("ids", [r.ids for r in records]),
         **_flat("weights", [np.empty(0) if r.weights is None else r.weights for r in records]),
@@ -118,7 +118,6 @@ def table_of(records: Sequence[StepRecord]) -> StepTable:
         **_flat("digests", [r.digests for r in records]),
         **_flat("changes", [np.frombuffer(r.changes, np.uint8) for r in records]),
     )
-    return replace(table, record_crc32=_checksums(table))
 
 
 def widened(hyper: FloatArray, groups: int) -> FloatArray:
@@ -135,6 +134,14 @@ def present(hyper: FloatArray) -> FloatArray:
         return hyper
     existing = np.flatnonzero(~np.isnan(hyper).all(axis=1))
     return hyper[: existing[-1] + 1] if existing.size else hyper
+
+
+def _checksum(record: StepRecord) -> int:
+    """The CRC-32 of a record as it comes out of a table, which does not hold what is not there."""
+    hyper, weights = present(record.hyper), record.weights
+    if hyper is not record.hyper or (weights is not None and not weights.size):
+        record = replace(record, hyper=hyper, weights=None if weights is None or not weights.size else weights)
+    return crc32(encode(record))
 
 
 def _checksums(table: StepTable) -> npt.NDArray[np.uint32]:
