@@ -27,8 +27,7 @@ def plan(chunks: tuple[int, ...] | None = None, compression: str = "none", check
     if chunks is not None:
         properties.set_chunk(chunks)
     if compression != "none":
-        import hdf5plugin as hdf5plugin  # registers the filter
-
+        register_filter()
         properties.set_shuffle()
         properties.set_filter(_ZSTD, h5z.FLAG_OPTIONAL, (_LEVEL,))
     if checksum:
@@ -72,6 +71,11 @@ def write_attribute(owner: Any, name: str, value: np.generic) -> None:
     array = np.asarray(value)
     attribute = h5a.create(owner, name.encode(), _type(array.dtype), h5s.create(h5s.SCALAR))
     attribute.write(array)
+
+
+def register_filter() -> None:
+    """Has the HDF5 library know the Zstandard filter; an uncompressed recording does without."""
+    import hdf5plugin as hdf5plugin
 
 
 @lru_cache(256)

@@ -8,7 +8,8 @@ one whose checksum equals theirs; what was recorded after it is dropped, because
 run is turned back into a folder of one segment; in a folder that was cut off the ring is sealed first.
 
 drop-rows: a recording that outgrows its budget keeps the weights at keyframes only from now on. They move from the
-segments into the keyframes, then the manifest says so, then the segments are written again without rows.
+segments into the keyframes, then the manifest says so, then the segments are written again without rows, and a file of
+rows is deleted.
 
 Killed at any moment, either leaves a recording that can be read: the packed file goes only after the folder is
 whole, later segments go before earlier ones, of two segments that begin alike the shorter counts (`Folder.segments`),
@@ -126,9 +127,9 @@ def drop_rows(folder: Folder) -> int:
     manifest = replace(manifest, keep="keyframes")
     folder.write_manifest(manifest)
     pieces.close()
+    folder.rows.unlink(missing_ok=True)
     for segment in segments:
         copy_segment(folder, manifest, Pieces([segment], folder.rows), segment.first, segment.stop)
-    folder.rows.unlink(missing_ok=True)
     folder.ring.unlink(missing_ok=True)
     return pieces.stop - 1
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin as hdf5plugin  # registers the filters
 import numpy as np
 import numpy.typing as npt
 
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import Inputs, Keyframe, Row, RunSpec
+from trajrec.runfile import hdf5
 from trajrec.runfile.columns import ColumnSizes
 from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, Head, inputs_name, keyframe_name
 from trajrec.runfile.rowfile import SharedRows
@@ -79,6 +79,8 @@ class StoredRun:
         self._known: dict[str, h5py.Dataset] = {}
         try:
             self.head = self._head()
+            if self.head.compression != "none":
+                hdf5.register_filter()
             self.first = self.head.first
             self._weights = self._dataset("weights", "f", 2)
             self.has_rows = self.head.keep == "steps"
@@ -101,13 +103,14 @@ class StoredRun:
         if _text(attributes.get("format")) != FORMAT:
             raise NotARunError(f"{self.path} is an HDF5 file, but not a recording of trajrec.")
         _check_version(self.path, _text(attributes.get("version")))
+        weights = self._dataset("weights", "f", 2)
         with reading(self.path, "its attributes"):
             return Head(
                 state=_text(attributes["state"]),
                 first=int(attributes["first"]),
                 keep=_text(attributes["keep"]),
-                compression="zstd" if self._dataset("weights", "f", 2).compression else "none",
-                chunks=self._dataset("weights", "f", 2).chunks,
+                compression="zstd" if weights.id.get_create_plist().get_nfilters() else "none",
+                chunks=weights.chunks,
                 gaps=tuple((int(a), int(b)) for a, b in json.loads(_text(attributes["gaps"]))),
                 resumed=tuple(int(t) for t in json.loads(_text(attributes["resumed"]))),
             )

@@ -9,8 +9,9 @@ weights before training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -71,22 +72,30 @@ class StepTable:
 
     def record(self, step: int) -> StepRecord:
         """The record of a step in this table."""
-        k = step - self.first
-        weights = self.span("weights", k)
-        return StepRecord(
-            step,
-            int(self.epoch[k]),
-            float(self.loss[k]),
-            float(self.time[k]),
-            int(self.crc32[k]),
-            present(self.hyper[k]),
-            self.span("ids", k),
-            weights if weights.size else None,
-            self.span("rng", k).tobytes(),
-            self.span("parts", k),
-            self.span("digests", k),
-            self.span("changes", k).tobytes(),
-        )
+        return next(self.records(step - self.first))
+
+    def records(self, start: int = 0) -> Iterator[StepRecord]:
+        """The records of entry `start` and those after it."""
+        part = slice(start, None)
+        whole = not np.isnan(self.hyper[part, -1:]).all(axis=2).any()  # of every record, all groups are there
+        columns = [getattr(self, name)[part].tolist() for name in ("epoch", "loss", "time", "crc32")]
+        spans = [self._spans(name, start) for name in RAGGED]
+        for k, told in enumerate(zip(*columns, *spans, strict=True), start):
+            epoch, loss, time, crc, ids, weights, rng, parts, digests, changes = told
+            yield StepRecord(
+                self.first + k,
+                epoch,
+                loss,
+                time,
+                crc,
+                self.hyper[k] if whole else present(self.hyper[k]),
+                ids,
+                weights if weights.size else None,
+                rng.tobytes(),
+                parts,
+                digests,
+                changes.tobytes(),
+            )
 
     def damaged(self) -> int | None:
         """The first step whose record does not match its checksum, or None."""
@@ -99,17 +108,22 @@ class StepTable:
         values: npt.NDArray[Any] = getattr(self, name)[offsets[k] : offsets[k + 1]]
         return values
 
+    def _spans(self, name: str, start: int) -> Iterator[npt.NDArray[Any]]:
+        """Entries `start` and after of a ragged column."""
+        values, offsets = getattr(self, name), getattr(self, f"{name}_offsets")[start:].tolist()
+        return (values[a:b] for a, b in pairwise(offsets))
+
 
 def table_of(records: Sequence[StepRecord]) -> StepTable:
     """The table of consecutive records."""
     groups = max(len(r.hyper) for r in records)
-    return StepTable(
+    table = StepTable(
         first=records[0].step,
         epoch=np.array([r.epoch for r in records], "<i8"),
         loss=np.array([r.loss for r in records], "<f8"),
         time=np.array([r.time for r in records], "<f8"),
         crc32=np.array([r.crc32 for r in records], "<u4"),
-        record_crc32=np.array([_checksum(r) for r in records], "<u4"),
+        record_crc32=np.zeros(len(records), "<u4"),
         hyper=np.stack([widened(r.hyper, groups) for r in records]),
         **_flat("ids", [r.ids for r in records]),
         **_flat("weights", [np.empty(0) if r.weights is None else r.weights for r in records]),
@@ -118,6 +132,7 @@ def table_of(records: Sequence[StepRecord]) -> StepTable:
         **_flat("digests", [r.digests for r in records]),
         **_flat("changes", [np.frombuffer(r.changes, np.uint8) for r in records]),
     )
+    return replace(table, record_crc32=_checksums(table))
 
 
 def widened(hyper: FloatArray, groups: int) -> FloatArray:
@@ -136,17 +151,8 @@ def present(hyper: FloatArray) -> FloatArray:
     return hyper[: existing[-1] + 1] if existing.size else hyper
 
 
-def _checksum(record: StepRecord) -> int:
-    """The CRC-32 of a record as it comes out of a table, which does not hold what is not there."""
-    hyper, weights = present(record.hyper), record.weights
-    if hyper is not record.hyper or (weights is not None and not weights.size):
-        record = replace(record, hyper=hyper, weights=None if weights is None or not weights.size else weights)
-    return crc32(encode(record))
-
-
 def _checksums(table: StepTable) -> npt.NDArray[np.uint32]:
-    steps = range(table.first, table.first + len(table))
-    return np.array([crc32(encode(table.record(step))) for step in steps], "<u4")
+    return np.array([crc32(encode(record)) for record in table.records()], "<u4")
 
 
 def _flat(name: str, spans: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
