@@ -17,7 +17,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from trajrec.checksum import crc32
 from trajrec.records import Row
@@ -103,22 +102,33 @@ class RowFile:
 
 
 class SharedRows:
-    """A file of rows, opened for reading when it is first needed."""
+    """A file of rows, opened for reading when it is first needed, and until it is closed or forgotten."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: BinaryIO | None = None
+        self._fd: int | None = None
+        self._closed = False
 
     def fileno(self) -> int:
-        """Its descriptor."""
-        if self._file is None:
-            self._file = self.path.open("rb", buffering=0)
-        return self._file.fileno()
+        """Its descriptor.
+
+        Raises:
+            ValueError: it was closed.
+        """
+        if self._closed:
+            raise ValueError("it is closed")
+        if self._fd is None:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        return self._fd
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+        if self._fd is not None and not self._closed:
+            os.close(self._fd)
+        self._closed = True
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def read_at(fd: int, start: int, out: Row) -> None:
