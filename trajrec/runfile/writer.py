@@ -46,6 +46,7 @@ class Writer:
         self.next = segments[-1].stop if segments else self.ring.first
         self._tidy_rows()
         folder.drop_sealed(self.next)  # an earlier writer may have been killed before it did
+        self._head = self.next  # what was seen in the ring stays there until it is sealed
         self.ring.set(Control.TAIL, self.next)
         self.ring.set(Control.STATUS, Status.RUNNING)
 
@@ -72,7 +73,7 @@ class Writer:
         """Seals whole segments, and whole chunk rows below an entry that the trainer asked for."""
         size, rows = self.ring.geometry.segment_rows, self.ring.geometry.chunk_rows
         while True:
-            head = self.ring.head(self.next)
+            head = self._head = self.ring.head(max(self._head, self.next))
             stop = self.next - self.next % size + size
             if stop > head:
                 if self.ring.get(Control.FLUSH) <= self.next or head == self.next:
