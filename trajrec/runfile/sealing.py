@@ -111,11 +111,9 @@ def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[in
     with _removed_on_failure(tmp):
         file = layout.begin(tmp, _head(manifest, state, 0, gaps), manifest.spec, count)
         around = manifest.plain_rows and file["weights"].id.get_offset() == HEAD_BYTES
-        if around:
-            _gather_rows(folder, manifest, pieces, 0, pieces.stop)
-        elif count:
+        if count and not around:
             _copy_rows(file["weights"], pieces, 0, pieces.stop)
-        _copy_columns(file, pieces, 0, pieces.stop, manifest)
+        _copy_steps(file, folder, manifest, pieces, 0, pieces.stop)
         _fold_keyframes(file, folder, pieces.stop, manifest.compression)
         crc32s = file["steps/crc32"][:] if around else ()
         file.close()
@@ -148,29 +146,22 @@ def copy_segment(folder: Folder, manifest: Manifest, pieces: Pieces, first: int,
         file = layout.begin(tmp, head, manifest.spec, stop - first if inside else 0)
         if inside:
             _copy_rows(file["weights"], pieces, first, stop)
-        elif manifest.plain_rows:
-            _gather_rows(folder, manifest, pieces, first, stop)
-        _copy_columns(file, pieces, first, stop, manifest)
+        _copy_steps(file, folder, manifest, pieces, first, stop)
         file.close()
         trailer.append(tmp)
 
 
-def _gather_rows(folder: Folder, manifest: Manifest, pieces: Pieces, first: int, stop: int) -> None:
-    """Brings the rows that are elsewhere into the folder's row file.
+def _gather_rows(rows: RowFile, piece: StoredRun, first: int, stop: int) -> None:
+    """Brings rows that are elsewhere into the row file.
 
     Raises:
-        DamagedRunError: the row file lacks rows of which segments say that it has them.
+        DamagedRunError: the row file lacks rows that should be there.
     """
-    rows = row_file(folder, manifest)
-    with rows.restored():
-        while first < stop:
-            piece = pieces.at(first)
-            end = min(stop, piece.stop)
-            if not piece.in_folder:
-                rows.write(first, _read_in_blocks(piece, first, end))
-            elif not rows.has(end):
-                raise DamagedRunError(f"{rows.path}: rows before step {end} are missing; the file was cut off.")
-            first = end
+    if not piece.in_folder:
+        with rows.restored():
+            rows.write(first, _read_in_blocks(piece, first, stop))
+    elif not rows.has(stop):
+        raise DamagedRunError(f"{rows.path}: rows before step {stop} are missing; the file was cut off.")
 
 
 def _read_in_blocks(piece: StoredRun, first: int, stop: int) -> Iterator[Row]:
@@ -200,11 +191,17 @@ def _gather(pieces: Pieces, first: int, stop: int) -> Row:
     return np.concatenate(parts)
 
 
-def _copy_columns(file: h5py.File, pieces: Pieces, first: int, stop: int, manifest: Manifest) -> None:
-    """Copies /steps and /batches, and /inputs where they are stored."""
+def _copy_steps(file: h5py.File, folder: Folder, manifest: Manifest, pieces: Pieces, first: int, stop: int) -> None:
+    """Copies /steps and /batches, and /inputs where they are stored; rows that belong into the row file go there."""
     clips = [(k, max(s.first, first), min(s.stop, stop)) for k, s in enumerate(pieces.segments)]
     clips = [(k, a, b) for k, a, b in clips if a < b]
-    sizes, shapes = zip(*(_sizes(pieces.open(k), a, b) for k, a, b in clips), strict=True)
+    sizes, shapes = [], []
+    for k, a, b in clips:
+        piece = pieces.open(k)
+        if manifest.plain_rows:
+            _gather_rows(row_file(folder, manifest), piece, a, b)
+        sizes.append(piece.column_sizes(a, b))
+        shapes.append(piece.hyper_shape)
     columns = Columns(file, ColumnSizes.total(sizes), max(shapes), manifest.compression)
     for k, a, b in clips:
         for start in range(a, b, _ENTRIES):
@@ -212,10 +209,6 @@ def _copy_columns(file: h5py.File, pieces: Pieces, first: int, stop: int, manife
     if manifest.spec.inputs == "store":
         for step in range(max(first, 1), stop):
             pieces.at(step).copy_inputs(step, file)
-
-
-def _sizes(piece: StoredRun, first: int, stop: int) -> tuple[ColumnSizes, tuple[int, int]]:
-    return piece.column_sizes(first, stop), piece.hyper_shape
 
 
 def _fold_keyframes(file: h5py.File, folder: Folder, stop: int, compression: str) -> None:
