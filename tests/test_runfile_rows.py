@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
+import time
 import zlib
 from pathlib import Path
 
@@ -19,12 +21,15 @@ from tests.golden import make as golden
 from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_run, spec
 from tests.test_runfile_resume import cut_off, restart
 from trajrec.errors import DamagedRunError
-from trajrec.runfile import geometry, rowfile, sealing
+from trajrec.runfile import geometry, rework, rowfile, sealing
 from trajrec.runfile.folder import Folder, Manifest
 from trajrec.runfile.joint import Joint
+from trajrec.runfile.lock import Lock
 from trajrec.runfile.packing import pack
 from trajrec.runfile.pieces import Pieces
+from trajrec.runfile.process import WriterProcess
 from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.ring import Control, Finish, Ring
 from trajrec.runfile.rowfile import HEAD_BYTES
 from trajrec.runfile.verify import verify
 from trajrec.runfile.writer import Writer
@@ -69,8 +74,8 @@ def assert_packed(path: Path, made: MadeUpRun = MADE, last: int = LAST) -> None:
 
 
 @given(st.binary(max_size=40), st.integers(0, 33), st.integers(0, 5), st.randoms(use_true_random=False))
-def test_the_checksum_of_a_whole_follows_from_those_of_its_parts(start, size, count, random):
-    parts = [random.randbytes(size) for _ in range(count)]
+def test_the_checksum_of_a_whole_follows_from_those_of_its_parts(start, size, count, chance):
+    parts = [chance.randbytes(size) for _ in range(count)]
     expected = zlib.crc32(start + b"".join(parts))
     assert Joint(size).extend(zlib.crc32(start), map(zlib.crc32, parts)) == expected
 
@@ -83,6 +88,8 @@ def test_rows_lie_where_the_format_says(sealed):
     )
     with h5py.File(sealed.segments()[1].path) as file:
         assert file["weights"].shape == (0, 3000)
+    with trajrec.open(sealed.path) as run:
+        assert run.size > len(data)
 
 
 def test_packing_moves_no_row(sealed):
@@ -145,6 +152,24 @@ def full(*_) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_the_writer_is_killed_again_and_again_while_it_packs(sealed):
+    for _ in range(4):
+        lock, ring = Lock(sealed.lock), Ring(sealed.ring, writable=True)
+        ring.set(Control.FINISH, Finish.RECOVERED)
+        writer = WriterProcess(sealed, ring, lock)
+        time.sleep(random.uniform(0.15, 0.4))
+        writer._process.kill()
+        writer.close()
+        lock.release()
+        if sealed.output.exists():
+            break
+        assert verify(sealed.path) == []
+        with trajrec.open(sealed.path) as run:
+            assert_same_run(run, MADE, LAST)
+    pack(sealed.path)
+    assert_packed(sealed.output)
+
+
 @pytest.mark.parametrize("call", [(rowfile.os, "fsync"), (rowfile.trailer, "trailer")])
 def test_no_room_to_pack(sealed, monkeypatch, call):
     size = sealed.rows.stat().st_size
@@ -165,6 +190,20 @@ def test_no_room_to_seal(folder, monkeypatch):
         writer.seal_everything()
     assert (folder.rows.stat().st_size, folder.segments()) == (size, segments)
     assert_still_a_folder(folder)
+
+
+def test_killed_while_rows_are_dropped(sealed, monkeypatch):
+    """The manifest says so first: from then on nobody asks for rows, nor misses their file."""
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(rework, "copy_segment", full)
+        rework.drop_rows(sealed)
+    assert not sealed.rows.exists()
+    assert verify(sealed.path) == []
+    pack(sealed.path)
+    assert verify(sealed.output) == []
+    with trajrec.open(sealed.output) as run:
+        assert (run.keep, run.steps) == ("keyframes", LAST)
+        assert all(np.array_equal(run.row(t), MADE.row(t)) for t in (0, 50, 200))
 
 
 def test_rows_behind_the_last_segment_mean_nothing(folder):
@@ -227,6 +266,18 @@ def test_a_place_outside_the_file_is_refused(tmp_path):
         path.write_bytes(data[:place] + address.to_bytes(8, "little") + data[place + 8 :])
         with pytest.raises(DamagedRunError), trajrec.open(path) as run:
             run.row(3)
+
+
+@pytest.mark.parametrize("first", [-1, 2**62])
+def test_steps_beyond_all_numbers_are_refused(sealed, first):
+    step, path = sealed.segments()[1].first, sealed.segments()[1].path
+    with h5py.File(path, "r+") as file:
+        file.attrs["first"] = first
+        del file["steps/step"]
+        file["steps/step"] = first + np.arange(len(file["steps/crc32"]))
+    assert any(problem.file == path for problem in verify(sealed.path))
+    with pytest.raises(DamagedRunError), trajrec.open(sealed.path) as run:
+        run.row(step)
 
 
 def test_a_segment_outside_its_folder_has_no_rows(sealed, tmp_path):

@@ -37,7 +37,17 @@ COLUMNS = {
     **{f"batches/{name}_offsets": ("<i8", 1) for name in RAGGED},
 }
 Column = npt.NDArray[Any]
-_FAULTS = (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, MemoryError)
+_FAULTS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    MemoryError,
+    OverflowError,
+)
 
 
 @contextmanager
@@ -142,7 +152,7 @@ class StoredRun:
     def _find_rows(self, shared: SharedRows | None) -> tuple[Path, StoredRows]:
         """Where the rows are, and the file that they are in."""
         rows, expected = len(self._weights), self.entries * self.has_rows
-        if shared is not None and expected and not rows:
+        if shared is not None and expected and not rows and self.first >= 0:
             return shared.path, FlatRows.of_folder(shared, self._weights, self.first)
         if rows != expected or self.first < 0:
             raise DamagedRunError(f"{self.path}: /weights has {rows} rows, /steps {self.entries}; the file is damaged.")
