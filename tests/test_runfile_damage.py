@@ -351,6 +351,20 @@ def test_cut_off_between_packing_and_clearing_up(folder):
     assert not folder.path.exists()
 
 
+@pytest.mark.parametrize("left", [("manifest.json", "lock"), ("lock",), ()])
+def test_cut_off_while_clearing_up(folder, left):
+    copy = shutil.copytree(folder.path, folder.path.parent / "copy")
+    pack(folder.path)
+    for path in copy.iterdir():
+        if path.name not in left:
+            path.unlink()
+    shutil.move(copy, folder.path)
+    assert pack(folder.path) == folder.output
+    assert not folder.path.exists()
+    with trajrec.open(folder.output) as run:
+        assert_same_run(run, WHOLE, run.steps)
+
+
 # ---- strangers' files
 
 

@@ -203,7 +203,11 @@ class Folder:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Deletes the folder."""
+        """Deletes the folder; the manifest goes last, so that what is left of a folder says what it belonged to."""
+        for path in self._entries():
+            if path not in (self.lock, self.manifest):
+                with contextlib.suppress(OSError):
+                    path.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
