@@ -21,6 +21,7 @@ from tests.golden import make as golden
 from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_run, spec
 from tests.test_runfile_resume import cut_off, restart
 from trajrec.errors import DamagedRunError
+from trajrec.runfile import folder as folder_module
 from trajrec.runfile import geometry, rework, rowfile, sealing
 from trajrec.runfile.folder import Folder, Manifest
 from trajrec.runfile.joint import Joint
@@ -189,6 +190,15 @@ def test_no_room_to_seal(folder, monkeypatch):
         patch.setattr(sealing.trailer, "append", full)
         writer.seal_everything()
     assert (folder.rows.stat().st_size, folder.segments()) == (size, segments)
+    assert_still_a_folder(folder)
+
+
+def test_rows_of_a_segment_that_has_appeared_stay(folder, monkeypatch):
+    """Its name stands in the folder already when syncing the folder fails."""
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        sync = folder_module.sync
+        patch.setattr(folder_module, "sync", lambda path: full() if path.is_dir() else sync(path))
+        Writer(folder).seal_everything()
     assert_still_a_folder(folder)
 
 

@@ -66,14 +66,15 @@ class RowFile:
         return self.path.exists() and self.path.stat().st_size >= self.place(stop)
 
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Cuts the file back to its present length if what is done meanwhile fails."""
+    def restored(self, unless: Path | None = None) -> Iterator[None]:
+        """Cuts the file back to its present length if what is done meanwhile fails, unless that file is there then."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             yield
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.truncate(self.path, size)
+            if unless is None or not unless.exists():
+                with contextlib.suppress(FileNotFoundError):
+                    os.truncate(self.path, size)
             raise
 
     def wrap(self, skeleton: Path, crc32s: Iterable[int], stop: int) -> None:

@@ -45,7 +45,8 @@ def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) 
     if not records:
         return first
     table, stop = table_of(records), first + len(records)
-    with _undone(folder, manifest), durable(folder.segment(first, stop)) as tmp:
+    segment = folder.segment(first, stop)
+    with _undone(folder, manifest, segment), durable(segment) as tmp:
         inside = ring.geometry.row_length and not manifest.plain_rows
         head = _head(manifest, "recording", first)
         file = layout.begin(tmp, head, manifest.spec, len(records) if inside else 0, cache=0)
@@ -68,9 +69,9 @@ def row_file(folder: Folder, manifest: Manifest) -> RowFile:
     return RowFile(folder.rows, spec.row_length * np.dtype(spec.dtype).itemsize)
 
 
-def _undone(folder: Folder, manifest: Manifest) -> AbstractContextManager[None]:
-    """Takes back what was appended to the row file, if there is one, when something fails."""
-    return row_file(folder, manifest).restored() if manifest.plain_rows else nullcontext()
+def _undone(folder: Folder, manifest: Manifest, segment: Path) -> AbstractContextManager[None]:
+    """Takes back what was appended to the row file, if there is one, where the segment does not appear after all."""
+    return row_file(folder, manifest).restored(unless=segment) if manifest.plain_rows else nullcontext()
 
 
 def _intact(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> Iterator[StepRecord]:
