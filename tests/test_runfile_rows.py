@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import trajrec
+from tests import test_runfile_kill as kill
 from tests.golden import make as golden
 from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_run, spec
 from tests.test_runfile_resume import cut_off, restart
@@ -169,6 +171,30 @@ def test_the_writer_is_killed_again_and_again_while_it_packs(sealed):
             assert_same_run(run, MADE, LAST)
     pack(sealed.path)
     assert_packed(sealed.output)
+
+
+@pytest.fixture
+def uncompressed(monkeypatch):
+    """The kill tests record without compression."""
+    monkeypatch.setenv("COMPRESSION", "none")
+    monkeypatch.setattr(kill, "RunFileSink", partial(RunFileSink, compression="none"))
+
+
+KINDS = [kill.kill_trainer, kill.kill_both, kill.kill_writer]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_handful_of_kills(tmp_path, uncompressed, kind):
+    kind(tmp_path)
+    with h5py.File(tmp_path / "run.h5") as file:
+        assert file["weights"].chunks is None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("trial", range(20))
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_kills(tmp_path, uncompressed, kind, trial):
+    kind(tmp_path)
 
 
 @pytest.mark.parametrize("call", [(rowfile.os, "fsync"), (rowfile.trailer, "trailer")])
