@@ -58,9 +58,11 @@ class Watch:
 
 
 @pytest.mark.parametrize(("budget", "last"), [(7_000_000, 1500), (9_000_000, 600), (30_000_000, 1500), (7_000_000, 50)])
-def test_the_limit_is_never_exceeded(tmp_path, budget, last):
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_the_limit_is_never_exceeded(tmp_path, budget, last, compression):
     watch = Watch(tmp_path)
-    summary = MADE.write(RunFileSink(tmp_path / "run.h5", budget=budget, keyframe_every=16), last)
+    sink = RunFileSink(tmp_path / "run.h5", budget=budget, keyframe_every=16, compression=compression)
+    summary = MADE.write(sink, last)
     assert 0 < watch.stop() <= budget
     assert summary.steps == last
     assert verify(summary.path) == []
@@ -107,8 +109,9 @@ def test_keyframes_that_came_unasked_are_kept(tmp_path):
         assert 48 not in run.keyframe_steps
 
 
-def test_a_reader_follows_the_change(tmp_path):
-    sink = RunFileSink(tmp_path / "run.h5", budget="9MB")
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_reader_follows_the_change(tmp_path, compression):
+    sink = RunFileSink(tmp_path / "run.h5", budget="9MB", compression=compression)
     sink.open(MADE.spec)
     MADE.feed(sink, 1200)
     with trajrec.open(tmp_path / "run.h5") as run:

@@ -52,10 +52,10 @@ def small_stored(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def cut_off(tmp_path_factory):
+@pytest.fixture(scope="module", params=["zstd", "none"])
+def cut_off(request, tmp_path_factory):
     """A folder with two segments, a ring and raw keyframes, as a power cut would meet it."""
-    return make_cut_off(tmp_path_factory.mktemp("cut") / "run.h5", WHOLE)
+    return make_cut_off(tmp_path_factory.mktemp("cut") / "run.h5", WHOLE, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,11 @@ def cut_off_stored(tmp_path_factory):
     return make_cut_off(tmp_path_factory.mktemp("cut") / "run.h5", WITH_INPUTS)
 
 
-def make_cut_off(path: Path, made: MadeUpRun) -> Path:
+def make_cut_off(path: Path, made: MadeUpRun, compression: str = "zstd") -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "SEGMENT_BYTES", 2**20)
         patch.setattr(geometry, "ARENA_BYTES", 2**18)
-        sink = RunFileSink(path, keyframe_every=50)
+        sink = RunFileSink(path, keyframe_every=50, compression=compression)
         sink.open(made.spec)
         made.feed(sink, 230)
         while len(sink.folder.segments()) < 3:
@@ -288,6 +288,9 @@ def test_power_cut(cut_off, folder, seed):
     folder.ring.write_bytes(data)
     for path in chance.sample(sorted(folder.keyframes().values()), 2):
         chance.choice([path.unlink, lambda p=path: p.write_bytes(b""), lambda p=path: p.write_bytes(bytes(999))])()
+    if folder.rows.exists():
+        with folder.rows.open("ab") as file:  # rows that were on their way there
+            file.write(chance.choice([b"", bytes(9999), data[rows : rows + 54321]]))
     assert_prefix(folder)
 
 
@@ -346,6 +349,20 @@ def test_cut_off_between_packing_and_clearing_up(folder):
         assert run.path == folder.output
     assert pack(folder.path) == folder.output
     assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("left", [("manifest.json", "lock"), ("lock",), ()])
+def test_cut_off_while_clearing_up(folder, left):
+    copy = shutil.copytree(folder.path, folder.path.parent / "copy")
+    pack(folder.path)
+    for path in copy.iterdir():
+        if path.name not in left:
+            path.unlink()
+    shutil.move(copy, folder.path)
+    assert pack(folder.path) == folder.output
+    assert not folder.path.exists()
+    with trajrec.open(folder.output) as run:
+        assert_same_run(run, WHOLE, run.steps)
 
 
 # ---- strangers' files

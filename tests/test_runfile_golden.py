@@ -14,7 +14,7 @@ from trajrec.runfile.verify import verify
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("name", ["run-1.0-zstd.h5", "run-1.0-none.h5"])
+@pytest.mark.parametrize("name", ["run-1.0-zstd.h5", "run-1.0-none.h5", "run-1.0-one-piece.h5"])
 def test_a_run_of_every_step(name):
     assert verify(GOLDEN / name) == []
     with trajrec.open(GOLDEN / name) as run:
@@ -37,4 +37,4 @@ def test_a_run_of_keyframes():
 
 
 def test_golden_files_are_small():
-    assert sum(path.stat().st_size for path in GOLDEN.glob("*.h5")) < 200_000
+    assert sum(path.stat().st_size for path in GOLDEN.glob("*.h5")) < 300_000

@@ -210,10 +210,11 @@ def test_options_are_checked(tmp_path, options, message):
 # ---- while it is being recorded
 
 
-def test_a_run_can_be_read_while_it_is_recorded_and_after(tmp_path, monkeypatch):
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_run_can_be_read_while_it_is_recorded_and_after(tmp_path, monkeypatch, compression):
     monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**20)
     made = MadeUpRun(spec(3000))
-    sink = RunFileSink(tmp_path / "run.h5")
+    sink = RunFileSink(tmp_path / "run.h5", compression=compression)
     sink.open(made.spec)
     made.feed(sink, 200)
     early = trajrec.open(tmp_path / "run.h5")
@@ -237,11 +238,12 @@ def test_the_training_process_does_not_import_hdf5():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_what_few_steps_have_comes_back_from_segments_ring_and_packed_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_what_few_steps_have_comes_back_from_segments_ring_and_packed_file(tmp_path, monkeypatch, compression):
     """Micro-batches, digests, conditions and groups added on the way, over the seams of several segments."""
     monkeypatch.setattr(geometry, "SEGMENT_BYTES", 1)
     made, last = MadeUpRun(spec(), with_parts=True), 75
-    sink = RunFileSink(tmp_path / "run.h5")
+    sink = RunFileSink(tmp_path / "run.h5", compression=compression)
     sink.open(made.spec)
     made.feed(sink, last)
     with trajrec.open(tmp_path / "run.h5") as run:

@@ -52,9 +52,10 @@ def cut_off(path, last: int, made: MadeUpRun = MADE, **options) -> None:
 
 @pytest.mark.parametrize("at", [0, 63, 64, 100, 300])
 @pytest.mark.parametrize("begin", [MADE.write, cut_off])
-def test_a_recording_goes_on_from_any_step(tmp_path, begin, at):
-    path = tmp_path / "run.h5"
-    cut_off(path, 300) if begin is cut_off else MADE.write(RunFileSink(path), 300)
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_recording_goes_on_from_any_step(tmp_path, begin, at, compression):
+    path, options = tmp_path / "run.h5", {"compression": compression}
+    cut_off(path, 300, **options) if begin is cut_off else MADE.write(RunFileSink(path, **options), 300)
     restart(path, at, 333)
     assert verify(path) == []
     with trajrec.open(path) as run:
@@ -84,9 +85,10 @@ def test_other_inputs_are_refused(tmp_path):
         restart(path, 50, 60, made=MadeUpRun(dataclasses.replace(MADE.spec, inputs="store")))
 
 
-def test_twice_and_shorter(tmp_path):
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_twice_and_shorter(tmp_path, compression):
     path = tmp_path / "run.h5"
-    cut_off(path, 300)
+    cut_off(path, 300, compression=compression)
     restart(path, 200, 210, complete=False)
     restart(path, 150, 170)
     with trajrec.open(path) as run:
@@ -105,9 +107,10 @@ def test_keyframes_only(tmp_path):
         assert [run.crc32(t) for t in range(121)] == [MADE.record(t).crc32 for t in range(121)]
 
 
-def test_a_resumed_recording_may_be_killed_and_resumed(tmp_path):
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_resumed_recording_may_be_killed_and_resumed(tmp_path, compression):
     path = tmp_path / "run.h5"
-    cut_off(path, 100)
+    cut_off(path, 100, compression=compression)
     sink = RunFileSink(path, resume=True)
     sink.open(MADE.spec)
     sink.reserve()[:] = MADE.row(90)

@@ -6,9 +6,10 @@ interval doubles. So at any length the keyframes are evenly spread and, but for 
 limit allows. The checksums, ids and hyperparameters of every step stay, and so do keyframes that the sink did not ask
 for: replay cannot do without those.
 
-What counts is everything in the folder, the ring included, and that packing needs all but the ring a second time:
+What counts is everything in the folder, the ring included, and that all but the ring may be needed a second time, by
+packing or, where rows are not compressed and packing leaves them where they are, by going on with the packed run:
 
-    ring + 2 (segments + keyframes + what is in the ring + what may come before the next look) <= limit
+    ring + 2 (rows + segments + keyframes + what is in the ring + what may come before the next look) <= limit
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Budget:
     def exceeded(self, geometry: Geometry, pending: int) -> bool:
         """Whether what is on disk, `pending` bytes in the ring and the next few steps may pass the limit."""
         self._look()
-        sealed = sum(self._segments.values()) + sum(self._keyframes.values())
+        rows = self.folder.rows.stat().st_size if self.folder.rows.exists() else 0
+        sealed = rows + sum(self._segments.values()) + sum(self._keyframes.values())
         coming = pending + geometry.chunk_rows * geometry.row_bytes + 2 * max(self._keyframes.values(), default=0)
         return ring_bytes(geometry) + 2 * (sealed + coming + _OVERHEAD) > self.limit
 

@@ -4,6 +4,7 @@
     manifest.json                     spec and options, with a CRC-32
     ring.bin                          steps that are not sealed yet (ring.py)
     segment-FIRST-LAST.h5             sealed steps; complete, because renamed only after fsync
+    rows.bin                          their rows, where there is no compression (rowfile.py)
     keyframe-STEP.bin                 raw keyframes (keyfile.py)
     inputs-STEP.bin                   inputs of steps that are not sealed yet (keyfile.py)
     record-STEP.bin                   a record too large for the ring
@@ -56,6 +57,11 @@ class Manifest:
     compression: str
     resumed: tuple[int, ...] = ()
 
+    @property
+    def plain_rows(self) -> bool:
+        """Whether rows lie in a file of their own, and not in the segments."""
+        return self.keep == "steps" and self.compression == "none"
+
     def to_json(self) -> str:
         """The manifest as text, with a checksum."""
         body = json.dumps({**asdict(self), "spec": self.spec.to_json()}, indent=1)
@@ -96,6 +102,11 @@ class Folder:
     def ring(self) -> Path:
         """The ring."""
         return self.path / "ring.bin"
+
+    @property
+    def rows(self) -> Path:
+        """The rows of an uncompressed recording."""
+        return self.path / "rows.bin"
 
     @property
     def manifest(self) -> Path:
@@ -151,7 +162,11 @@ class Folder:
         return list(self.path.iterdir()) if self.path.is_dir() else []
 
     def size(self) -> int:
-        """Bytes of what is recorded: segments, keyframes and inputs."""
+        """Bytes of what is recorded: rows, segments, keyframes and inputs."""
+        return _size(self.rows) + self.packing_size()
+
+    def packing_size(self) -> int:
+        """Bytes that packing needs, about: all of it but the rows that need not be moved."""
         paths = [s.path for s in self.segments()] + [*self.keyframes().values(), *self.raw_inputs().values()]
         return sum(_size(path) for path in paths)
 
@@ -188,7 +203,11 @@ class Folder:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Deletes the folder."""
+        """Deletes the folder; the manifest goes last, so that what is left of a folder says what it belonged to."""
+        for path in self._entries():
+            if path not in (self.lock, self.manifest):
+                with contextlib.suppress(OSError):
+                    path.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -5,7 +5,8 @@ is step 0, the weights before training, so that `weights[t]` and `steps/loss[t]`
 
     attributes    format, version, created, state, first, keep, gaps, resumed
     /spec         one JSON attribute for every field of RunSpec
-    /weights      (n, P) in chunks (R, C); (0, P) where rows of single steps are not kept
+    /weights      (n, P) in chunks (R, C), or in one piece where there is no compression; (0, P) where rows of single
+                  steps are not kept, and in segments whose rows are in a file of their own (rowfile.py)
     /steps        step, epoch, loss, time, crc32, record_crc32 (n); hyper (n, G, H)
     /batches      ids, weights, rng, parts, digests, changes: flat; NAME_offsets (n + 1)
     /keyframes    the step as ten digits: the keyframe's arrays by their paths, each with its CRC-32 (packed runs)
@@ -27,19 +28,19 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin
 import numpy as np
 import numpy.typing as npt
 
 from trajrec.checksum import crc32
 from trajrec.records import Row, RunSpec
-from trajrec.runfile.table import PLAIN, RAGGED, StepTable, widened
+from trajrec.runfile import hdf5
+from trajrec.runfile.rowfile import HEAD_BYTES
 
 FORMAT = "trajrec"
 VERSION = "1.0"
 LIBVER = ("v110", "v110")
 STEP_DIGITS = 10
-COLUMN_CHUNK_BYTES = 64 * 1024
+ARRAY_BYTES = 64 * 1024  # up to which arrays of keyframes are not worth compressing
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Head:
         first: step of entry 0.
         keep: "steps", or "keyframes" where rows of single steps are not kept.
         compression: "zstd" or "none".
-        chunks: (R, C) of /weights.
+        chunks: (R, C) of /weights; None where it lies in one piece.
         gaps: first and last step of stretches that went unrecorded.
         resumed: steps that a recording was taken up again at.
     """
@@ -60,37 +61,38 @@ class Head:
     first: int
     keep: str
     compression: str
-    chunks: tuple[int, int]
+    chunks: tuple[int, int] | None
     gaps: tuple[tuple[int, int], ...] = ()
     resumed: tuple[int, ...] = ()
 
 
-def filters(compression: str) -> dict[str, Any]:
-    """The filters of /weights, as arguments of `create_dataset`."""
-    return {} if compression == "none" else {"shuffle": True, "compression": hdf5plugin.Zstd(clevel=1)}
+def begin(path: Path, head: Head, spec: RunSpec, rows: int, cache: int | None = None) -> h5py.File:
+    """A new file with its attributes, its spec and /weights [rows, P]; `cache` is the chunk cache in bytes.
 
-
-def begin(path: Path, head: Head, spec: RunSpec, cache: int | None = None) -> h5py.File:
-    """A new file with its attributes, its spec and empty /weights; `cache` is the chunk cache in bytes."""
-    file = h5py.File(path, "w", libver=LIBVER, locking=False, rdcc_nbytes=cache)
+    /weights comes first: where it lies in one piece, it then begins at `HEAD_BYTES`, like the rows of a row file.
+    """
+    file = h5py.File(path, "w", libver=LIBVER, locking=False, rdcc_nbytes=cache, **_alignment(head, rows))
+    shape, dtype = (rows, spec.row_length), np.dtype(spec.dtype).newbyteorder("<")
+    hdf5.create(file, "weights", shape, dtype, _weights_plan(head), grows=head.chunks is not None)
     for name, value in _attributes(head, spec).items():
-        file.attrs[name] = np.bytes_(value)
-    file.attrs["first"] = np.int64(head.first)
+        hdf5.write_attribute(file.id, name, np.bytes_(value))
+    hdf5.write_attribute(file.id, "first", np.int64(head.first))
     file.create_group("keyframes")  # always there, so that one that cannot be found is a fault
     if spec.inputs == "store":
         file.create_group("inputs")
     group = file.create_group("spec")
     for name, value in spec.to_json().items():
-        group.attrs[name] = np.bytes_(json.dumps(value))
-    file.create_dataset(
-        "weights",
-        (0, spec.row_length),
-        np.dtype(spec.dtype).newbyteorder("<"),
-        maxshape=(None, spec.row_length),
-        chunks=head.chunks,
-        **filters(head.compression),
-    )
+        hdf5.write_attribute(group.id, name, np.bytes_(json.dumps(value)))
     return file
+
+
+def _alignment(head: Head, rows: int) -> dict[str, int]:
+    """Whatever is larger begins on a multiple of `HEAD_BYTES`, where /weights lies in one piece."""
+    return {} if head.chunks or not rows else {"alignment_threshold": HEAD_BYTES, "alignment_interval": HEAD_BYTES}
+
+
+def _weights_plan(head: Head) -> Any:
+    return hdf5.plan(head.chunks, head.compression) if head.chunks else hdf5.in_one_piece()
 
 
 def _attributes(head: Head, spec: RunSpec) -> dict[str, str]:
@@ -105,76 +107,12 @@ def _attributes(head: Head, spec: RunSpec) -> dict[str, str]:
     }
 
 
-def write_rows(file: h5py.File, blocks: Iterable[Row], count: int) -> None:
-    """Fills /weights with blocks of R rows (the last may be shorter), `count` rows in all."""
+def write_rows(file: h5py.File, blocks: Iterable[Row]) -> None:
+    """Fills /weights with blocks of R rows (the last may be shorter)."""
     weights, at = file["weights"], 0
-    weights.resize(count, axis=0)
     for block in blocks:
         weights[at : at + len(block)] = block
         at += len(block)
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnSizes:
-    """How long the columns are: n entries, and the flat lengths of the ragged ones."""
-
-    entries: int
-    ids: int = 0
-    weights: int = 0
-    rng: int = 0
-    parts: int = 0
-    digests: int = 0
-    changes: int = 0
-
-    @classmethod
-    def total(cls, tables: Iterable[ColumnSizes]) -> ColumnSizes:
-        """The sizes of tables put one after the other."""
-        sizes = list(tables)
-        return cls(*(sum(getattr(s, name) for s in sizes) for name in ("entries", *RAGGED)))
-
-
-def create_columns(file: h5py.File, sizes: ColumnSizes, hyper: tuple[int, ...], compression: str) -> None:
-    """Creates /steps and /batches at their full length."""
-    options = {"fletcher32": True, **filters(compression)}
-    for name in ("step", *PLAIN):
-        shape = (sizes.entries, *hyper) if name == "hyper" else (sizes.entries,)
-        _column(file, f"steps/{name}", shape, PLAIN.get(name, "<i8"), options)
-    for name, dtype in RAGGED.items():
-        _column(file, f"batches/{name}", (getattr(sizes, name),), dtype, options)
-        _column(file, f"batches/{name}_offsets", (sizes.entries + 1,), "<i8", options)
-
-
-def _column(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, options: Mapping[str, Any]) -> None:
-    if 0 in shape:
-        file.create_dataset(name, shape, dtype)
-        return
-    entry = int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize
-    length = min(shape[0], max(1, COLUMN_CHUNK_BYTES // entry))
-    file.create_dataset(name, shape, dtype, chunks=(length, *shape[1:]), **options)
-
-
-def write_columns(file: h5py.File, table: StepTable, at: ColumnSizes) -> None:
-    """Writes a table into the columns, behind the entries and values that `at` counts."""
-    stop = at.entries + len(table)
-    _put(file["steps/step"], at.entries, np.arange(table.first, table.first + len(table)))
-    for name in PLAIN:
-        dataset, values = file[f"steps/{name}"], getattr(table, name)
-        _put(dataset, at.entries, widened(values, dataset.shape[1]) if name == "hyper" else values)
-    for name in RAGGED:
-        base = getattr(at, name)
-        _put(file[f"batches/{name}"], base, getattr(table, name))
-        offsets = getattr(table, f"{name}_offsets") + base
-        file[f"batches/{name}_offsets"][at.entries : stop + 1] = offsets
-
-
-def _put(dataset: h5py.Dataset, at: int, values: npt.NDArray[Any]) -> None:
-    if values.size:
-        dataset[at : at + len(values)] = values
-
-
-def column_sizes(table: StepTable) -> ColumnSizes:
-    """The sizes of a table's columns."""
-    return ColumnSizes(len(table), *(getattr(table, name).size for name in RAGGED))
 
 
 def keyframe_name(step: int) -> str:
@@ -189,14 +127,15 @@ def inputs_name(step: int) -> str:
 
 def write_arrays(file: h5py.File, name: str, arrays: Mapping[str, npt.NDArray[Any]], compression: str) -> None:
     """Stores the arrays of a keyframe or of inputs in a group, each with its CRC-32 as an attribute."""
-    group = file.require_group(name)
-    for name, array in arrays.items():
+    if not arrays:
+        file.create_group(name)
+    for path, array in arrays.items():
         value = np.asarray(array, order="C")
-        options: dict[str, Any] = {}
-        if value.nbytes > COLUMN_CHUNK_BYTES and compression != "none":
-            options = {"chunks": _array_chunk(value), **filters(compression)}
-        dataset = group.create_dataset(name, data=value, **options)
-        dataset.attrs["crc32"] = np.uint32(crc32(value.data))
+        large = value.nbytes > ARRAY_BYTES and compression != "none"
+        plan = hdf5.plan(_array_chunk(value), compression) if large else hdf5.plan()
+        dataset = hdf5.create(file, f"{name}/{path}", value.shape, value.dtype, plan)
+        hdf5.write(dataset, value)
+        hdf5.write_attribute(dataset, "crc32", np.uint32(crc32(value.data)))
 
 
 def _array_chunk(value: npt.NDArray[Any]) -> tuple[int, ...]:

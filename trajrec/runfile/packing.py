@@ -39,25 +39,29 @@ def pack(path: str | Path) -> Path:
         raise NotARunError(f"There is no recording at {path}: neither {folder.output} nor {folder.path} exists.")
     lock = Lock(folder.lock)
     try:
-        manifest = folder.read_manifest()
         if folder.output.exists():
-            return _remove_leftover(folder, manifest)
-        return _finish(folder, _ring(folder, manifest), lock)
+            return _remove_leftover(folder)
+        return _finish(folder, _ring(folder, folder.read_manifest()), lock)
     finally:
         lock.release()
 
 
-def _remove_leftover(folder: Folder, manifest: Manifest) -> Path:
+def _remove_leftover(folder: Folder) -> Path:
     """Deletes a folder whose packed file is there already: only its removal was cut off."""
+    if folder.manifest.exists() or folder.segments():
+        _check_same(folder)
+    folder.remove()
+    return folder.output
+
+
+def _check_same(folder: Folder) -> None:
     from trajrec.runfile.stored import StoredRun
 
     stored = StoredRun(folder.output)
-    same = stored.spec().run_id == manifest.spec.run_id
+    same = stored.spec().run_id == folder.read_manifest().spec.run_id
     stored.close()
     if not same:
         raise OutputExistsError(f"{folder.output} holds another run. Move it away, then pack {folder.path} again.")
-    folder.remove()
-    return folder.output
 
 
 def _ring(folder: Folder, manifest: Manifest) -> Ring:
@@ -82,8 +86,8 @@ def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
         writer.close()
     if status is Status.DISK_FULL:
         folder.sweep()
+        size = f"{folder.packing_size() / 1e6:.0f} MB"
         raise DiskFullError(
-            f"The disk is full: packing {folder.path} needs about {folder.size() / 1e6:.0f} MB. Nothing is lost; make "
-            "room and pack again."
+            f"The disk is full: packing {folder.path} needs about {size}. Nothing is lost; make room and pack again."
         )
     return folder.output

@@ -9,20 +9,28 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from threading import Lock
 
 from trajrec.errors import DamagedRunError
 from trajrec.runfile.folder import Segment
+from trajrec.runfile.rowfile import SharedRows
 from trajrec.runfile.stored import StoredRun
 
 OPEN_FILES = 8
 
 
 class Pieces:
-    """Consecutive files, each holding steps [first, stop)."""
+    """Consecutive files, each holding steps [first, stop).
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    Args:
+        segments: the files.
+        rows: of the folder that they are in, where rows of segments without any are.
+    """
+
+    def __init__(self, segments: Sequence[Segment], rows: Path | None = None) -> None:
         self.segments = tuple(segments)
+        self._rows = None if rows is None else SharedRows(rows)
         self._firsts = [segment.first for segment in segments]
         self._open: OrderedDict[int, StoredRun] = OrderedDict()
         self._lock = Lock()
@@ -49,7 +57,7 @@ class Pieces:
         """The open file of a segment."""
         with self._lock:
             if index not in self._open:
-                self._open[index] = _checked(self.segments[index])
+                self._open[index] = _checked(self.segments[index], self._rows)
                 if len(self._open) > OPEN_FILES:
                     self._open.popitem(last=False)[1].close()
             self._open.move_to_end(index)
@@ -63,10 +71,12 @@ class Pieces:
         with self._lock:
             while self._open:
                 self._open.popitem()[1].close()
+            if self._rows is not None:
+                self._rows.close()
 
 
-def _checked(segment: Segment) -> StoredRun:
-    stored = StoredRun(segment.path)
+def _checked(segment: Segment, rows: SharedRows | None) -> StoredRun:
+    stored = StoredRun(segment.path, rows)
     if (stored.first, stored.stop) != (segment.first, segment.stop):
         stored.close()
         raise DamagedRunError(

@@ -88,13 +88,13 @@ class Run:
     def _now(self, ask: Callable[[Source], _T]) -> _T:
         """Asks the source; if things have moved since it was looked at, looks again. One thread at a time."""
         with self._lock:
-            for _ in range(3):
+            for _ in range(4):
                 try:
                     return ask(self._source)
                 except (MovedError, FileNotFoundError):
                     old, self._source = self._source, find(self._asked)
                     old.close()
-            return ask(self._source)
+            raise DamagedRunError(f"{self.path}: files that belong to it are missing. Restore it from a copy.")
 
     def _read_rows(self, first: int, stop: int) -> Row:
         return self._now(lambda source: _in_blocks(source, first, stop))

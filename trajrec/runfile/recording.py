@@ -398,7 +398,7 @@ class RunFileSink:
             if status is Status.RUNNING:
                 self._writer.wait(_GLANCE)
             elif self._on_full == "wait":
-                self._wait_for_room(f"The disk is full: {self.output} cannot be finished.", self.folder.size())
+                self._wait_for_room(f"The disk is full: {self.output} cannot be finished.", self.folder.packing_size())
                 self._writer.restart()
             else:
                 break

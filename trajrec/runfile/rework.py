@@ -8,7 +8,8 @@ one whose checksum equals theirs; what was recorded after it is dropped, because
 run is turned back into a folder of one segment; in a folder that was cut off the ring is sealed first.
 
 drop-rows: a recording that outgrows its budget keeps the weights at keyframes only from now on. They move from the
-segments into the keyframes, then the manifest says so, then the segments are written again without rows.
+segments into the keyframes, then the manifest says so, then the segments are written again without rows, and a file of
+rows is deleted.
 
 Killed at any moment, either leaves a recording that can be read: the packed file goes only after the folder is
 whole, later segments go before earlier ones, of two segments that begin alike the shorter counts (`Folder.segments`),
@@ -31,7 +32,7 @@ from trajrec.runfile.folder import Folder, Manifest, Segment, is_disk_full, sync
 from trajrec.runfile.keyfile import read_keyframe, write_arrays
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.process import EXIT_DISK_FULL
-from trajrec.runfile.sealing import copy_segment
+from trajrec.runfile.sealing import copy_segment, row_file
 from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.writer import Writer
 
@@ -50,7 +51,7 @@ def resume(folder: Folder, crc32: int, keep: str, inputs: str) -> tuple[int, int
         raise RecordingError(f"It keeps {manifest.keep}, and would now keep {keep}.")
     if inputs != manifest.spec.inputs:
         raise RecordingError(f'It has inputs="{manifest.spec.inputs}", and would now have inputs="{inputs}".')
-    pieces = Pieces(segments)
+    pieces = Pieces(segments, folder.rows)
     step = _find(pieces, crc32)
     if step is None:
         return None
@@ -109,23 +110,26 @@ def _truncate(folder: Folder, manifest: Manifest, pieces: Pieces, step: int) -> 
         if segment.first > step:
             segment.path.unlink()
         elif segment.stop > step + 1:
-            copy_segment(folder, manifest, Pieces([segment]), segment.first, step + 1)
+            copy_segment(folder, manifest, Pieces([segment], folder.rows), segment.first, step + 1)
             segment.path.unlink()
+    if manifest.plain_rows:
+        row_file(folder, manifest).cut(step + 1)
     folder.ring.unlink(missing_ok=True)
 
 
 def drop_rows(folder: Folder) -> int:
     """Makes a recording of every step one of keyframes, and returns its last step."""
     manifest, segments = _of_folder(folder)
-    pieces = Pieces(segments)
+    pieces = Pieces(segments, folder.rows)
     for step, path in folder.keyframes().items():
         if step < pieces.stop:
             _move_weights(pieces, step, path)
     manifest = replace(manifest, keep="keyframes")
     folder.write_manifest(manifest)
     pieces.close()
+    folder.rows.unlink(missing_ok=True)
     for segment in segments:
-        copy_segment(folder, manifest, Pieces([segment]), segment.first, segment.stop)
+        copy_segment(folder, manifest, Pieces([segment], folder.rows), segment.first, segment.stop)
     folder.ring.unlink(missing_ok=True)
     return pieces.stop - 1
 

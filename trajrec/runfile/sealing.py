@@ -2,10 +2,12 @@
 
 Sealing takes entries [first, stop) out of the ring, checks them and writes them as a segment that appears under its
 name only when it is on the disk. The inputs of a step, where they are recorded, belong to its entry: they go into the
-same segment, and an entry whose inputs did not survive a power cut is not intact.
+same segment, and an entry whose inputs did not survive a power cut is not intact. Without compression the rows go into
+the folder's row file first, and are synced before the segment that speaks of them appears.
 
 Packing puts segments one behind the other: chunks are copied as they are stored where a segment begins on a multiple of
-R (it nearly always does); rows are decoded and written again elsewhere.
+R (it nearly always does); rows are decoded and written again elsewhere. Rows of a row file stay where they are: all
+else becomes an HDF5 file with a hole in their place, and is put around them (`RowFile.wrap`).
 
 Only the writer process imports this module: it writes HDF5. Files are not closed when something fails, because
 closing after an I/O error crashes the HDF5 library; the process ends instead (see writer.py).
@@ -14,6 +16,7 @@ closing after an I/O error crashes the HDF5 library; the process ends instead (s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import h5py
@@ -22,12 +25,15 @@ import numpy as np
 from trajrec.errors import DamagedRunError
 from trajrec.records import Row, StepRecord
 from trajrec.runfile import layout, trailer
-from trajrec.runfile.folder import Folder, Manifest, durable
-from trajrec.runfile.geometry import chunk_shape
+from trajrec.runfile.columns import Columns, ColumnSizes
+from trajrec.runfile.folder import Folder, Manifest, durable, sync
+from trajrec.runfile.geometry import CHUNK_ROWS, chunk_shape
 from trajrec.runfile.keyfile import has_inputs, read_inputs, read_keyframe
-from trajrec.runfile.layout import ColumnSizes, Head
+from trajrec.runfile.layout import Head
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
+from trajrec.runfile.rowfile import HEAD_BYTES, RowFile
+from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.table import table_of
 
 _ENTRIES = 4096
@@ -39,17 +45,33 @@ def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) 
     if not records:
         return first
     table, stop = table_of(records), first + len(records)
-    with durable(folder.segment(first, stop)) as tmp:
-        file = layout.begin(tmp, _head(manifest, "recording", first), manifest.spec, cache=0)
-        if ring.geometry.row_length:
-            layout.write_rows(file, _blocks(ring, first, stop), len(records))
-        layout.create_columns(file, layout.column_sizes(table), table.hyper.shape[1:], manifest.compression)
-        layout.write_columns(file, table, ColumnSizes(0))
+    segment = folder.segment(first, stop)
+    with _undone(folder, manifest, segment), durable(segment) as tmp:
+        inside = ring.geometry.row_length and not manifest.plain_rows
+        head = _head(manifest, "recording", first)
+        file = layout.begin(tmp, head, manifest.spec, len(records) if inside else 0, cache=0)
+        if inside:
+            layout.write_rows(file, _blocks(ring, first, stop))
+        elif manifest.plain_rows:
+            row_file(folder, manifest).write(first, _blocks(ring, first, stop))
+        columns = Columns(file, ColumnSizes.of(table), table.hyper.shape[1:], manifest.compression)
+        columns.append(table)
         _take_in_inputs(file, folder, manifest, range(first, stop))
         file.close()
         trailer.append(tmp)
     folder.drop_sealed(stop)
     return stop
+
+
+def row_file(folder: Folder, manifest: Manifest) -> RowFile:
+    """The folder's row file."""
+    spec = manifest.spec
+    return RowFile(folder.rows, spec.row_length * np.dtype(spec.dtype).itemsize)
+
+
+def _undone(folder: Folder, manifest: Manifest, segment: Path) -> AbstractContextManager[None]:
+    """Takes back what was appended to the row file, if there is one, where the segment does not appear after all."""
+    return row_file(folder, manifest).restored(unless=segment) if manifest.plain_rows else nullcontext()
 
 
 def _intact(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> Iterator[StepRecord]:
@@ -77,51 +99,84 @@ def _blocks(ring: Ring, first: int, stop: int) -> Iterator[Row]:
 
 def _head(manifest: Manifest, state: str, first: int, gaps: Sequence[tuple[int, int]] = ()) -> Head:
     spec = manifest.spec
-    chunks = chunk_shape(spec.row_length, np.dtype(spec.dtype).itemsize)
+    chunks = None if manifest.plain_rows else chunk_shape(spec.row_length, np.dtype(spec.dtype).itemsize)
     return Head(state, first, manifest.keep, manifest.compression, chunks, tuple(gaps), manifest.resumed)
 
 
 def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[int, int]]) -> Path:
     """Packs the sealed segments and keyframes of a folder into its output and removes the folder."""
-    pieces = Pieces(folder.segments())
+    pieces = Pieces(folder.segments(), folder.rows)
     if not pieces.segments or pieces.segments[0].first != 0:
         raise DamagedRunError(f"{folder.path}: nothing to pack: its first steps were not recorded, or are missing.")
-    with durable(folder.path / "packed.h5") as tmp:
-        file = layout.begin(tmp, _head(manifest, state, 0, gaps), manifest.spec)
-        _copy(file, pieces, 0, pieces.stop, manifest)
+    tmp, count = folder.path / "packed.h5.tmp", pieces.stop if manifest.keep == "steps" else 0
+    with _removed_on_failure(tmp):
+        file = layout.begin(tmp, _head(manifest, state, 0, gaps), manifest.spec, count)
+        around = manifest.plain_rows and file["weights"].id.get_offset() == HEAD_BYTES
+        if count and not around:
+            _copy_rows(file["weights"], pieces, 0, pieces.stop)
+        _copy_steps(file, folder, manifest, pieces, 0, pieces.stop)
         _fold_keyframes(file, folder, pieces.stop, manifest.compression)
+        crc32s = file["steps/crc32"][:] if around else ()
         file.close()
-        trailer.append(tmp)
-    pieces.close()
-    (folder.path / "packed.h5").replace(folder.output)
+        if around:
+            row_file(folder, manifest).wrap(tmp, crc32s, pieces.stop)
+        else:
+            trailer.append(tmp)
+            sync(tmp)
+        pieces.close()
+        (folder.rows if around else tmp).replace(folder.output)
+    sync(folder.output.parent)
     folder.remove()
     return folder.output
 
 
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def copy_segment(folder: Folder, manifest: Manifest, pieces: Pieces, first: int, stop: int) -> None:
     """Makes a segment of steps [first, stop) out of others; rows only where the manifest keeps them."""
+    inside = manifest.keep == "steps" and not manifest.plain_rows
     with durable(folder.segment(first, stop)) as tmp:
-        file = layout.begin(tmp, _head(manifest, "recording", first), manifest.spec)
-        _copy(file, pieces, first, stop, manifest)
+        head = _head(manifest, "recording", first)
+        file = layout.begin(tmp, head, manifest.spec, stop - first if inside else 0)
+        if inside:
+            _copy_rows(file["weights"], pieces, first, stop)
+        _copy_steps(file, folder, manifest, pieces, first, stop)
         file.close()
         trailer.append(tmp)
 
 
-def _copy(file: h5py.File, pieces: Pieces, first: int, stop: int, manifest: Manifest) -> None:
-    if manifest.keep == "steps":
-        _copy_rows(file["weights"], pieces, first, stop)
-    _copy_columns(file, pieces, first, stop, manifest.compression)
-    if manifest.spec.inputs == "store":
-        for step in range(max(first, 1), stop):
-            pieces.at(step).copy_inputs(step, file)
+def _gather_rows(rows: RowFile, piece: StoredRun, first: int, stop: int) -> None:
+    """Brings rows that are elsewhere into the row file.
+
+    Raises:
+        DamagedRunError: the row file lacks rows that should be there.
+    """
+    if not piece.in_folder:
+        with rows.restored():
+            rows.write(first, _read_in_blocks(piece, first, stop))
+    elif not rows.has(stop):
+        raise DamagedRunError(f"{rows.path}: rows before step {stop} are missing; the file was cut off.")
+
+
+def _read_in_blocks(piece: StoredRun, first: int, stop: int) -> Iterator[Row]:
+    while first < stop:
+        end = min(piece.block(first)[1], stop)
+        yield piece.rows(first, end)
+        first = end
 
 
 def _copy_rows(weights: h5py.Dataset, pieces: Pieces, first: int, stop: int) -> None:
-    weights.resize(stop - first, axis=0)
-    rows = weights.chunks[0]
+    rows = weights.chunks[0] if weights.chunks else CHUNK_ROWS
     for start in range(first, stop, rows):
         end, source = min(start + rows, stop), pieces.at(start)
-        if source.head.chunks == weights.chunks and source.block(start) == (start, end):
+        if weights.chunks and source.head.chunks == weights.chunks and source.block(start) == (start, end):
             for column, mask, data in source.raw_chunks(start):
                 weights.id.write_direct_chunk((start - first, column), data, mask)
         else:
@@ -137,18 +192,24 @@ def _gather(pieces: Pieces, first: int, stop: int) -> Row:
     return np.concatenate(parts)
 
 
-def _copy_columns(file: h5py.File, pieces: Pieces, first: int, stop: int, compression: str) -> None:
+def _copy_steps(file: h5py.File, folder: Folder, manifest: Manifest, pieces: Pieces, first: int, stop: int) -> None:
+    """Copies /steps and /batches, and /inputs where they are stored; rows that belong into the row file go there."""
     clips = [(k, max(s.first, first), min(s.stop, stop)) for k, s in enumerate(pieces.segments)]
     clips = [(k, a, b) for k, a, b in clips if a < b]
-    total = ColumnSizes.total(pieces.open(k).column_sizes(a, b) for k, a, b in clips)
-    shapes = [pieces.open(k).hyper_shape for k, _, _ in clips]
-    layout.create_columns(file, total, max(shapes), compression)
-    at = ColumnSizes(0)
+    sizes, shapes = [], []
+    for k, a, b in clips:
+        piece = pieces.open(k)
+        if manifest.plain_rows:
+            _gather_rows(row_file(folder, manifest), piece, a, b)
+        sizes.append(piece.column_sizes(a, b))
+        shapes.append(piece.hyper_shape)
+    columns = Columns(file, ColumnSizes.total(sizes), max(shapes), manifest.compression)
     for k, a, b in clips:
         for start in range(a, b, _ENTRIES):
-            table = pieces.open(k).table(start, min(start + _ENTRIES, b))
-            layout.write_columns(file, table, at)
-            at = ColumnSizes.total([at, layout.column_sizes(table)])
+            columns.append(pieces.open(k).table(start, min(start + _ENTRIES, b)))
+    if manifest.spec.inputs == "store":
+        for step in range(max(first, 1), stop):
+            pieces.at(step).copy_inputs(step, file)
 
 
 def _fold_keyframes(file: h5py.File, folder: Folder, stop: int, compression: str) -> None:

@@ -116,12 +116,21 @@ class FolderSource:
     def rows(self, first: int, stop: int) -> Row:
         """Rows of steps [first, stop) [n, P], which lie in one block; not checked."""
         if first < self._pieces.stop:
-            return self._piece(first).rows(first, stop)
+            return self._sealed_rows(first, stop)
         assert self._ring is not None
         rows = np.array(self._ring.rows(first, stop))
         if not all(self._ring.published(step) for step in range(first, stop)):
             raise MovedError
         return rows
+
+    def _sealed_rows(self, first: int, stop: int) -> Row:
+        piece = self._piece(first)
+        try:
+            return piece.rows(first, stop)
+        except DamagedRunError as error:
+            if piece.path.exists() and piece.rows_path.exists():
+                raise
+            raise MovedError from error
 
     def table(self, step: int) -> StepTable:
         """Records of a stretch of steps around `step`."""
@@ -198,7 +207,7 @@ def _present(segments: list[Segment]) -> list[Segment]:
 def _pieces_and_ring(folder: Folder, spec: RunSpec) -> tuple[Pieces, Ring | None, StepTable | None]:
     """The sealed segments, the ring, and the records that follow in it."""
     while True:
-        pieces = Pieces(_present(folder.segments()))
+        pieces = Pieces(_present(folder.segments()), folder.rows)
         ring, tail = _ring_table(folder, spec, pieces.stop)
         segments = folder.segments()
         if spec.inputs != "store" or not segments or segments[-1].stop == pieces.stop:

@@ -3,6 +3,8 @@
 Nothing here trusts the file. Only plain datasets of the expected dtype and shape that lie in the file itself are
 read (no external or virtual storage, no links, no objects), every fault of the HDF5 library becomes a
 `DamagedRunError`, and nothing is unpickled or executed.
+
+Rows come from chunks, by way of the HDF5 library, or from one piece of a file (storedrows.py).
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin as hdf5plugin  # registers the filters
 import numpy as np
 import numpy.typing as npt
 
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import Inputs, Keyframe, Row, RunSpec
-from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, ColumnSizes, Head, inputs_name, keyframe_name
+from trajrec.runfile import hdf5
+from trajrec.runfile.columns import ColumnSizes
+from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, Head, inputs_name, keyframe_name
+from trajrec.runfile.rowfile import SharedRows
+from trajrec.runfile.storedrows import FlatRows, StoredRows, rows_of
 from trajrec.runfile.table import LATER, PLAIN, RAGGED, StepTable
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -32,7 +37,17 @@ COLUMNS = {
     **{f"batches/{name}_offsets": ("<i8", 1) for name in RAGGED},
 }
 Column = npt.NDArray[Any]
-_FAULTS = (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, MemoryError)
+_FAULTS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    MemoryError,
+    OverflowError,
+)
 
 
 @contextmanager
@@ -59,23 +74,32 @@ class StoredRun:
         head: what the file says of itself.
         first: step of entry 0; `stop` is the step after the last.
         has_rows: whether rows of single steps are kept.
+        rows_path: the file with the rows.
+
+    Args:
+        path: the file.
+        rows: of a recording in whose folder the file is, for a segment that has no rows of its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: SharedRows | None = None) -> None:
         _check_signature(path)
         self.path = path
         with reading(path, "it"):
             self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=_CACHE)
+        self._known: dict[str, h5py.Dataset] = {}
         try:
             self.head = self._head()
+            if self.head.compression != "none":
+                hdf5.register_filter()
             self.first = self.head.first
             self._weights = self._dataset("weights", "f", 2)
-            self.entries = self._length()
+            self.has_rows = self.head.keep == "steps"
+            self.entries = len(self._dataset("steps/crc32", "u", 1))
+            self.rows_path, self._rows = self._find_rows(rows)
         except BaseException:
             self._file.close()
             raise
         self.stop = self.first + self.entries
-        self.has_rows = self.head.keep == "steps"
 
     def close(self) -> None:
         """Closes the file."""
@@ -89,13 +113,14 @@ class StoredRun:
         if _text(attributes.get("format")) != FORMAT:
             raise NotARunError(f"{self.path} is an HDF5 file, but not a recording of trajrec.")
         _check_version(self.path, _text(attributes.get("version")))
+        weights = self._dataset("weights", "f", 2)
         with reading(self.path, "its attributes"):
             return Head(
                 state=_text(attributes["state"]),
                 first=int(attributes["first"]),
                 keep=_text(attributes["keep"]),
-                compression="zstd" if self._dataset("weights", "f", 2).compression else "none",
-                chunks=self._dataset("weights", "f", 2).chunks,
+                compression="zstd" if weights.id.get_create_plist().get_nfilters() else "none",
+                chunks=weights.chunks,
                 gaps=tuple((int(a), int(b)) for a, b in json.loads(_text(attributes["gaps"]))),
                 resumed=tuple(int(t) for t in json.loads(_text(attributes["resumed"]))),
             )
@@ -107,22 +132,32 @@ class StoredRun:
             return RunSpec.from_json(fields)
 
     def _dataset(self, name: str, kinds: str, dimensions: int | None = None) -> h5py.Dataset:
-        with reading(self.path, f"/{name}"):
-            if not isinstance(self._file.get(name, getlink=True), h5py.HardLink):
-                raise ValueError("it is a link to somewhere else")
-            dataset = self._file[name]
-            if dataset.is_virtual or dataset.external:
-                raise ValueError("its values lie outside the file")
-            if dataset.dtype.kind not in kinds or dimensions not in (None, dataset.ndim):
-                raise ValueError(f"unexpected dtype {dataset.dtype} or shape {dataset.shape}")
-            return dataset
+        """A dataset of the file, checked when it is first asked for."""
+        if name not in self._known:
+            with reading(self.path, f"/{name}"):
+                self._known[name] = self._checked_dataset(name, kinds, dimensions)
+        return self._known[name]
 
-    def _length(self) -> int:
-        entries = len(self._dataset("steps/crc32", "u", 1))
-        rows = len(self._weights)
-        if rows != entries * (self.head.keep == "steps") or self.first < 0:
-            raise DamagedRunError(f"{self.path}: /weights has {rows} rows, /steps {entries}; the file is damaged.")
-        return entries
+    def _checked_dataset(self, name: str, kinds: str, dimensions: int | None) -> h5py.Dataset:
+        path = name.encode()
+        if self._file.id.links.get_info(path).type != h5py.h5l.TYPE_HARD:
+            raise ValueError("it is a link to somewhere else")
+        dataset = h5py.Dataset(h5py.h5d.open(self._file.id, path))
+        if dataset.is_virtual or dataset.external:
+            raise ValueError("its values lie outside the file")
+        if dataset.dtype.kind not in kinds or dimensions not in (None, dataset.ndim):
+            raise ValueError(f"unexpected dtype {dataset.dtype} or shape {dataset.shape}")
+        return dataset
+
+    def _find_rows(self, shared: SharedRows | None) -> tuple[Path, StoredRows]:
+        """Where the rows are, and the file that they are in."""
+        rows, expected = len(self._weights), self.entries * self.has_rows
+        if shared is not None and expected and not rows and self.first >= 0:
+            return shared.path, FlatRows.of_folder(shared, self._weights, self.first)
+        if rows != expected or self.first < 0:
+            raise DamagedRunError(f"{self.path}: /weights has {rows} rows, /steps {self.entries}; the file is damaged.")
+        with reading(self.path, "/weights"):
+            return self.path, rows_of(self._weights)
 
     # ---- rows
 
@@ -131,17 +166,22 @@ class StoredRun:
         """P."""
         return int(self._weights.shape[1])
 
+    @property
+    def in_folder(self) -> bool:
+        """Whether the rows are in a file that all segments of a folder share."""
+        return self.rows_path != self.path
+
     def rows(self, first: int, stop: int) -> Row:
         """Rows of steps [first, stop) [n, P], not checked."""
-        with reading(self.path, f"/weights, steps {first} to {stop - 1}"):
+        with reading(self.rows_path, f"/weights, steps {first} to {stop - 1}"):
             out = np.empty((stop - first, self.row_length), self._weights.dtype)
             if out.size:
-                self._weights.read_direct(out, np.s_[first - self.first : stop - self.first])
+                self._rows.read(first - self.first, out)
             return out
 
     def block(self, step: int) -> tuple[int, int]:
-        """The steps [first, stop) whose rows share chunks with that of `step`."""
-        rows = self._weights.chunks[0]
+        """The steps [first, stop) whose rows are best read together with that of `step`."""
+        rows = self._rows.at_once
         start = self.first + (step - self.first) // rows * rows
         return start, min(start + rows, self.stop)
 
@@ -166,8 +206,8 @@ class StoredRun:
         return ColumnSizes(stop - first, *spans)
 
     def _flat_length(self, name: str, first: int, stop: int) -> int:
-        offsets = f"batches/{name}_offsets"
-        return int(self.column(offsets, stop - 1, stop)[-1] - self.column(offsets, first, first + 1)[0])
+        offsets = self.column(f"batches/{name}_offsets", first, stop)
+        return int(offsets[-1] - offsets[0])
 
     def table(self, first: int, stop: int) -> StepTable:
         """The records of steps [first, stop)."""
@@ -202,8 +242,10 @@ class StoredRun:
 
     def _lacks(self, name: str) -> bool:
         """Whether a ragged column did not exist yet when the file was written."""
+        if name not in LATER or f"batches/{name}_offsets" in self._known:
+            return False
         with reading(self.path, "/batches"):
-            return name in LATER and self._file.get(f"batches/{name}_offsets", getlink=True) is None
+            return self._file.get(f"batches/{name}_offsets", getlink=True) is None
 
     def column(self, name: str, first: int, stop: int) -> Column:
         """Entries of steps [first, stop) of a column, by its HDF5 path; n + 1 entries of an offset column."""
@@ -247,7 +289,7 @@ class StoredRun:
             return {n: self._checked(f"{base}/{n}") for n in names if only in (None, n)}
 
     def _checked(self, name: str) -> npt.NDArray[Any]:
-        dataset = self._dataset(name, "biufc")
+        dataset = self._checked_dataset(name, "biufc", None)
         value = np.asarray(dataset[()])
         if crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
             raise DamagedRunError(f"{self.path}: /{name} does not match its checksum; the file is damaged.")

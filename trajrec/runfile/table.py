@@ -9,8 +9,9 @@ weights before training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -71,22 +72,30 @@ class StepTable:
 
     def record(self, step: int) -> StepRecord:
         """The record of a step in this table."""
-        k = step - self.first
-        weights = self.span("weights", k)
-        return StepRecord(
-            step,
-            int(self.epoch[k]),
-            float(self.loss[k]),
-            float(self.time[k]),
-            int(self.crc32[k]),
-            present(self.hyper[k]),
-            self.span("ids", k),
-            weights if weights.size else None,
-            self.span("rng", k).tobytes(),
-            self.span("parts", k),
-            self.span("digests", k),
-            self.span("changes", k).tobytes(),
-        )
+        return next(self.records(step - self.first))
+
+    def records(self, start: int = 0) -> Iterator[StepRecord]:
+        """The records of entry `start` and those after it."""
+        part = slice(start, None)
+        whole = not np.isnan(self.hyper[part, -1:]).all(axis=2).any()  # of every record, all groups are there
+        columns = [getattr(self, name)[part].tolist() for name in ("epoch", "loss", "time", "crc32")]
+        spans = [self._spans(name, start) for name in RAGGED]
+        for k, told in enumerate(zip(*columns, *spans, strict=True), start):
+            epoch, loss, time, crc, ids, weights, rng, parts, digests, changes = told
+            yield StepRecord(
+                self.first + k,
+                epoch,
+                loss,
+                time,
+                crc,
+                self.hyper[k] if whole else present(self.hyper[k]),
+                ids,
+                weights if weights.size else None,
+                rng.tobytes(),
+                parts,
+                digests,
+                changes.tobytes(),
+            )
 
     def damaged(self) -> int | None:
         """The first step whose record does not match its checksum, or None."""
@@ -98,6 +107,11 @@ class StepTable:
         offsets = getattr(self, f"{name}_offsets")
         values: npt.NDArray[Any] = getattr(self, name)[offsets[k] : offsets[k + 1]]
         return values
+
+    def _spans(self, name: str, start: int) -> Iterator[npt.NDArray[Any]]:
+        """Entries `start` and after of a ragged column."""
+        values, offsets = getattr(self, name), getattr(self, f"{name}_offsets")[start:].tolist()
+        return (values[a:b] for a, b in pairwise(offsets))
 
 
 def table_of(records: Sequence[StepRecord]) -> StepTable:
@@ -138,8 +152,7 @@ def present(hyper: FloatArray) -> FloatArray:
 
 
 def _checksums(table: StepTable) -> npt.NDArray[np.uint32]:
-    steps = range(table.first, table.first + len(table))
-    return np.array([crc32(encode(table.record(step))) for step in steps], "<u4")
+    return np.array([crc32(encode(record)) for record in table.records()], "<u4")
 
 
 def _flat(name: str, spans: Sequence[npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:

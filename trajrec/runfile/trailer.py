@@ -9,45 +9,51 @@ that writes to it destroys the trailer, and `trajrec verify` says so.
 from __future__ import annotations
 
 import struct
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from trajrec.checksum import crc32
 
 MAGIC = b"TRAJSUM1"
 _BODY = struct.Struct("<8sQI")
 SIZE = _BODY.size + 4
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 
 def append(path: Path) -> None:
     """Puts a trailer behind a file."""
-    with path.open("r+b") as file:
-        crc, length = _crc32(file, None)
-        body = _BODY.pack(MAGIC, length, crc)
-        file.write(body + struct.pack("<I", crc32(body)))
+    with path.open("r+b", buffering=0) as file:
+        length = file.seek(0, 2)
+        file.seek(0)
+        file.write(trailer(length, _crc32(file, length)))
+
+
+def trailer(length: int, crc: int) -> bytes:
+    """The trailer of a file of `length` bytes with this CRC-32."""
+    body = _BODY.pack(MAGIC, length, crc)
+    return body + struct.pack("<I", crc32(body))
 
 
 def fault(path: Path) -> str | None:
     """What is wrong with a file according to its trailer, or None."""
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - SIZE))
-        trailer = file.read(SIZE)
-        body, crc = trailer[:-4], trailer[-4:]
-        if len(trailer) < SIZE or trailer[:8] != MAGIC or struct.pack("<I", crc32(body)) != crc:
+        found = file.read(SIZE)
+        body, crc = found[:-4], found[-4:]
+        if len(found) < SIZE or found[:8] != MAGIC or struct.pack("<I", crc32(body)) != crc:
             return "the checksum at its end is missing: it was cut off, or written to by another program"
         _, length, expected = _BODY.unpack(body)
         if length != size - SIZE:
             return f"{length + SIZE} bytes were expected, found {size}"
         file.seek(0)
-        found, _ = _crc32(file, length)
-        return None if found == expected else "at least one byte has changed since it was written"
+        return None if _crc32(file, length) == expected else "at least one byte has changed since it was written"
 
 
-def _crc32(file: IO[bytes], length: int | None) -> tuple[int, int]:
-    crc = done = 0
-    while data := file.read(_PIECE if length is None else min(_PIECE, length - done)):
-        crc = crc32(data, crc)
-        done += len(data)
-    return crc, done
+def _crc32(file: FileIO, length: int) -> int:
+    """The CRC-32 of the next `length` bytes, through one small buffer that stays in the processor's cache."""
+    buffer, crc = memoryview(bytearray(_PIECE)), 0
+    while length and (count := file.readinto(buffer[: min(_PIECE, length)])):
+        crc = crc32(buffer[:count], crc)
+        length -= count
+    return crc

@@ -19,6 +19,7 @@ from trajrec.runfile.folder import SUFFIX, Folder
 from trajrec.runfile.keyfile import read_inputs, read_keyframe
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
+from trajrec.runfile.rowfile import SharedRows
 from trajrec.runfile.source import TABLE_STEPS
 from trajrec.runfile.stored import COLUMNS, StoredRun
 from trajrec.runfile.table import StepTable
@@ -65,24 +66,24 @@ def verify(path: str | Path) -> list[Problem]:
     raise NotARunError(f"There is no recording at {path}.")
 
 
-def _file_problems(path: Path) -> Iterator[Problem]:
+def _file_problems(path: Path, rows: SharedRows | None = None, with_rows: bool = True) -> Iterator[Problem]:
     try:
-        stored = StoredRun(path)
+        stored = StoredRun(path, rows)
         stored.spec()
     except DamagedRunError as error:
         yield Problem(path, "", None, None, _short(error, path))
         return
     try:
-        found = list(_part_problems(stored))
+        found = list(_part_problems(stored, with_rows))
         yield from found
     finally:
         stored.close()
     whole = trailer.fault(path)
-    if whole and not found:
+    if whole and not any(problem.file == path for problem in found):
         yield Problem(path, "", None, None, f"{whole}; all that is recorded in it is intact")
 
 
-def _part_problems(stored: StoredRun) -> Iterator[Problem]:
+def _part_problems(stored: StoredRun, with_rows: bool) -> Iterator[Problem]:
     for first in range(stored.first, stored.stop, TABLE_STEPS):
         stop = min(first + TABLE_STEPS, stored.stop)
         try:
@@ -90,7 +91,7 @@ def _part_problems(stored: StoredRun) -> Iterator[Problem]:
         except DamagedRunError as error:
             yield from _column_problems(stored, first, stop, error)
             continue
-        if stored.has_rows:
+        if stored.has_rows and with_rows:
             yield from _row_problems(stored, table)
     yield from _keyframe_problems(stored)
     yield from _input_problems(stored)
@@ -119,12 +120,12 @@ def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
         try:
             rows = stored.rows(step, end)
         except DamagedRunError as error:
-            yield Problem(stored.path, "/weights", step, end - 1, _short(error, stored.path))
+            yield Problem(stored.rows_path, "/weights", step, end - 1, _short(error, stored.rows_path))
         else:
             for k, row in enumerate(rows):
                 if crc32(row.data) != int(table.crc32[step + k - table.first]):
                     yield Problem(
-                        stored.path, "/weights", step + k, None, "the row does not match the checksum of its step"
+                        stored.rows_path, "/weights", step + k, None, "the row does not match the checksum of its step"
                     )
         step = end
 
@@ -153,8 +154,9 @@ def _input_problems(stored: StoredRun) -> Iterator[Problem]:
 
 
 def _folder_problems(folder: Folder) -> Iterator[Problem]:
+    with_rows = True
     try:
-        folder.read_manifest()
+        with_rows = folder.read_manifest().keep == "steps"
     except DamagedRunError as error:
         yield Problem(folder.manifest, "", None, None, _short(error, folder.manifest))
     segments = folder.segments()
@@ -162,11 +164,13 @@ def _folder_problems(folder: Folder) -> Iterator[Problem]:
         Pieces(segments)
     except DamagedRunError as error:
         yield Problem(folder.path, "", None, None, _short(error, folder.path))
+    rows = SharedRows(folder.rows)
     for segment in segments:
         try:
-            yield from _file_problems(segment.path)
+            yield from _file_problems(segment.path, rows, with_rows)
         except RunFileError as error:
             yield Problem(segment.path, "", segment.first, segment.stop - 1, _short(error, segment.path))
+    rows.close()
     yield from _raw_problems(folder.keyframes(), read_keyframe)
     yield from _raw_problems(folder.raw_inputs(), read_inputs)
     yield from _ring_problems(folder, segments[-1].stop if segments else 0)

@@ -14,6 +14,7 @@ carries the name of a temporary file; what it had not sealed is still in the rin
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from trajrec.runfile.folder import Folder, is_disk_full, sync
 from trajrec.runfile.ring import Control, Finish, Ring, Status
-from trajrec.runfile.sealing import pack, seal
+from trajrec.runfile.sealing import pack, row_file, seal
 
 POLL_SECONDS = 0.25
 _PATIENCE = 20
@@ -43,9 +44,18 @@ class Writer:
         folder.sweep()
         segments = folder.segments()
         self.next = segments[-1].stop if segments else self.ring.first
+        self._tidy_rows()
         folder.drop_sealed(self.next)  # an earlier writer may have been killed before it did
+        self._head = self.next  # what was seen in the ring stays there until it is sealed
         self.ring.set(Control.TAIL, self.next)
         self.ring.set(Control.STATUS, Status.RUNNING)
+
+    def _tidy_rows(self) -> None:
+        """Cuts off rows that an earlier writer was killed over, before a segment spoke of them."""
+        if self.manifest.plain_rows:
+            row_file(self.folder, self.manifest).cut(self.next)
+        else:
+            self.folder.rows.unlink(missing_ok=True)  # rows that are dropped to stay in a budget
 
     def run(self) -> None:
         """Seals until training ends."""
@@ -63,7 +73,7 @@ class Writer:
         """Seals whole segments, and whole chunk rows below an entry that the trainer asked for."""
         size, rows = self.ring.geometry.segment_rows, self.ring.geometry.chunk_rows
         while True:
-            head = self.ring.head(self.next)
+            head = self._head = self.ring.head(max(self._head, self.next))
             stop = self.next - self.next % size + size
             if stop > head:
                 if self.ring.get(Control.FLUSH) <= self.next or head == self.next:
@@ -111,6 +121,7 @@ class Writer:
 def main(argument: str) -> None:
     """Runs a writer; never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # modules stay anyway: collections need not look through them
     folder = Folder(Path(argument))
     try:
         Writer(folder).run()
