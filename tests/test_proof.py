@@ -209,7 +209,8 @@ OVERFLOWS = {
 def test_exact_derivatives_that_overflow_are_reported_at_their_step(mode):
     """A training whose derivatives grow by a power of ten every twenty steps."""
     s = scenario.train(groups=[{"lr": 20.0}], epochs=200, dtype=torch.float32)
-    asked = {"targets": [3], "exact": True, "mode": mode, "samples": [4]}
+    # At such a rate a step shows in how a processor rounds: what is asked here is not whether it is the same run.
+    asked = {"targets": [3], "exact": True, "mode": mode, "samples": [4], "allow_drift": True}
     with pytest.raises(NonFiniteError, match=OVERFLOWS[mode]) as refusal:
         contributions(s.run, s.task, **asked)
     for part in ("beyond the range of float32", "--dtype float64 has a wider range", "(--curvature ggn) is tamer"):
