@@ -44,15 +44,31 @@ def _joined(states: States) -> bytes:
     return b"".join([string_at(state.data_ptr(), len(state)) for state in states])
 
 
-def all_states() -> dict[str, npt.NDArray[Any]]:
-    """States of the generators of Python, numpy and torch on all devices, by the paths of `Keyframe.arrays`."""
-    version, words, gauss = random.getstate()
-    legacy: Any = np.random.get_state()
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "rng/python": np.array([version, *words, np.nan if gauss is None else gauss], dtype=np.float64),
-        "rng/numpy": np.append(legacy[1].astype(np.float64), legacy[2:]),
-        "rng/cpu": torch.get_rng_state().numpy().copy(),
-    }
+class AllStates:
+    """Reads the states of all generators; those that have not moved since the last time are handed out again."""
+
+    def __init__(self) -> None:
+        self._python: Any = None
+        self._numpy: Any = None
+        self._arrays: dict[str, npt.NDArray[Any]] = {}
+
+    def read(self) -> dict[str, npt.NDArray[Any]]:
+        """States of the generators of Python, numpy and torch on all devices, by the paths of `Keyframe.arrays`."""
+        state = random.getstate()
+        if state != self._python:
+            self._python, (version, words, gauss) = state, state
+            values = [version, *words, np.nan if gauss is None else gauss]
+            self._arrays["rng/python"] = np.array(values, dtype=np.float64)
+        legacy: Any = np.random.get_state()
+        seen = (legacy[1].tobytes(), *legacy[2:])
+        if seen != self._numpy:
+            self._numpy = seen
+            self._arrays["rng/numpy"] = np.append(legacy[1].astype(np.float64), legacy[2:])
+        return self._arrays | _torch_states()
+
+
+def _torch_states() -> dict[str, npt.NDArray[Any]]:
+    arrays: dict[str, npt.NDArray[Any]] = {"rng/cpu": torch.get_rng_state().numpy().copy()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index in range(torch.cuda.device_count()):
             arrays[f"rng/cuda:{index}"] = torch.cuda.get_rng_state(index).numpy().copy()

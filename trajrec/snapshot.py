@@ -25,7 +25,7 @@ import trajrec
 from trajrec.checksum import crc32
 from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
-from trajrec.generators import Generators, all_states
+from trajrec.generators import AllStates, Generators
 from trajrec.records import BufferSpec, Conditions, FloatArray, OptimizerSpec, ParamSpec, Row, RunSpec
 
 # What an optimizer makes inside its steps, in a parameter group instead of its state.
@@ -61,6 +61,7 @@ class Snapshot:
         self._keys = [(name.partition(".")[0], name.partition(".")[2]) for name in self.names]
         self._options_read = dict.fromkeys(key for key, _ in self._keys)
         self.generators = Generators(next(iter(self.parameters.values())).device)
+        self._all_states = AllStates()
         self._hyper: FloatArray | None = None
         self._options: list[list[Any]] = []
         self._has_tensors = False
@@ -334,7 +335,7 @@ class Snapshot:
             arrays["weights"] = row
         for name, buffer in self.model.named_buffers():
             arrays[f"buffers/{name}"] = buffer.detach().cpu().numpy().copy()
-        return arrays | all_states()
+        return arrays | self._all_states.read()
 
     def _optimizer_state(self) -> dict[str, npt.NDArray[Any]]:
         arrays: dict[str, npt.NDArray[Any]] = {}

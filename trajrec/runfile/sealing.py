@@ -115,7 +115,7 @@ def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[in
         if count and not around:
             _copy_rows(file["weights"], pieces, 0, pieces.stop)
         _copy_steps(file, folder, manifest, pieces, 0, pieces.stop)
-        _fold_keyframes(file, folder, pieces.stop, manifest.compression)
+        _fold_keyframes(file, folder, pieces.stop)
         crc32s = file["steps/crc32"][:] if around else ()
         file.close()
         if around:
@@ -212,7 +212,8 @@ def _copy_steps(file: h5py.File, folder: Folder, manifest: Manifest, pieces: Pie
             pieces.at(step).copy_inputs(step, file)
 
 
-def _fold_keyframes(file: h5py.File, folder: Folder, stop: int, compression: str) -> None:
+def _fold_keyframes(file: h5py.File, folder: Folder, stop: int) -> None:
+    """Keyframes stay as they are: compressing them would save a tenth and be most of the work."""
     for step, path in folder.keyframes().items():
         if step >= stop:
             continue
@@ -220,4 +221,4 @@ def _fold_keyframes(file: h5py.File, folder: Folder, stop: int, compression: str
             keyframe = read_keyframe(path)
         except DamagedRunError:
             continue  # power was cut before it was synced; the steps between can still be recomputed
-        layout.write_arrays(file, layout.keyframe_name(step), keyframe.arrays, compression)
+        layout.write_arrays(file, layout.keyframe_name(step), keyframe.arrays, "none")
