@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import trajrec
 from tests.lane_sink import LaneSink
@@ -35,10 +37,11 @@ class Loop:
         self.each = self.after = lambda t: None
         self.forward = lambda x: self.model(x)
         self.backwards = 1
+        self.epochs = EPOCHS
 
     def run(self):
         t = 0
-        for _ in range(EPOCHS):
+        for _ in range(self.epochs):
             for x, y in self.loader:
                 t += 1
                 self.each(t)
@@ -233,6 +236,58 @@ def a_batch_is_looked_at_and_left(loop):
 
 
 @case
+def a_schedule_within_the_step(loop):
+    schedule = torch.optim.lr_scheduler.ExponentialLR(loop.optimizer, 0.97)
+    loop.optimizer.register_step_post_hook(lambda *_: schedule.step())
+
+
+@case
+def a_rate_that_rises_from_zero_within_the_step(loop):
+    group = loop.optimizer.param_groups[0]
+    group["lr"] = 0.0
+    loop.optimizer.register_step_post_hook(lambda *_: group.update(lr=0.1))
+
+
+@case
+def a_list_of_ids_that_is_used_again(loop):
+    class Again(BatchSampler):
+        def __iter__(self):
+            batch = []
+            for i in self.sampler:
+                batch.append(i)
+                if len(batch) == self.batch_size:
+                    yield batch
+                    batch.clear()
+
+    data = loop.loader.dataset
+    loop.loader = DataLoader(data, batch_sampler=Again(RandomSampler(data), BATCH, False))
+    loop.after = lambda t: next(iter(loop.loader)) if t % 8 == 0 else None
+
+
+@case
+def more_draws_than_samples(loop):
+    data = loop.loader.dataset
+    loop.loader = DataLoader(data, BATCH, sampler=RandomSampler(data, replacement=True, num_samples=3 * N))
+    loop.epochs = 2
+
+
+@case
+def a_mode_changes_between_forward_and_step(loop):
+    def hook(*_):
+        loop.model[1].train(len(steps) < 30)
+        steps.append(0)
+
+    steps = []
+    loop.model[4].register_full_backward_hook(hook)
+
+
+@case
+def integers_that_are_not_of_python(loop):
+    data = loop.loader.dataset
+    loop.loader = DataLoader(data, BATCH, sampler=[*np.arange(N)])
+
+
+@case
 def workers(loop):
     loop.loader = DataLoader(loop.loader.dataset, BATCH, shuffle=True, num_workers=1, persistent_workers=True)
 
@@ -289,6 +344,34 @@ def test_a_file_recorded_through_the_lane_is_the_same(tmp_path, monkeypatch, kee
             if keep == "steps":
                 rows = zip(lane.walk(0, STEPS), python.walk(0, STEPS), strict=True)
                 assert all(a.tobytes() == b.tobytes() for (_, a), (_, b) in rows)
+
+
+def test_another_thread_may_call_the_model_meanwhile(monkeypatch):
+    monkeypatch.setattr(straight, "_PAUSE", 0)
+    loop, sink, over = Loop(), LaneSink(10**6), threading.Event()
+    # Large enough to let go of the interpreter's lock.
+    loop.model = nn.Sequential(nn.Linear(3, 60_000), nn.Tanh(), nn.Linear(60_000, 2))
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=1e-4)
+    loop.epochs = 2
+    faults = []
+
+    def act():
+        while not over.is_set():
+            try:
+                with torch.no_grad():
+                    loop.model(torch.ones(1, 3))
+            except Exception as error:
+                faults.append(error)
+            time.sleep(0.001)
+
+    actor = threading.Thread(target=act)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        actor.start()
+        loop.run()
+        over.set()
+        actor.join()
+    assert faults == []
+    assert [record.step for record in sink.records] == list(range(2 * N // BATCH + 1))
 
 
 def test_an_error_in_a_hook_of_the_lane_comes_out(monkeypatch):

@@ -24,7 +24,8 @@ enum { RECORD_HEAD = 64, SLOT_BYTES = 64, LONG_COPY = 1 << 20, OTHER_PARAMETERS 
 
 typedef struct {
     PyObject_HEAD
-    int stage, timed;
+    int stage, timed, busy;
+    unsigned long holder;
     /* what a step must be like, given by `arm` */
     PyObject *model, *optimizer, *loader, *serial, *modules, *modes, *optimized, *grads, *values, *views, *pointers;
     PyObject *keys, *options, *sizes, *hyper;
@@ -49,6 +50,22 @@ static void forget_step(Lane *lane) {
     Py_CLEAR(lane->loss);
     Py_CLEAR(lane->rng);
 }
+
+/* One thread at a time: an event lets go of the interpreter's lock where it copies and sums, and another thread may call
+   the model meanwhile. Python that an event calls may come back here. */
+static void hold(Lane *lane) {
+    unsigned long me = PyThread_get_thread_ident();
+    while (lane->busy && lane->holder != me) {
+        struct timespec moment = {0, 20000};
+        Py_BEGIN_ALLOW_THREADS
+        nanosleep(&moment, NULL);
+        Py_END_ALLOW_THREADS
+    }
+    lane->busy++;
+    lane->holder = me;
+}
+
+static void release(Lane *lane) { lane->busy--; }
 
 /* Leaves the straight way: Python takes over what was seen. Returns 0, or -1 with an exception. */
 static int leave(Lane *lane) {
@@ -152,19 +169,29 @@ static int wants_look(Lane *lane) {
     return lane->look != Py_None && (lane->summed == Py_False || (lane->entry - lane->before_us) % lane->look_every < 2);
 }
 
+static int are_integers(PyObject *ids) {
+    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(ids); k++) {
+        int overflow = !PyLong_CheckExact(PyList_GET_ITEM(ids, k));
+        if (!overflow && PyLong_AsLongLongAndOverflow(PyList_GET_ITEM(ids, k), &overflow) == -1 && PyErr_Occurred()) return -1;
+        if (overflow) return 0;
+    }
+    return 1;
+}
+
 static int drawn(Lane *lane, PyObject *loader, PyObject *ids, PyObject *content, PyObject *serial) {
     if (loader != lane->loader || !PyList_CheckExact(ids) || !PyList_GET_SIZE(ids)) return 0;
     int same = PyObject_RichCompareBool(serial, lane->serial, Py_EQ);
     if (same != 1) return same;
-    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(ids); k++)
-        if (!PyLong_CheckExact(PyList_GET_ITEM(ids, k))) return 0;
+    PyObject *own = PyList_GetSlice(ids, 0, PyList_GET_SIZE(ids)); /* a sampler may use its list again */
+    if (!own) return -1;
+    Py_XSETREF(lane->ids, own);
+    if ((same = are_integers(own)) != 1) return same;
     if (wants_look(lane)) {
-        PyObject *sketch = PyObject_CallFunctionObjArgs(lane->look, ids, content, NULL);
+        PyObject *sketch = PyObject_CallFunctionObjArgs(lane->look, own, content, NULL);
         if (!sketch) return -1;
         Py_XSETREF(lane->sketch, sketch);
     }
-    lane->ids = Py_NewRef(ids);
-    lane->content = Py_NewRef(content);
+    Py_XSETREF(lane->content, Py_NewRef(content));
     lane->stage = DRAWN;
     return 1;
 }
@@ -183,10 +210,12 @@ static int forwarded(Lane *lane, PyObject *inputs, PyObject *named) {
 }
 
 static int gone_back(Lane *lane, PyObject *loss) {
-    if (lane->stage != FORWARDED || !PyObject_IsInstance(loss, lane->tensor)) return 0;
+    int is_tensor = lane->stage == FORWARDED ? PyObject_IsInstance(loss, lane->tensor) : 0;
+    if (is_tensor != 1) return is_tensor;
     PyObject *value = PyObject_CallMethodNoArgs(loss, s_item);
-    if (!value) {
-        PyErr_Clear(); /* not a number: Python knows what to do */
+    if (!value) { /* not one number: Python knows what to do */
+        if (!PyErr_ExceptionMatches(PyExc_RuntimeError) && !PyErr_ExceptionMatches(PyExc_ValueError)) return -1;
+        PyErr_Clear();
         return 0;
     }
     if (!PyFloat_CheckExact(value)) {
@@ -212,7 +241,8 @@ static int renewed(Lane *lane) {
 
 static int prepared(Lane *lane, PyObject *arguments, PyObject *options) {
     if (lane->stage != BACKWARD || PyObject_Size(options) || PyObject_Size(arguments) != 1) return 0;
-    int same = same_grads(lane);
+    int same = same_modes(lane);
+    if (same == 1) same = same_grads(lane);
     if (same == 1) {
         same = same_options(lane);
         if (same == 0) same = renewed(lane);
@@ -397,7 +427,7 @@ static int take(Lane *lane, Kind kind, PyObject *args) {
 }
 
 /* Takes an event, or leaves the straight way. */
-static int timed_take(Lane *lane, Kind kind, PyObject *args) {
+static int held_take(Lane *lane, Kind kind, PyObject *args) {
     if (lane->stage == OFF) return 0;
     PyObject *began = started(lane);
     if (!began) return -1;
@@ -406,12 +436,22 @@ static int timed_take(Lane *lane, Kind kind, PyObject *args) {
         Py_DECREF(began);
         return -1;
     }
-    if (!taken && leave(lane) < 0) taken = -1;
+    if (!taken && leave(lane) < 0) {
+        Py_DECREF(began);
+        return -1;
+    }
     if (stopped(lane, began) < 0) return -1;
     return taken == 1 && kind == AFTER_HOOK && next_step(lane) < 0 ? -1 : taken;
 }
 
 static PyTypeObject LaneType;
+
+static int timed_take(Lane *lane, Kind kind, PyObject *args) {
+    hold(lane);
+    int taken = held_take(lane, kind, args);
+    release(lane);
+    return taken;
+}
 
 typedef struct {
     PyObject_HEAD
@@ -517,13 +557,18 @@ static void lane_dealloc(Lane *lane) {
 static PyObject *lane_draw(Lane *lane, PyObject *const *args, Py_ssize_t count) {
     if (count != 4) return PyErr_Format(PyExc_TypeError, "draw takes loader, ids, content and serial");
     if (lane->stage == OFF) Py_RETURN_FALSE;
+    hold(lane);
     int taken = lane->stage == READY ? drawn(lane, args[0], args[1], args[2], args[3]) : 0;
-    if (taken < 0 || (!taken && leave(lane) < 0)) return NULL;
-    return PyBool_FromLong(taken);
+    if (!taken && leave(lane) < 0) taken = -1;
+    release(lane);
+    return taken < 0 ? NULL : PyBool_FromLong(taken);
 }
 
 static PyObject *lane_leave(Lane *lane, PyObject *unused) {
-    if (leave(lane) < 0) return NULL;
+    hold(lane);
+    int failed = leave(lane) < 0;
+    release(lane);
+    if (failed) return NULL;
     Py_RETURN_NONE;
 }
 

@@ -17,6 +17,9 @@ class Lane:
     sketch: int | None
     loss: float
     rng: bytes | None
+    hyper: bytes
+    groups: int
+    names: int
     def draw(self, loader: Any, ids: Any, content: Any, serial: int, /) -> bool: ...
     def leave(self) -> None: ...
     def arm(self, **fields: Any) -> None: ...

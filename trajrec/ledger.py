@@ -363,7 +363,8 @@ class BatchLedger:
             "serial": last.serial,
             "look": self._look_again,
             "note": self._sums.note,
-            "summed": self._sums.is_whole,
+            # Python sums every batch of the first epoch.
+            "summed": self._sums.is_whole and (self.epochs > 1 or last.serial != self._last_serial),
             "look_every": sums.EVERY,
             "steps": self._steps,
         }

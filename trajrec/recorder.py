@@ -157,7 +157,12 @@ class Recorder:
             self._round.check_complete()
 
     def _detach(self) -> None:
-        self._straight.end()
+        try:
+            self._straight.end()
+        finally:
+            self._unhook()
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -304,6 +309,8 @@ class Recorder:
         assert self._snapshot is not None
         if self._hides_state(self._snapshot.hyper()):
             self._keyframe()
+        if self.sink.straight(self._step + 1) is None:
+            return None
         return self._snapshot.straight_options()
 
     def _take_over(self, stage: Stage, batch: MicroBatch, lane: Lane) -> None:
@@ -311,7 +318,9 @@ class Recorder:
         assert self._snapshot is not None
         self.ledger.take_over(batch, lane.loss if stage in (Stage.BACKWARD, Stage.PREPARED) else None)
         if stage is Stage.PREPARED:
-            self._pending = Pending(self.ledger.take(), self._snapshot.hyper(), lane.rng or b"")
+            # As it was before the step, which may have changed it.
+            hyper = np.frombuffer(lane.hyper, dtype=np.float64).reshape(lane.groups, lane.names)
+            self._pending = Pending(self.ledger.take(), hyper, lane.rng or b"")
 
     # -- the first step ------------------------------------------------------------------------------------------
 

@@ -295,8 +295,9 @@ class Snapshot:
 
         Only where the weights are seen in memory as they are, and everything that may draw is the CPU's generator.
         """
-        options = self.straight_options()
-        if options is None or not self._places or not self.model.training or self.generators.device.type != "cpu":
+        is_plain = self._hyper is not None and not self._has_tensors and self.model.training
+        is_seen = bool(self._places) and self.generators.device.type == "cpu" and not self._is_shared()
+        if self._hyper is None or not is_plain or not is_seen:
             return None
         sizes, modes, grads, _ = self._seen
         return {
@@ -309,13 +310,18 @@ class Snapshot:
             "pointers": tuple(self._places),
             "keys": tuple(self._options_read),
             "sizes": tuple(sizes),
-            "options": options[0],
-            "hyper": options[1],
+            # As the last step found them: what has changed since then, a step must find changed.
+            "options": tuple(map(tuple, self._options)),
+            "hyper": self._hyper.tobytes(),
             "groups": len(sizes),
             "names": len(self.names),
             "get_state": torch.default_generator.get_state,
             "state_bytes": len(torch.default_generator.get_state()),
         }
+
+    def _is_shared(self) -> bool:
+        """Whether other processes may be changing the weights."""
+        return any(p.is_shared() for p in self._values)  # type: ignore[no-untyped-call]
 
     def straight_options(self) -> tuple[Any, bytes] | None:
         """The options of all groups as they are, and the hyperparameters [G, H] as bytes; None if any is a tensor."""

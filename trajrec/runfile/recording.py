@@ -3,7 +3,7 @@
     reserve()   waits for a free slot (there nearly always is one) and hands out its row
     commit()    encodes the record into the ring and publishes the slot; now and then wakes the writer
     inputs()    writes a raw file, which the writer takes into the step's segment
-    keyframe()  has a raw file written
+    keyframe()  writes a raw file
     close()     waits until the writer has packed everything
 
 No HDF5 here: on a full disk it takes its process down with it. When the writer has no room it ends, and nothing
@@ -30,7 +30,6 @@ from trajrec.runfile.budget import Budget, parse_size
 from trajrec.runfile.folder import Folder, Manifest, is_disk_full
 from trajrec.runfile.geometry import Geometry, geometry_for
 from trajrec.runfile.keyfile import write_arrays
-from trajrec.runfile.later import LaterWrite
 from trajrec.runfile.lock import Lock, holder
 from trajrec.runfile.process import WriterProcess, rework
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
@@ -98,7 +97,6 @@ class RunFileSink:
         self._largest_inputs = 0
         self._wanted = -1
         self._needed: set[int] = set()  # keyframes that came unasked
-        self._later = LaterWrite(self._write)
         _check_options(keep, compression, on_full, self._interval)
         self._check_output()
 
@@ -266,18 +264,11 @@ class RunFileSink:
 
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step."""
-        is_due = keyframe.step == self._wanted
-        if not is_due:
+        if keyframe.step != self._wanted:
             self._needed.add(keyframe.step)
         self._wanted = -1
-        if keyframe.step >= self._next:
-            return
-        path = self.folder.keyframe(keyframe.step)
-        # One that came unasked is needed; and a budget must know of every byte.
-        if is_due and self._budget is None and not self._stopped:
-            self._later.begin(path, keyframe)
-        else:
-            self._write(path, keyframe)
+        if keyframe.step < self._next:
+            self._write(self.folder.keyframe(keyframe.step), keyframe)
 
     def inputs(self, inputs: Inputs) -> None:
         """Takes the inputs of the step that is committed next, before its row is reserved."""
@@ -395,10 +386,8 @@ class RunFileSink:
             RecordingError: the writer cannot finish.
         """
         try:
-            self._later.settle()
             status = self._end_writer(Finish.COMPLETE if complete else Finish.RECOVERED)
         finally:
-            self._later.end()
             self._writer.close()
             self._lock.release()
         return self._summary(packed=status is Status.DONE)
