@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -372,6 +374,28 @@ def test_another_thread_may_call_the_model_meanwhile(monkeypatch):
         actor.join()
     assert faults == []
     assert [record.step for record in sink.records] == list(range(2 * N // BATCH + 1))
+
+
+WITHOUT = """
+import sys
+sys.modules["trajrec.lane"] = None
+import torch, trajrec
+from trajrec import straight
+assert not straight.HAS_LANE
+model = torch.nn.Linear(2, 1)
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(8, 2)), 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with trajrec.record(sys.argv[1], model=model, optimizer=optimizer):
+    for (x,) in loader:
+        optimizer.zero_grad()
+        model(x).mean().backward()
+        optimizer.step()
+assert trajrec.open(sys.argv[1]).sample_ids(4).tolist() == [6, 7]
+"""
+
+
+def test_without_a_compiler_python_records(tmp_path):
+    subprocess.run([sys.executable, "-c", WITHOUT, tmp_path / "run.h5"], check=True)
 
 
 def test_an_error_in_a_hook_of_the_lane_comes_out(monkeypatch):
