@@ -71,13 +71,11 @@ class WatchedIterator:
     def __next__(self) -> Any:
         content = self._next()
         ledger, drawn = self._ledger, self._drawn
-        watch = ledger.watch
-        began = watch.start() if watch.looks else 0.0
+        began = ledger.watch.start()
         ids, lane = drawn.popleft() if drawn else None, ledger.lane
         if lane is None or not lane.draw(self._loader, ids, content, self._serial):
             ledger.draw(self._loader, ids, content, self._serial)
-        if began:
-            watch.stop(began)
+        ledger.watch.stop(began)
         return content
 
     def __len__(self) -> int:
@@ -122,10 +120,9 @@ class Capture:
             return capture._watch(loader)
 
         def watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            began = watch.start() if watch.looks else 0.0
+            began = watch.start()
             ledger.backward(tensors)
-            if began:
-                watch.stop(began)
+            watch.stop(began)
             return original(tensors, *args, **kwargs)
 
         DataLoader.__iter__ = watched_iter  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """CRC-32, the one of zlib, by the fastest implementation there is: a step's weights are summed in the training thread.
 
 `zlib-ng` uses the processor's carry-less multiplication, which zlib does without; where it has no build, zlib does. (So
-does ISA-L, but it leaves the wide registers in use, and whatever runs next is slower for it: 30 us a step of LeNet-5.)
+does ISA-L, but it leaves the wide registers in use, and whatever runs next is slower for it.)
 """
 
 try:

@@ -166,7 +166,7 @@ static int compare_states(Lane *lane) {
 /* ---- the events: 1 if taken, 0 if left to Python, -1 with an exception ---- */
 
 static int wants_look(Lane *lane) {
-    return lane->look != Py_None && (lane->summed == Py_False || (lane->entry - lane->before_us) % lane->look_every < 2);
+    return lane->summed == Py_False || (lane->entry - lane->before_us) % lane->look_every < 2;
 }
 
 static int are_integers(PyObject *ids) {
@@ -403,15 +403,16 @@ static int stopped(Lane *lane, PyObject *began) {
     return done ? 0 : -1;
 }
 
+static int ask_watch(Lane *lane) {
+    int looks = is_attribute(lane->watch, s_looks, Py_True);
+    lane->timed = looks == 1;
+    return looks < 0 ? -1 : 0;
+}
+
 static int next_step(Lane *lane) {
     PyObject *done = PyObject_CallMethodNoArgs(lane->watch, s_next_step);
-    if (!done) return -1;
-    Py_DECREF(done);
-    PyObject *looks = PyObject_GetAttr(lane->watch, s_looks);
-    if (!looks) return -1;
-    lane->timed = looks == Py_True;
-    Py_DECREF(looks);
-    return 0;
+    Py_XDECREF(done);
+    return done ? ask_watch(lane) : -1;
 }
 
 typedef enum { FORWARD_HOOK, BACKWARD_HOOK, BEFORE_HOOK, AFTER_HOOK } Kind;
@@ -427,16 +428,13 @@ static int take(Lane *lane, Kind kind, PyObject *args) {
 }
 
 /* Takes an event, or leaves the straight way. */
-static int held_take(Lane *lane, Kind kind, PyObject *args) {
+static int timed_take(Lane *lane, Kind kind, PyObject *args) {
     if (lane->stage == OFF) return 0;
     PyObject *began = started(lane);
     if (!began) return -1;
     int taken = take(lane, kind, args);
+    if (!taken && leave(lane) < 0) taken = -1;
     if (taken < 0) {
-        Py_DECREF(began);
-        return -1;
-    }
-    if (!taken && leave(lane) < 0) {
         Py_DECREF(began);
         return -1;
     }
@@ -446,9 +444,9 @@ static int held_take(Lane *lane, Kind kind, PyObject *args) {
 
 static PyTypeObject LaneType;
 
-static int timed_take(Lane *lane, Kind kind, PyObject *args) {
+static int held_take(Lane *lane, Kind kind, PyObject *args) {
     hold(lane);
-    int taken = held_take(lane, kind, args);
+    int taken = timed_take(lane, kind, args);
     release(lane);
     return taken;
 }
@@ -469,7 +467,7 @@ static int is_ours(Hook *self, PyObject *args) {
 }
 
 static PyObject *hook_call(Hook *self, PyObject *args, PyObject *kwargs) {
-    int taken = self->lane->stage != OFF && is_ours(self, args) ? timed_take(self->lane, self->kind, args) : 0;
+    int taken = self->lane->stage != OFF && is_ours(self, args) ? held_take(self->lane, self->kind, args) : 0;
     if (taken < 0) return NULL;
     if (!taken) return PyObject_Call(self->otherwise, args, kwargs);
     if (self->original == Py_None) Py_RETURN_NONE;
@@ -581,10 +579,7 @@ static PyObject *lane_arm(Lane *lane, PyObject *args, PyObject *kwargs) {
 #define CHECK(name)                                                                                                        \
     if (!lane->name) return PyErr_Format(PyExc_TypeError, "the lane has no %s", #name);
     OBJECTS(CHECK)
-    PyObject *looks = PyObject_GetAttr(lane->watch, s_looks);
-    if (!looks) return NULL;
-    lane->timed = looks == Py_True;
-    Py_DECREF(looks);
+    if (ask_watch(lane) < 0) return NULL;
     lane->stage = READY;
     Py_RETURN_NONE;
 }

@@ -158,11 +158,7 @@ class BatchLedger:
             if self._drawn and self._drawn[-1].used_in_training_mode is None:
                 self._drawn[-1].evaluated = True
             return
-        size, lone = samples_in(inputs), self._lone
-        if lone is not None and not self._given_is_open:
-            lone.used_in_training_mode = training
-            lone.passes.append((size, states()))
-            return
+        size = samples_in(inputs)
         if self._given_is_open:
             self._given[-1].passes.append((size, states()))
         used = self._used(training, inputs)

@@ -106,8 +106,6 @@ class Recorder:
         self._began = self._ended = 0.0
         self._last_keyframe = -1
         self._inner_steps = 0
-        self._is_single = False  # whether one optimizer makes all the steps, as nearly always
-        self._is_warm = False
         self._rates: list[float] = []
         self._hyper: FloatArray | None = None
         self._first_batch: StepBatch | None = None
@@ -204,12 +202,10 @@ class Recorder:
     def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if module is not self.model:
             return  # a copy (an average of weights, say) brings its hooks along
-        watch = self._watch
-        began = watch.start() if watch.looks else 0.0
+        began = self._watch.start()
         given = (*inputs, named) if named else inputs
         self.ledger.forward(torch.is_grad_enabled(), module.training, given, self._generators.states)
-        if began:
-            watch.stop(began)
+        self._watch.stop(began)
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if self.optimizers and not self._is_ours(optimizer):
@@ -224,16 +220,14 @@ class Recorder:
                 "optimizer.step(closure) cannot be recorded: the gradient is made inside the step. Call backward() "
                 "yourself and then optimizer.step() without a closure."
             )
-        watch = self._watch
-        began = watch.start() if watch.looks else 0.0
+        began = self._watch.start()
         if self._snapshot is None:
             self._begin(optimizer)
-        if self._is_single or self._round.begin(optimizer, self.ledger.backwards):
+        if self._round.begin(optimizer, self.ledger.backwards):
             self._pending = self._prepare()
         else:
             self._pending = self._with_hyper_of(optimizer)
-        if began:
-            watch.stop(began)
+        self._watch.stop(began)
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
         return optimizer is self.optimizers[0] or any(optimizer is known for known in self.optimizers[1:])
@@ -268,22 +262,19 @@ class Recorder:
         if self._inner_steps:
             self._inner_steps -= 1
             return
-        if not (self._is_single or self._round.end(optimizer)):
+        if not self._round.end(optimizer):
             return
-        watch = self._watch
-        began = watch.start() if watch.looks else 0.0
+        began = self._watch.start()
         pending, self._pending = self._pending, None
         self._step += 1
         self._commit(pending)
         if self.sink.wants_keyframe(self._step):
             self._keyframe()
-        if began:
-            watch.stop(began)
-        watch.next_step()
-        if not self._is_warm:
+        self._watch.stop(began)
+        self._watch.next_step()
+        if self._step == self.sink.resumed_at + 1:
             # Starting (a process, a file) is not what recording costs a step: the clocks begin with the second one.
-            self._is_warm = True
-            watch.reset()
+            self._watch.reset()
             self._began = time.thread_time()
         if self._straight.is_open(self._step):
             self._go_straight()
@@ -293,7 +284,7 @@ class Recorder:
     def _go_straight(self) -> None:
         """Leaves the next step to the lane, if it may be like the last one."""
         assert self._snapshot is not None
-        if not self._is_single or self._transfer is not None or self._snapshot.model is not self.model:
+        if len(self.optimizers) > 1 or self._transfer is not None or self._snapshot.model is not self.model:
             return
         books, ring = self.ledger.straight(), self.sink.straight(self._step + 1)
         state = None if books is None or ring is None else self._snapshot.straight()
@@ -336,7 +327,6 @@ class Recorder:
             self.optimizers = companions(optimizer, self.model)
             self._round = Round(self.optimizers)
             self.ledger.owners += self.optimizers
-        self._is_single = len(self.optimizers) == 1
         for known in self.optimizers:
             check_recordable(known)
         batch = self._first_batch = self.ledger.take()

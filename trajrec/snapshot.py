@@ -44,7 +44,6 @@ class Snapshot:
     def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
         self.model = model = uncompiled(model)
         self.optimizers = optimizers
-        self._only = optimizers[0] if len(optimizers) == 1 else None
         self.parameters = dict(model.named_parameters())
         self._groups: dict[int, int] = {}
         self._group_sizes: list[int] = []
@@ -87,8 +86,8 @@ class Snapshot:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of all optimizers."""
-        if self._only is not None:
-            return self._only.param_groups
+        if len(self.optimizers) == 1:
+            return self.optimizers[0].param_groups
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _read_groups(self) -> None:

@@ -2,7 +2,7 @@
 
 So the clock is read in one step out of seven, and what it shows then stands for all of them. Seven, because what comes
 back every so many steps (waking the writer, say) comes back after a power of two. What happens rarely and takes long (a
-keyframe) is timed whenever it happens. Hooks look at `looks` before they call `start`: that is cheaper than the call.
+keyframe) is timed whenever it happens.
 """
 
 from __future__ import annotations

@@ -42,10 +42,8 @@ def encode(record: StepRecord) -> bytes:
         len(ids),
         len(record.rng),
     )
-    pieces: tuple[Any, ...] = (head, _buffer(hyper), _buffer(ids))
-    if weights is not None:
-        pieces += (_buffer(weights),)
-    return b"".join((*pieces, record.rng, _encode_rest(record)))
+    given = b"" if weights is None else _buffer(weights)
+    return b"".join((head, _buffer(hyper), _buffer(ids), given, record.rng, _encode_rest(record)))
 
 
 def _buffer(array: npt.NDArray[Any]) -> Any:

@@ -124,7 +124,6 @@ class Ring:
             self._map = mmap.mmap(file.fileno(), ring_bytes(self.geometry), access=access)
         geometry = self.geometry
         self._arena = PAGE + geometry.slots * _SLOT_WORDS * 8
-        self._arena_bytes = geometry.arena_bytes
         view = memoryview(self._map)  # reading and writing a word is twice as fast as with numpy
         self._control = view[_CONTROL : _CONTROL + 8 * len(Control)].cast("Q")
         self._slots = view[PAGE : self._arena].cast("Q")
@@ -172,16 +171,15 @@ class Ring:
     def publish(self, record: StepRecord) -> bool:
         """Publishes the opened slot with its record; False if the arena has no room yet."""
         data, entry = encode(record), record.step
-        size, arena = len(data), self._arena_bytes
-        if size > arena // 2:
+        if len(data) > self.geometry.arena_bytes // 2:
             return self._publish_overflow(entry, data)
-        place = self._place(entry, size)
+        place = self._place(entry, len(data))
         if place is None:
             return False
-        start = self._arena + place % arena
-        self._map[start : start + size] = data
-        self._enter(entry, place, size, data)
-        self._arena_head = place + size
+        start = self._arena + place % self.geometry.arena_bytes
+        self._map[start : start + len(data)] = data
+        self._enter(entry, place, len(data), data)
+        self._arena_head = place + len(data)
         return True
 
     def straight(self, end: int) -> dict[str, Any]:
@@ -212,7 +210,7 @@ class Ring:
 
     def _place(self, entry: int, size: int) -> int | None:
         """Absolute arena offset for a record, or None if unsealed records are in the way."""
-        arena, place = self._arena_bytes, self._arena_head
+        arena, place = self.geometry.arena_bytes, self._arena_head
         if place % arena + size > arena:
             place = -(-place // arena) * arena
         if place + size > self._arena_until:
@@ -229,7 +227,7 @@ class Ring:
         return True
 
     def _enter(self, entry: int, place: int, length: int, data: bytes) -> None:
-        slots, word = self._slots, entry % len(self._row) * _SLOT_WORDS
+        slots, word = self._slots, self._word(entry)
         slots[word + 1], slots[word + 2] = place, length
         slots[word + 3] = crc32(data, (entry + 1) & 0xFFFFFFFF)
         slots[word] = entry + 1
