@@ -30,11 +30,12 @@ def small_segments(monkeypatch):
 def used(folder: Path) -> int:
     """Bytes on disk."""
     sizes = []
-    for path in folder.rglob("*"):
-        try:
-            sizes.append(path.stat().st_blocks * 512 if path.is_file() else 0)
-        except FileNotFoundError:
-            continue
+    for root, _, names in os.walk(folder):  # which, other than rglob, goes on where a folder vanishes meanwhile
+        for name in names:
+            try:
+                sizes.append(Path(root, name).stat().st_blocks * 512)
+            except FileNotFoundError:
+                continue
     return sum(sizes)
 
 
