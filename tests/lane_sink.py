@@ -33,7 +33,11 @@ class LaneSink(MemorySink):
 
     def straight(self, step):
         assert step == self._next
-        return {"sink": self, **self._ring.straight(step + -step % self.interval)}
+        return self._ring.straight(step + -step % self.interval + 1)
+
+    def went_straight(self, step, arena_head):
+        self._ring.went_straight(arena_head)
+        self._next = step + 1
 
     @property
     def straight_steps(self):

@@ -321,8 +321,8 @@ def test_the_lane_records_what_python_records(name, monkeypatch):
 @pytest.mark.parametrize("name", ["plain", "adam", "float64", "groups", "dropout", "a_schedule", "weights_are_clipped"])
 def test_most_steps_go_through_the_lane(name):
     sink, _ = recorded(name, LaneSink(16))
-    # The others: the first, the first of every epoch (11 steps), those with a keyframe (every 16).
-    assert sink.straight_steps >= STEPS - 1 - EPOCHS - STEPS // 16
+    # The others: the first, and the first of every epoch.
+    assert sink.straight_steps >= STEPS - 1 - EPOCHS
 
 
 @pytest.mark.parametrize("keep", ["steps", 10])

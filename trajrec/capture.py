@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from functools import wraps
+from functools import update_wrapper, wraps
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
+from trajrec import straight
 from trajrec.batches import as_ids
 from trajrec.errors import UnknownBatchError
 from trajrec.ledger import BatchLedger
@@ -70,19 +71,32 @@ class WatchedIterator:
 
     def __next__(self) -> Any:
         content = self._next()
-        ledger, drawn = self._ledger, self._drawn
-        began = ledger.watch.start()
-        ids, lane = drawn.popleft() if drawn else None, ledger.lane
-        if lane is None or not lane.draw(self._loader, ids, content, self._serial):
-            ledger.draw(self._loader, ids, content, self._serial)
-        ledger.watch.stop(began)
+        self.receive(self._drawn.popleft() if self._drawn else None, content)
         return content
+
+    def receive(self, ids: Any, content: Any) -> None:
+        """The loop receives a batch."""
+        ledger = self._ledger
+        began = ledger.watch.start()
+        ledger.draw(self._loader, ids, content, self._serial)
+        ledger.watch.stop(began)
 
     def __len__(self) -> int:
         return len(self._iterator)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._iterator, name)
+
+
+if straight.HAS_LANE:
+    from trajrec.lane import Draws, Lane
+
+    class StraightIterator(Draws, WatchedIterator):
+        """The same, by way of the lane: it has a `__next__` of its own."""
+
+        def __init__(self, lane: Lane, *watched: Any) -> None:
+            WatchedIterator.__init__(self, *watched)
+            Draws.__init__(self, lane, self._iterator, self._loader, self._drawn, self._serial)
 
 
 class Capture:
@@ -106,7 +120,8 @@ class Capture:
             ledger.cleared(cleared)
             original(cleared, *args, **kwargs)
 
-        owner.zero_grad = watched
+        hook = self._straight.hook(Kind.CLEARING, watched, original)
+        owner.zero_grad = hook if hook is watched else update_wrapper(hook, original)
 
     def install(self) -> None:
         """Starts watching."""
@@ -149,7 +164,9 @@ class Capture:
         iterator = self._original_iter(loader)
         # Read after the iterator exists: making it is what starts the sampler anew.
         drawn = tap.drawn if tap is not None else None
-        return WatchedIterator(iterator, self.ledger, loader, drawn, serial)
+        watched = iterator, self.ledger, loader, drawn, serial
+        lane = self._straight.lane
+        return WatchedIterator(*watched) if lane is None else StraightIterator(lane, *watched)
 
     def _tap(self, loader: Any) -> SamplerTap | None:
         """The stand-in of this loader's sampler, put in place on the first pass."""

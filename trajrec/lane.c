@@ -6,7 +6,9 @@
    left to the Python code, which is given what was seen of it so far. Where this file was not compiled, Python does all.
 
    READY --draw--> DRAWN --forward--> FORWARDED --backward--> BACKWARD --before--> PREPARED --after--> READY
-   anything else --> OFF, and `left(stage)` is called: see trajrec/straight.py. */
+   anything else --> OFF, and `left(stage)` is called: see trajrec/straight.py.
+
+   What is counted here, Python learns by `settled()`, before anything of Python is called that goes by it. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -24,22 +26,23 @@ enum { RECORD_HEAD = 64, SLOT_BYTES = 64, LONG_COPY = 1 << 20, OTHER_PARAMETERS 
 
 typedef struct {
     PyObject_HEAD
-    int stage, timed, busy;
+    int stage, busy, cleared;
     unsigned long holder;
     /* what a step must be like, given by `arm` */
     PyObject *model, *optimizer, *loader, *serial, *modules, *modes, *optimized, *grads, *values, *views, *pointers;
     PyObject *keys, *options, *sizes, *hyper;
-    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *look, *note, *summed, *renew, *left;
-    PyObject *recorder, *sink, *ledger, *ring, *watch;
+    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *look, *note, *summed, *renew, *onward, *left, *settled;
     long long entry, before_us, stop, epoch, groups, names, look_every, state_bytes;
     Py_buffer map;
     long long slots, slots_at, arena_at, arena_bytes, arena_head, arena_until, rows_at, row_bytes;
     /* what was seen of the step */
     PyObject *ids, *content, *inputs, *before, *sketch, *loss, *rng;
+    /* for trajrec/stopwatch.py; all but the first two since Python was last told */
+    long long time_every, watched, counted, looked;
+    double seconds;
 } Lane;
 
-static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_params, *s_param_groups, *s_looks, *s_start,
-    *s_stop, *s_next_step, *s_cleared, *s_step, *s_next, *s_steps, *s_arena_head;
+static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_params, *s_param_groups, *s_popleft, *s_receive;
 
 static void forget_step(Lane *lane) {
     Py_CLEAR(lane->ids);
@@ -67,15 +70,29 @@ static void hold(Lane *lane) {
 
 static void release(Lane *lane) { lane->busy--; }
 
+static int called(PyObject *done) {
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* Python's own counts are made right. */
+static int settle(Lane *lane) {
+    if (!lane->settled) return 0;
+    int failed = called(PyObject_CallNoArgs(lane->settled)) < 0;
+    lane->counted = lane->looked = 0;
+    lane->seconds = 0;
+    return failed ? -1 : 0;
+}
+
 /* Leaves the straight way: Python takes over what was seen. Returns 0, or -1 with an exception. */
 static int leave(Lane *lane) {
     int stage = lane->stage;
     if (stage == OFF) return 0;
+    int failed = settle(lane) < 0;
     lane->stage = OFF;
-    PyObject *done = PyObject_CallFunction(lane->left, "i", stage);
+    failed = failed || called(PyObject_CallFunction(lane->left, "i", stage)) < 0;
     forget_step(lane);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    return failed ? -1 : 0;
 }
 
 /* ---- what is looked at: 1 if as expected, 0 if not, -1 with an exception ---- */
@@ -165,9 +182,7 @@ static int compare_states(Lane *lane) {
 
 /* ---- the events: 1 if taken, 0 if left to Python, -1 with an exception ---- */
 
-static int wants_look(Lane *lane) {
-    return lane->summed == Py_False || (lane->entry - lane->before_us) % lane->look_every < 2;
-}
+static int wants_look(Lane *lane, long long step) { return lane->summed == Py_False || step % lane->look_every < 2; }
 
 static int are_integers(PyObject *ids) {
     for (Py_ssize_t k = 0; k < PyList_GET_SIZE(ids); k++) {
@@ -186,8 +201,9 @@ static int drawn(Lane *lane, PyObject *loader, PyObject *ids, PyObject *content,
     if (!own) return -1;
     Py_XSETREF(lane->ids, own);
     if ((same = are_integers(own)) != 1) return same;
-    if (wants_look(lane)) {
-        PyObject *sketch = PyObject_CallFunctionObjArgs(lane->look, own, content, NULL);
+    long long step = lane->entry - lane->before_us;
+    if (wants_look(lane, step)) {
+        PyObject *sketch = PyObject_CallFunction(lane->look, "OOL", own, content, step);
         if (!sketch) return -1;
         Py_XSETREF(lane->sketch, sketch);
     }
@@ -224,11 +240,12 @@ static int gone_back(Lane *lane, PyObject *loss) {
     }
     lane->loss = value;
     lane->stage = BACKWARD;
-    return PyObject_SetAttr(lane->ledger, s_cleared, Py_False) < 0 ? -1 : 1;
+    lane->cleared = 0;
+    return 1;
 }
 
 static int renewed(Lane *lane) {
-    PyObject *found = PyObject_CallNoArgs(lane->renew);
+    PyObject *found = settle(lane) < 0 ? NULL : PyObject_CallNoArgs(lane->renew);
     if (!found) return -1;
     int taken = found != Py_None;
     if (taken) {
@@ -359,25 +376,15 @@ static int publish(Lane *lane) {
     return 1;
 }
 
-static int set_number(PyObject *of, PyObject *name, long long value) {
-    PyObject *number = PyLong_FromLongLong(value);
-    int failed = !number || PyObject_SetAttr(of, name, number) < 0;
-    Py_XDECREF(number);
-    return failed ? -1 : 0;
-}
-
-/* Python's own counts stay right all the time. */
-static int count_step(Lane *lane) {
-    if (set_number(lane->recorder, s_step, lane->entry) < 0 || set_number(lane->sink, s_next, lane->entry + 1) < 0) return -1;
-    if (set_number(lane->ledger, s_steps, lane->entry - lane->before_us) < 0 || set_number(lane->ring, s_arena_head, lane->arena_head) < 0) return -1;
-    return 0;
-}
-
 static int noted(Lane *lane) {
     if (!lane->sketch || lane->sketch == Py_None) return 0;
-    PyObject *done = PyObject_CallOneArg(lane->note, lane->ids);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+    return called(PyObject_CallOneArg(lane->note, lane->ids));
+}
+
+/* The end of a stretch: Python looks after what is due, and arms the lane again, or leaves it. */
+static int go_on(Lane *lane) {
+    if (lane->entry < lane->stop) return 0;
+    return settle(lane) < 0 ? -1 : called(PyObject_CallNoArgs(lane->onward));
 }
 
 static int committed(Lane *lane) {
@@ -385,37 +392,30 @@ static int committed(Lane *lane) {
     int taken = same_places(lane);
     if (taken == 1) taken = publish(lane);
     if (taken != 1) return taken;
-    if (count_step(lane) < 0 || noted(lane) < 0) return -1;
+    taken = noted(lane);
     forget_step(lane);
     lane->entry++;
     lane->stage = READY;
-    return 1;
+    return taken < 0 || go_on(lane) < 0 ? -1 : 1;
 }
 
 /* ---- hooks ---- */
 
-static PyObject *started(Lane *lane) { return lane->timed ? PyObject_CallMethodNoArgs(lane->watch, s_start) : Py_NewRef(Py_None); }
+static int is_timed(Lane *lane) { return lane->watched % lane->time_every == 0; }
 
-static int stopped(Lane *lane, PyObject *began) {
-    PyObject *done = began == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodOneArg(lane->watch, s_stop, began);
-    Py_DECREF(began);
-    Py_XDECREF(done);
-    return done ? 0 : -1;
+static double thread_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static int ask_watch(Lane *lane) {
-    int looks = is_attribute(lane->watch, s_looks, Py_True);
-    lane->timed = looks == 1;
-    return looks < 0 ? -1 : 0;
+static void next_step(Lane *lane) {
+    lane->looked += is_timed(lane);
+    lane->watched++;
+    lane->counted++;
 }
 
-static int next_step(Lane *lane) {
-    PyObject *done = PyObject_CallMethodNoArgs(lane->watch, s_next_step);
-    Py_XDECREF(done);
-    return done ? ask_watch(lane) : -1;
-}
-
-typedef enum { FORWARD_HOOK, BACKWARD_HOOK, BEFORE_HOOK, AFTER_HOOK } Kind;
+typedef enum { FORWARD_HOOK, BACKWARD_HOOK, BEFORE_HOOK, AFTER_HOOK, CLEARING_HOOK, DRAW } Kind;
 
 static int take(Lane *lane, Kind kind, PyObject *args) {
     switch (kind) {
@@ -423,23 +423,22 @@ static int take(Lane *lane, Kind kind, PyObject *args) {
     case BACKWARD_HOOK: return PyTuple_GET_SIZE(args) ? gone_back(lane, PyTuple_GET_ITEM(args, 0)) : 0;
     case BEFORE_HOOK: return prepared(lane, PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2));
     case AFTER_HOOK: return committed(lane);
+    case DRAW: return lane->stage == READY ? drawn(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 2), PyTuple_GET_ITEM(args, 3)) : 0;
+    default: return 0;
     }
-    return 0;
 }
 
 /* Takes an event, or leaves the straight way. */
 static int timed_take(Lane *lane, Kind kind, PyObject *args) {
     if (lane->stage == OFF) return 0;
-    PyObject *began = started(lane);
-    if (!began) return -1;
+    int timed = is_timed(lane);
+    double began = timed ? thread_seconds() : 0;
     int taken = take(lane, kind, args);
     if (!taken && leave(lane) < 0) taken = -1;
-    if (taken < 0) {
-        Py_DECREF(began);
-        return -1;
-    }
-    if (stopped(lane, began) < 0) return -1;
-    return taken == 1 && kind == AFTER_HOOK && next_step(lane) < 0 ? -1 : taken;
+    if (taken == 1 && kind == AFTER_HOOK) next_step(lane);
+    if (timed) lane->seconds += thread_seconds() - began;
+    /* Where it was left, nobody else tells Python of this. */
+    return taken >= 0 && lane->stage == OFF && settle(lane) < 0 ? -1 : taken;
 }
 
 static PyTypeObject LaneType;
@@ -466,12 +465,26 @@ static int is_ours(Hook *self, PyObject *args) {
     return count == 3 && PyTuple_GET_ITEM(args, 0) == of;
 }
 
+static int hook_take(Hook *self, PyObject *args) {
+    Lane *lane = self->lane;
+    if (lane->stage == OFF) return 0;
+    if (self->kind != CLEARING_HOOK) return is_ours(self, args) ? held_take(lane, self->kind, args) : 0;
+    PyObject *of = PyTuple_GET_SIZE(args) ? PyTuple_GET_ITEM(args, 0) : NULL;
+    if (of == lane->model || of == lane->optimizer) lane->cleared = 1;
+    return 1;
+}
+
 static PyObject *hook_call(Hook *self, PyObject *args, PyObject *kwargs) {
-    int taken = self->lane->stage != OFF && is_ours(self, args) ? held_take(self->lane, self->kind, args) : 0;
+    int taken = hook_take(self, args);
     if (taken < 0) return NULL;
     if (!taken) return PyObject_Call(self->otherwise, args, kwargs);
     if (self->original == Py_None) Py_RETURN_NONE;
     return PyObject_Call(self->original, args, kwargs);
+}
+
+/* A hook can stand in the place of a method. */
+static PyObject *hook_get(PyObject *self, PyObject *of, PyObject *type) {
+    return of && of != Py_None ? PyMethod_New(self, of) : Py_NewRef(self);
 }
 
 static int hook_init(Hook *self, PyObject *args, PyObject *kwargs) {
@@ -507,6 +520,8 @@ static void hook_dealloc(Hook *self) {
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
+static PyGetSetDef hook_properties[] = {{"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict}, {NULL}};
+
 static PyTypeObject HookType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "trajrec.lane.Hook",
     .tp_doc = "Hook(lane, kind, otherwise, original=None): an event of the lane, or `otherwise` called with the same arguments.",
@@ -518,7 +533,102 @@ static PyTypeObject HookType = {
     .tp_traverse = (traverseproc)hook_traverse,
     .tp_clear = (inquiry)hook_clear,
     .tp_call = (ternaryfunc)hook_call,
+    .tp_descr_get = hook_get,
     .tp_dictoffset = offsetof(Hook, dict),
+    .tp_getset = hook_properties,
+};
+
+/* ---- batches ---- */
+
+typedef struct {
+    PyObject_HEAD
+    Lane *lane;
+    PyObject *iterator, *loader, *drawn, *serial, *dict;
+} Draws;
+
+/* The ids of the batch that the iterator has just handed out; None where they are not known. */
+static PyObject *next_ids(Draws *self) {
+    Py_ssize_t left = self->drawn == Py_None ? 0 : PyObject_Size(self->drawn);
+    if (left < 0) return NULL;
+    return left ? PyObject_CallMethodNoArgs(self->drawn, s_popleft) : Py_NewRef(Py_None);
+}
+
+static int draw(Draws *self, PyObject *ids, PyObject *content) {
+    if (self->lane->stage != OFF) {
+        PyObject *args = PyTuple_Pack(4, self->loader, ids, content, self->serial);
+        int taken = args ? held_take(self->lane, DRAW, args) : -1;
+        Py_XDECREF(args);
+        if (taken) return taken;
+    }
+    return called(PyObject_CallMethodObjArgs((PyObject *)self, s_receive, ids, content, NULL));
+}
+
+static PyObject *draws_next(Draws *self) {
+    if (!self->iterator) return PyErr_Format(PyExc_TypeError, "this is a copy of a loader's iterator: it cannot go on");
+    PyObject *content = PyIter_Next(self->iterator);
+    if (!content) return NULL;
+    PyObject *ids = next_ids(self);
+    int failed = !ids || draw(self, ids, content) < 0;
+    Py_XDECREF(ids);
+    if (failed) Py_CLEAR(content);
+    return content;
+}
+
+static int draws_init(Draws *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"lane", "iterator", "loader", "drawn", "serial", NULL};
+    PyObject *lane, *iterator, *loader, *drawn, *serial;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OOOO", names, &LaneType, &lane, &iterator, &loader, &drawn, &serial))
+        return -1;
+    if (!PyIter_Check(iterator)) {
+        PyErr_SetString(PyExc_TypeError, "the lane follows an iterator");
+        return -1;
+    }
+    Py_XSETREF(self->lane, (Lane *)Py_NewRef(lane));
+    Py_XSETREF(self->iterator, Py_NewRef(iterator));
+    Py_XSETREF(self->loader, Py_NewRef(loader));
+    Py_XSETREF(self->drawn, Py_NewRef(drawn));
+    Py_XSETREF(self->serial, Py_NewRef(serial));
+    return 0;
+}
+
+static int draws_traverse(Draws *self, visitproc visit, void *arg) {
+    Py_VISIT(self->lane);
+    Py_VISIT(self->iterator);
+    Py_VISIT(self->loader);
+    Py_VISIT(self->drawn);
+    Py_VISIT(self->dict);
+    return 0;
+}
+
+static int draws_clear(Draws *self) {
+    Py_CLEAR(self->lane);
+    Py_CLEAR(self->iterator);
+    Py_CLEAR(self->loader);
+    Py_CLEAR(self->drawn);
+    Py_CLEAR(self->serial);
+    Py_CLEAR(self->dict);
+    return 0;
+}
+
+static void draws_dealloc(Draws *self) {
+    PyObject_GC_UnTrack(self);
+    draws_clear(self);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyTypeObject DrawsType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "trajrec.lane.Draws",
+    .tp_doc = "Draws(lane, iterator, loader, drawn, serial): an iterator whose batches the lane hears of, or `receive(ids, content)`.",
+    .tp_basicsize = sizeof(Draws),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)draws_init,
+    .tp_dealloc = (destructor)draws_dealloc,
+    .tp_traverse = (traverseproc)draws_traverse,
+    .tp_clear = (inquiry)draws_clear,
+    .tp_iter = PyObject_SelfIter,
+    .tp_iternext = (iternextfunc)draws_next,
+    .tp_dictoffset = offsetof(Draws, dict),
 };
 
 /* ---- the lane itself ---- */
@@ -526,7 +636,7 @@ static PyTypeObject HookType = {
 #define OBJECTS(DO)                                                                                                        \
     DO(model) DO(optimizer) DO(loader) DO(serial) DO(modules) DO(modes) DO(optimized) DO(grads) DO(values) DO(views)        \
     DO(pointers) DO(keys) DO(options) DO(sizes) DO(hyper) DO(get_state) DO(is_grad_enabled) DO(crc32) DO(tensor) DO(look)   \
-    DO(note) DO(summed) DO(renew) DO(left) DO(recorder) DO(sink) DO(ledger) DO(ring) DO(watch)
+    DO(note) DO(summed) DO(renew) DO(onward) DO(left) DO(settled)
 
 static int lane_traverse(Lane *lane, visitproc visit, void *arg) {
 #define VISIT(name) Py_VISIT(lane->name);
@@ -552,21 +662,16 @@ static void lane_dealloc(Lane *lane) {
     Py_TYPE(lane)->tp_free((PyObject *)lane);
 }
 
-static PyObject *lane_draw(Lane *lane, PyObject *const *args, Py_ssize_t count) {
-    if (count != 4) return PyErr_Format(PyExc_TypeError, "draw takes loader, ids, content and serial");
-    if (lane->stage == OFF) Py_RETURN_FALSE;
-    hold(lane);
-    int taken = lane->stage == READY ? drawn(lane, args[0], args[1], args[2], args[3]) : 0;
-    if (!taken && leave(lane) < 0) taken = -1;
-    release(lane);
-    return taken < 0 ? NULL : PyBool_FromLong(taken);
-}
-
 static PyObject *lane_leave(Lane *lane, PyObject *unused) {
     hold(lane);
     int failed = leave(lane) < 0;
     release(lane);
     if (failed) return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_settle(Lane *lane, PyObject *unused) {
+    if (settle(lane) < 0) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -579,7 +684,7 @@ static PyObject *lane_arm(Lane *lane, PyObject *args, PyObject *kwargs) {
 #define CHECK(name)                                                                                                        \
     if (!lane->name) return PyErr_Format(PyExc_TypeError, "the lane has no %s", #name);
     OBJECTS(CHECK)
-    if (ask_watch(lane) < 0) return NULL;
+    if (lane->time_every < 1 || lane->slots < 1 || lane->arena_bytes < 1) return PyErr_Format(PyExc_ValueError, "the lane has no ring");
     lane->stage = READY;
     Py_RETURN_NONE;
 }
@@ -602,12 +707,13 @@ static PyMemberDef lane_members[] = {
     OBJECTS(MEMBER) SEEN(ids) SEEN(content) SEEN(inputs) SEEN(before) SEEN(sketch) SEEN(loss) SEEN(rng)
     NUMBER(entry) NUMBER(before_us) NUMBER(stop) NUMBER(epoch) NUMBER(groups) NUMBER(names) NUMBER(look_every) NUMBER(state_bytes)
     NUMBER(slots) NUMBER(slots_at) NUMBER(arena_at) NUMBER(arena_bytes) NUMBER(arena_head) NUMBER(arena_until)
-    NUMBER(rows_at) NUMBER(row_bytes)
+    NUMBER(rows_at) NUMBER(row_bytes) NUMBER(time_every) NUMBER(watched) NUMBER(counted) NUMBER(looked)
+    {"seconds", T_DOUBLE, offsetof(Lane, seconds), READONLY, NULL}, {"cleared", T_INT, offsetof(Lane, cleared), 0, NULL},
     {"stage", T_INT, offsetof(Lane, stage), READONLY, NULL}, {NULL}};
 
 static PyMethodDef lane_methods[] = {
-    {"draw", (PyCFunction)(void (*)(void))lane_draw, METH_FASTCALL, "Takes a batch; False if it is left to Python."},
     {"leave", (PyCFunction)lane_leave, METH_NOARGS, "Leaves the straight way; Python takes over what was seen."},
+    {"settle", (PyCFunction)lane_settle, METH_NOARGS, "Has Python's counts made right."},
     {"arm", (PyCFunction)(void (*)(void))lane_arm, METH_VARARGS | METH_KEYWORDS, "Sets fields and waits for a batch."},
     {"attach", (PyCFunction)lane_attach, METH_O, "Holds a ring's map."},
     {"detach", (PyCFunction)lane_detach, METH_NOARGS, "Lets go of everything."},
@@ -638,23 +744,17 @@ static int intern(void) {
     INTERN(s_item, "item")
     INTERN(s_params, "params")
     INTERN(s_param_groups, "param_groups")
-    INTERN(s_looks, "looks")
-    INTERN(s_start, "start")
-    INTERN(s_stop, "stop")
-    INTERN(s_next_step, "next_step")
-    INTERN(s_cleared, "_cleared")
-    INTERN(s_step, "_step")
-    INTERN(s_next, "_next")
-    INTERN(s_steps, "_steps")
-    INTERN(s_arena_head, "_arena_head")
+    INTERN(s_popleft, "popleft")
+    INTERN(s_receive, "receive")
     return 0;
 }
 
 PyMODINIT_FUNC PyInit_lane(void) {
-    if (intern() < 0 || PyType_Ready(&LaneType) < 0 || PyType_Ready(&HookType) < 0) return NULL;
+    if (intern() < 0 || PyType_Ready(&LaneType) < 0 || PyType_Ready(&HookType) < 0 || PyType_Ready(&DrawsType) < 0) return NULL;
     PyObject *module = PyModule_Create(&definition);
     if (!module) return NULL;
     if (PyModule_AddObjectRef(module, "Lane", (PyObject *)&LaneType) < 0) return NULL;
     if (PyModule_AddObjectRef(module, "Hook", (PyObject *)&HookType) < 0) return NULL;
+    if (PyModule_AddObjectRef(module, "Draws", (PyObject *)&DrawsType) < 0) return NULL;
     return module;
 }

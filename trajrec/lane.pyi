@@ -1,7 +1,8 @@
 """What lane.c offers; see trajrec/straight.py."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -20,8 +21,14 @@ class Lane:
     hyper: bytes
     groups: int
     names: int
-    def draw(self, loader: Any, ids: Any, content: Any, serial: int, /) -> bool: ...
+    before_us: int
+    arena_head: int
+    counted: int
+    looked: int
+    seconds: float
+    cleared: int
     def leave(self) -> None: ...
+    def settle(self) -> None: ...
     def arm(self, **fields: Any) -> None: ...
     def attach(self, map: Any, /) -> None: ...
     def detach(self) -> None: ...
@@ -31,5 +38,12 @@ class Hook:
         self, lane: Lane, kind: int, otherwise: Callable[..., Any], original: Callable[..., Any] | None = None
     ) -> None: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+class Draws:
+    def __init__(
+        self, lane: Lane, iterator: Iterator[Any], loader: Any, drawn: deque[Any] | None, serial: int
+    ) -> None: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Any: ...
 
 __all__: Sequence[str]

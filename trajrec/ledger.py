@@ -126,7 +126,7 @@ class BatchLedger:
 
     def _look_at(self, batch: MicroBatch, content: Any) -> None:
         """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place."""
-        batch.sketch = self._sum(batch.ids, content, batch.serial)
+        batch.sketch = self._sum(batch.ids, content, batch.serial, self._steps + 1)
         if self.keeps_contents:
             try:
                 batch.contents = contents_of(content)
@@ -135,9 +135,9 @@ class BatchLedger:
         elif self._first:
             batch.digest = digest(content)
 
-    def _sum(self, ids: Any, content: Any, serial: int) -> int | None:
+    def _sum(self, ids: Any, content: Any, serial: int, step: int) -> int | None:
         is_first = not self.epochs or (self.epochs == 1 and serial == self._last_serial)
-        return sketch(content) if self._sums.wants(ids, self._steps + 1, is_first) else None
+        return sketch(content) if self._sums.wants(ids, step, is_first) else None
 
     def give(self, ids: IntArray, weights: FloatArray | None) -> None:
         """The user has named the samples of the next step, or of its next micro-batch."""
@@ -354,7 +354,7 @@ class BatchLedger:
         if last is None or is_busy or self.keeps_contents or last.seeded_pass is not None or len(self._losses):
             return None
         return {
-            "ledger": self,
+            "cleared": self._cleared,
             "loader": last.loader,
             "serial": last.serial,
             "look": self._look_again,
@@ -365,8 +365,12 @@ class BatchLedger:
             "steps": self._steps,
         }
 
-    def _look_again(self, ids: list[int], content: Any) -> int | None:
-        return self._sum(ids, content, self._last_serial)
+    def _look_again(self, ids: list[int], content: Any, step: int) -> int | None:
+        return self._sum(ids, content, self._last_serial, step)
+
+    def went_straight(self, steps: int, cleared: bool) -> None:
+        """Takes over from the lane how many steps there were, and whether gradients were set to zero since the last."""
+        self._steps, self._cleared = steps, cleared
 
     def take_over(self, batch: MicroBatch, loss: float | None) -> None:
         """Goes on with a batch that the lane has seen drawn, and used in a backward pass if there is a loss."""

@@ -95,7 +95,7 @@ class Recorder:
                 raise RecordingError(f"loader= takes the DataLoader of the training, not {type(given).__name__}.")
         self.ledger = BatchLedger(loaders, keeps_contents=inputs == "store")
         self._watch = self.ledger.watch
-        self._straight = Straight(self._take_over, self._renew)
+        self._straight = Straight(self._take_over, self._renew, self._onward, self._settle)
         self.ledger.lane = self._straight.lane
         self._capture = Capture(self.ledger, self._straight)
         self._discovery = Discovery(self.ledger) if model is None else None
@@ -116,6 +116,7 @@ class Recorder:
     @property
     def seconds(self) -> float:
         """CPU seconds that recording has taken from the training thread, since the second step."""
+        self._straight.settle()
         return self._watch.seconds
 
     @property
@@ -290,7 +291,7 @@ class Recorder:
         state = None if books is None or ring is None else self._snapshot.straight()
         if books is None or ring is None or state is None:
             return
-        around = {"recorder": self, "watch": self._watch, "model": self.model, "optimizer": self.optimizers[0]}
+        around = {"model": self.model, "optimizer": self.optimizers[0], "watched": self._watch.steps}
         before_us = self._step - books.pop("steps")
         fields = {**books, **ring, **state, **around, "epoch": self._epoch(), "before_us": before_us}
         self._straight.enter(self._step, fields.pop("map"), fields)
@@ -303,6 +304,21 @@ class Recorder:
         if self.sink.straight(self._step + 1) is None:
             return None
         return self._snapshot.straight_options()
+
+    def _onward(self) -> dict[str, Any] | None:
+        """What is due after the step at which a stretch of the ring ends; the fields of the next stretch."""
+        if self.sink.wants_keyframe(self._step):
+            self._keyframe()
+        ring = self.sink.straight(self._step + 1)
+        return None if ring is None else {name: ring[name] for name in ("stop", "arena_until")}
+
+    def _settle(self, lane: Lane) -> None:
+        """Takes over what the lane has counted; steps only as long as it goes on, because then Python counts itself."""
+        self._watch.catch_up(lane.counted, lane.looked, lane.seconds)
+        if lane.stage != Stage.OFF:
+            self._step = lane.entry - 1
+            self.ledger.went_straight(self._step - lane.before_us, bool(lane.cleared))
+            self.sink.went_straight(self._step, lane.arena_head)
 
     def _take_over(self, stage: Stage, batch: MicroBatch, lane: Lane) -> None:
         """Goes on with a step that began in the lane."""

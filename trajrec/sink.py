@@ -66,6 +66,9 @@ class Sink(Protocol):
     def straight(self, step: int) -> dict[str, Any] | None:
         """Where the lane (`trajrec.straight`) may publish this and the next steps by itself; None if it must not."""
 
+    def went_straight(self, step: int, arena_head: int) -> None:
+        """The lane has published the steps up to this one, and records in the arena up to there."""
+
     def close(self, complete: bool) -> Summary:
         """Ends the run; `complete` is False when training was cut off."""
 
@@ -115,6 +118,9 @@ class MemorySink:
 
     def straight(self, step: int) -> None:
         """Every step is committed."""
+
+    def went_straight(self, step: int, arena_head: int) -> None:
+        """None has."""
 
     def close(self, complete: bool) -> Summary:
         """Ends the run."""

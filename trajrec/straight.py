@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trajrec import stopwatch
 from trajrec.batches import MicroBatch, as_ids, samples_in
 from trajrec.checksum import crc32
 
@@ -53,6 +54,7 @@ class Kind(IntEnum):
     BACKWARD = 1
     BEFORE = 2
     AFTER = 3
+    CLEARING = 4
 
 
 class Unshared:
@@ -89,14 +91,22 @@ class Straight:
     Args:
         take_over: called with the stage, the batch and the lane when a step that has begun in it is left to Python.
         renew: called when an option of the optimizer has changed: the fields "options" and "hyper", or None to leave.
+        onward: called where the stretch of the ring ends: the fields "stop" and "arena_until" of the next, or None.
+        settled: called with the lane before Python goes by what the lane has counted.
     """
 
     def __init__(
-        self, take_over: Callable[[Stage, MicroBatch, Lane], None], renew: Callable[[], tuple[Any, bytes] | None]
+        self,
+        take_over: Callable[[Stage, MicroBatch, Lane], None],
+        renew: Callable[[], tuple[Any, bytes] | None],
+        onward: Callable[[], dict[str, Any] | None],
+        settled: Callable[[Lane], None],
     ) -> None:
         self.lane = Lane() if HAS_LANE else None
         self._take_over = take_over
         self._renew = renew
+        self._onward = onward
+        self._settled = settled
         self._map: Any = None
         self._entered_at = self._not_before = 0
 
@@ -131,7 +141,28 @@ class Straight:
             tensor=torch.Tensor,
             left=self._left,
             renew=self._renew,
+            onward=self._go_on,
+            settled=self._settle,
+            time_every=stopwatch.EVERY,
         )
+
+    def settle(self) -> None:
+        """Has everything counted that the lane has done."""
+        if self.lane is not None:
+            self.lane.settle()
+
+    def _settle(self) -> None:
+        assert self.lane is not None
+        self._settled(self.lane)
+
+    def _go_on(self) -> None:
+        """The lane has come to the end of a stretch."""
+        assert self.lane is not None
+        fields = self._onward()
+        if fields is None:
+            self.lane.leave()
+        else:
+            self.lane.arm(**fields)
 
     def end(self) -> None:
         """Leaves the lane for good."""

@@ -235,6 +235,10 @@ class RunFileSink:
             self._note_gap(record.step)
             return
         self._next = record.step + 1
+        self._glance()
+
+    def _glance(self) -> None:
+        """Looks after the writer now and then."""
         if self._next % self._pause == 0:
             self._writer.wake()
             if self._writer.status() is Status.DISK_FULL and self._free() > 2 * self._geometry.segment_bytes:
@@ -248,13 +252,20 @@ class RunFileSink:
     def straight(self, step: int) -> dict[str, Any] | None:
         """Where the lane may publish this and the next steps by itself: fields of it; None if it must not.
 
-        Not where there is something to be done besides: the budget and the writer are looked after, a keyframe is due.
+        Up to a step after which the writer is looked after or a keyframe is due, or before which the budget is.
         """
         is_ready = step == self._next and not self._stopped and not self._resuming and self._spec.inputs != "store"
         if not is_ready or (self._budget is not None and step % self._geometry.chunk_rows == 0):
             return None
-        end = min(step + -(step + 1) % self._pause, step + -step % self._interval)
-        return {"sink": self, **self._ring.straight(end)}
+        end = 1 + min(step + -(step + 1) % self._pause, step + -step % self._interval)
+        return self._ring.straight(end)
+
+    def went_straight(self, step: int, arena_head: int) -> None:
+        """The lane has published the steps up to this one, and records in the arena up to there."""
+        self._ring.went_straight(arena_head)
+        if step >= self._next:
+            self._next = step + 1
+            self._glance()
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""

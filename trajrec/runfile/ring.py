@@ -187,7 +187,6 @@ class Ring:
         geometry = self.geometry
         self._free_until = self.get(Control.TAIL) + geometry.slots
         return {
-            "ring": self,
             "map": self._map,
             "stop": min(end, self._free_until),
             "slots": geometry.slots,
@@ -199,6 +198,10 @@ class Ring:
             "rows_at": _rows_at(geometry),
             "row_bytes": geometry.row_bytes,
         }
+
+    def went_straight(self, arena_head: int) -> None:
+        """The lane has put records into the arena up to there."""
+        self._arena_head = arena_head
 
     def pending_bytes(self, entry: int) -> int:
         """Bytes of rows and records of the entries before `entry` that are not sealed."""
