@@ -69,7 +69,7 @@ class AllStates:
 
 def _torch_states() -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {"rng/cpu": torch.get_rng_state().numpy().copy()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index in range(torch.cuda.device_count()):
             arrays[f"rng/cuda:{index}"] = torch.cuda.get_rng_state(index).numpy().copy()
     return arrays

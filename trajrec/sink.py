@@ -61,7 +61,10 @@ class Sink(Protocol):
         """Takes the inputs of the step that is committed next, before its row is reserved."""
 
     def keyframe(self, keyframe: Keyframe) -> None:
-        """Takes the state after a committed step (also of steps it did not ask for)."""
+        """Takes the state after a committed step (also of steps it did not ask for).
+
+        The arrays are good until it returns: the next keyframe is made in the same memory.
+        """
 
     def straight(self, step: int) -> dict[str, Any] | None:
         """Where the lane (`trajrec.straight`) may publish this and the next steps by itself; None if it must not."""
@@ -114,7 +117,8 @@ class MemorySink:
 
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step."""
-        self.keyframes.append(keyframe)
+        arrays = {path: array.copy() for path, array in keyframe.arrays.items()}
+        self.keyframes.append(Keyframe(keyframe.step, arrays))
 
     def straight(self, step: int) -> None:
         """Every step is committed."""

@@ -67,6 +67,8 @@ class Snapshot:
         self._values = list(self.parameters.values())
         self._places: list[int] = []
         self._views: list[npt.NDArray[Any]] = []
+        self._rows: dict[str, npt.NDArray[Any]] = {}
+        self._flats: dict[tuple[str, int], tuple[Tensor, int, npt.NDArray[Any]]] = {}
         self._check_dtypes()
 
     def _check_dtypes(self) -> None:
@@ -332,28 +334,36 @@ class Snapshot:
         return hyper[:, self.names.index("lr")].tolist() if "lr" in self.names else []
 
     def keyframe(self, with_weights: bool) -> dict[str, npt.NDArray[Any]]:
-        """Optimizer state, buffers and generator states, by the paths of `Keyframe.arrays`."""
+        """Optimizer state, buffers and generator states, by the paths of `Keyframe.arrays`.
+
+        The next keyframe is made in the same memory.
+        """
         arrays = self._optimizer_state()
         if with_weights:
-            row = np.empty(sum(p.numel() for p in self.parameters.values()), dtype=_dtype_name(self.dtype))
-            self.copy(row)
-            arrays["weights"] = row
+            arrays["weights"] = np.concatenate(self._memory(), out=self._row("weights", self.dtype))
         for name, buffer in self.model.named_buffers():
             arrays[f"buffers/{name}"] = buffer.detach().cpu().numpy().copy()
         return arrays | self._all_states.read()
 
+    def _row(self, path: str, dtype: torch.dtype) -> npt.NDArray[Any]:
+        """Memory for a row of keyframes [P]: the kernel takes longer to find it anew than it takes to fill it."""
+        row = self._rows.get(path)
+        if row is None or row.dtype != _dtype_name(dtype):
+            size = sum(p.numel() for p in self.parameters.values())
+            row = self._rows[path] = np.zeros(size, dtype=_dtype_name(dtype))
+        return row
+
     def _optimizer_state(self) -> dict[str, npt.NDArray[Any]]:
         arrays: dict[str, npt.NDArray[Any]] = {}
         offset, count = 0, len(self.parameters)
-        total = sum(p.numel() for p in self.parameters.values())
         for index, p in enumerate(self.parameters.values()):
             for name, value in self._state_of(p).items():
                 path = f"optimizer/{name}"
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     row = arrays.get(path)
                     if row is None:
-                        row = arrays[path] = np.zeros(total, dtype=_dtype_name(value.dtype))
-                    row[offset : offset + p.numel()] = value.detach().cpu().reshape(-1).numpy()
+                        row = arrays[path] = self._row(path, value.dtype)
+                    row[offset : offset + p.numel()] = self._flat((path, index), value)
                     arrays.setdefault(f"{path}.present", np.zeros(count, dtype=np.uint8))[index] = 1
                 # A step count of a parameter without dimensions has the parameter's shape too: it is kept as both.
                 if isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1):
@@ -361,7 +371,27 @@ class Snapshot:
                 elif isinstance(value, Tensor) and value.shape != p.shape:
                     arrays[f"{path}/{index}"] = value.detach().cpu().numpy().copy()
             offset += p.numel()
+        self._clear_absent(arrays)
         return arrays | self._late_options(count)
+
+    def _flat(self, place: tuple[str, int], value: Tensor) -> npt.NDArray[Any]:
+        """A state as it lies in memory; looked for anew only where it is another tensor, or has moved."""
+        known = self._flats.get(place)
+        if known is not None and known[0] is value and known[1] == value.data_ptr():
+            return known[2]
+        array = value.detach().cpu().reshape(-1).numpy()
+        if value.device.type == "cpu" and value.is_contiguous():
+            self._flats[place] = (value, value.data_ptr(), array)
+        return array
+
+    def _clear_absent(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Parameters that do not have a state have zeros in its row, whatever was there at an earlier keyframe."""
+        for path, present in arrays.items():
+            if path.endswith(".present") and 0 in present.tobytes():
+                row, offset = arrays[path.removesuffix(".present")], 0
+                for p, has in zip(self.parameters.values(), present, strict=True):
+                    row[offset : offset + (0 if has else p.numel())] = 0
+                    offset += p.numel()
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         return next((o.state[parameter] for o in self.optimizers if parameter in o.state), {})

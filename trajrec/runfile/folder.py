@@ -6,6 +6,7 @@
     segment-FIRST-LAST.h5             sealed steps; complete, because renamed only after fsync
     rows.bin                          their rows, where there is no compression (rowfile.py)
     keyframe-STEP.bin                 raw keyframes (keyfile.py)
+    staged.bin                        keyframes that are to become such files (staging.py)
     inputs-STEP.bin                   inputs of steps that are not sealed yet (keyfile.py)
     record-STEP.bin                   a record too large for the ring
     writer.log                        what the writer process said
@@ -102,6 +103,11 @@ class Folder:
     def ring(self) -> Path:
         """The ring."""
         return self.path / "ring.bin"
+
+    @property
+    def staged(self) -> Path:
+        """The keyframes on their way."""
+        return self.path / "staged.bin"
 
     @property
     def rows(self) -> Path:

@@ -13,7 +13,9 @@ keyframes later, and takes inputs into its next segment; the checksums tell.
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ _HEAD = struct.Struct("<8sII")
 
 
 _Arrays = dict[str, npt.NDArray[Any]]
+Piece = bytes | memoryview
 
 
 def write_arrays(path: Path, value: Keyframe | Inputs) -> int:
@@ -38,20 +41,48 @@ def write_arrays(path: Path, value: Keyframe | Inputs) -> int:
         OSError: no room (ENOSPC); no half file is left.
         TypeError: an array of objects.
     """
+    return write_pieces(path, pieces_of(value))
+
+
+def pieces_of(value: Keyframe | Inputs) -> list[Piece]:
+    """What the file of a step consists of: its head and the arrays, where they are.
+
+    Raises:
+        TypeError: an array of objects.
+    """
     arrays = {name: _plain(name, array) for name, array in value.arrays.items()}
-    head = _header(value.step, arrays)
+    return [_header(value.step, arrays), *(array.data.cast("B") for array in arrays.values() if array.size)]
+
+
+def write_pieces(path: Path, pieces: Sequence[Piece]) -> int:
+    """Writes a file (not synced) whole or not at all, and returns its size in bytes.
+
+    Raises:
+        OSError: no room (ENOSPC); no half file is left.
+    """
     part = path.with_suffix(".part")
     try:
-        with part.open("wb", buffering=0) as file:
-            _write(file, head)
-            for array in arrays.values():
-                _write(file, array.data.cast("B") if array.size else b"")
-            size = file.tell()
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for piece in pieces:
+                _write(fd, piece)
+        finally:
+            os.close(fd)
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    return size
+    return sum(len(piece) for piece in pieces)
+
+
+def check(data: bytes, step: int) -> None:
+    """Looks whether these are the bytes of a whole file of a step.
+
+    Raises:
+        DamagedRunError: they are not.
+    """
+    if _arrays(data, f"step {step}", "this keyframe is", None)[0] != step:
+        raise DamagedRunError(f"This is not the keyframe of step {step}.")
 
 
 def read_keyframe(path: Path, only: str | None = None) -> Keyframe:
@@ -84,7 +115,10 @@ def has_inputs(path: Path, spec: RunSpec, step: int) -> bool:
 
 
 def _read(path: Path, what: str, only: str | None) -> tuple[int, _Arrays]:
-    data = path.read_bytes()
+    return _arrays(path.read_bytes(), path, what, only)
+
+
+def _arrays(data: bytes, path: Path | str, what: str, only: str | None) -> tuple[int, _Arrays]:
     try:
         step, entries, start = _parse(data)
         return step, {e[0]: _array(data, start, e) for e in entries if only in (None, e[0])}
@@ -108,10 +142,10 @@ def _header(step: int, arrays: _Arrays) -> bytes:
     return _HEAD.pack(MAGIC, len(body), crc32(body)) + body
 
 
-def _write(file: Any, data: bytes | memoryview) -> None:
-    view = memoryview(data)
+def _write(fd: int, piece: Piece) -> None:
+    view = memoryview(piece)
     while view:
-        view = view[file.write(view) :]
+        view = view[os.write(fd, view) :]
 
 
 def _parse(data: bytes) -> tuple[int, list[list[Any]], int]:

@@ -3,7 +3,7 @@
     reserve()   waits for a free slot (there nearly always is one) and hands out its row
     commit()    encodes the record into the ring and publishes the slot; now and then wakes the writer
     inputs()    writes a raw file, which the writer takes into the step's segment
-    keyframe()  writes a raw file
+    keyframe()  leaves it to the writer (staging.py), or writes a raw file
     close()     waits until the writer has packed everything
 
 No HDF5 here: on a full disk it takes its process down with it. When the writer has no room it ends, and nothing
@@ -18,6 +18,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +29,12 @@ from trajrec.errors import DiskFullError, OutputExistsError, RecorderBusyError, 
 from trajrec.records import Inputs, Keyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.budget import Budget, parse_size
 from trajrec.runfile.folder import Folder, Manifest, is_disk_full
-from trajrec.runfile.geometry import Geometry, geometry_for
-from trajrec.runfile.keyfile import write_arrays
+from trajrec.runfile.geometry import PAGE, Geometry, geometry_for
+from trajrec.runfile.keyfile import Piece, pieces_of, write_pieces
 from trajrec.runfile.lock import Lock, holder
 from trajrec.runfile.process import WriterProcess, rework
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
+from trajrec.runfile.staging import LARGEST, Staging
 from trajrec.sink import Summary
 
 logger = logging.getLogger("trajrec")
@@ -97,6 +99,7 @@ class RunFileSink:
         self._largest_inputs = 0
         self._wanted = -1
         self._needed: set[int] = set()  # keyframes that came unasked
+        self._staging: Staging | None = None
         _check_options(keep, compression, on_full, self._interval)
         self._check_output()
 
@@ -275,11 +278,31 @@ class RunFileSink:
 
     def keyframe(self, keyframe: Keyframe) -> None:
         """Takes the state after a committed step."""
-        if keyframe.step != self._wanted:
+        is_needed, self._wanted = keyframe.step != self._wanted, -1
+        if is_needed:
             self._needed.add(keyframe.step)
-        self._wanted = -1
-        if keyframe.step < self._next:
-            self._write(self.folder.keyframe(keyframe.step), keyframe)
+        if keyframe.step >= self._next:
+            return
+        pieces = pieces_of(keyframe)
+        if is_needed or not self._stage(keyframe.step, pieces):
+            self._write(self.folder.keyframe(keyframe.step), pieces)
+
+    def _stage(self, step: int, pieces: list[Piece]) -> bool:
+        """Leaves a keyframe to the writer. Under a budget none is: what it uses is counted when it is written."""
+        if self._budget is not None or self._stopped:
+            return False
+        if self._staging is None:
+            self._prepare_staging(sum(map(len, pieces)))
+            return False
+        staged = self._staging.put(step, pieces)
+        if not staged:
+            self._writer.wake()
+        return staged
+
+    def _prepare_staging(self, size: int) -> None:
+        if size <= LARGEST:
+            with suppress(OSError):  # no room: keyframes are written as files
+                self._staging = Staging(self.folder.staged, size + PAGE)
 
     def inputs(self, inputs: Inputs) -> None:
         """Takes the inputs of the step that is committed next, before its row is reserved."""
@@ -287,7 +310,7 @@ class RunFileSink:
         if expected > self._largest_inputs:
             self._largest_inputs = expected
             self._stay_in_budget()
-        size = self._write(self.folder.inputs(inputs.step), inputs)
+        size = self._write(self.folder.inputs(inputs.step), pieces_of(inputs))
         self._pending.append((inputs.step, size))
         if self._pending_inputs() > INPUT_BYTES // 2:
             self._flush_before(inputs.step)
@@ -308,15 +331,15 @@ class RunFileSink:
             self._pending.popleft()
         return sum(size for _, size in self._pending)
 
-    def _write(self, path: Path, value: Keyframe | Inputs) -> int:
+    def _write(self, path: Path, pieces: list[Piece]) -> int:
         """Writes a raw file, and returns its size; 0 where recording has stopped."""
         while not self._stopped:
             try:
-                return write_arrays(path, value)
+                return write_pieces(path, pieces)
             except OSError as error:
                 if not is_disk_full(error):
                     raise
-                self._act_on_full_disk(sum(array.nbytes for array in value.arrays.values()))
+                self._act_on_full_disk(sum(map(len, pieces)))
         return 0
 
     # ---- the budget

@@ -26,6 +26,7 @@ from pathlib import Path
 from trajrec.runfile.folder import Folder, is_disk_full, sync
 from trajrec.runfile.ring import Control, Finish, Ring, Status
 from trajrec.runfile.sealing import pack, row_file, seal
+from trajrec.runfile.staging import save
 
 POLL_SECONDS = 0.25
 _PATIENCE = 20
@@ -65,6 +66,7 @@ class Writer:
                 self.seal_everything()
                 self._finish(finish)
                 return
+            save(self.folder)
             self._seal_ready()
             self._wait()
         self.seal_everything()
@@ -84,7 +86,8 @@ class Writer:
                 return  # the entry's stores have not all arrived; look again later
 
     def seal_everything(self) -> None:
-        """Seals whatever is intact in the ring."""
+        """Seals whatever is intact in the ring, and saves the keyframes that are staged."""
+        save(self.folder)
         size, patience = self.ring.geometry.segment_rows, _PATIENCE
         while (head := self.ring.head(self.next)) > self.next and patience:
             if not self._seal(min(head, self.next - self.next % size + size)):

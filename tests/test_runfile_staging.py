@@ -1,0 +1,179 @@
+"""Keyframes that training leaves to the writer: none is wrong, and those that cannot be left are written at once."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+import trajrec
+from tests.runfile_cases import MadeUpRun, assert_same_keyframe, spec
+from trajrec.runfile import staging
+from trajrec.runfile.folder import Folder
+from trajrec.runfile.geometry import PAGE
+from trajrec.runfile.keyfile import pieces_of, read_keyframe
+from trajrec.runfile.packing import pack
+from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.staging import Staging, save
+
+MADE = MadeUpRun(spec(300, rng=100))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    found = Folder.of(tmp_path / "run.h5")
+    found.path.mkdir()
+    return found
+
+
+def put(place, step):
+    return place.put(step, pieces_of(MADE.keyframe(step)))
+
+
+def kept(folder):
+    for step, path in folder.keyframes().items():
+        assert_same_keyframe(read_keyframe(path), MADE.keyframe(step))
+    return [*folder.keyframes()]
+
+
+def test_two_are_taken_and_saved_and_then_two_more(folder):
+    place = Staging(folder.staged, 20_000)
+    for first in (10, 30, 50):
+        assert [put(place, step) for step in (first, first + 10, first + 20)] == [True, True, False]
+        save(folder)
+    assert kept(folder) == [10, 20, 30, 40, 50, 60]
+    save(folder)
+    assert kept(folder) == [10, 20, 30, 40, 50, 60]
+
+
+def test_the_third_is_taken_once_the_first_is_saved(folder):
+    place = Staging(folder.staged, 20_000)
+    assert put(place, 1)
+    save(folder)
+    assert put(place, 2) and put(place, 3) and not put(place, 4)
+    save(folder)
+    assert kept(folder) == [1, 2, 3]
+
+
+def test_one_that_is_too_large_is_not_taken(folder):
+    place = Staging(folder.staged, PAGE)
+    assert not put(place, 1)
+    save(folder)
+    assert kept(folder) == []
+
+
+def test_one_that_is_not_whole_is_not_saved(folder):
+    put(Staging(folder.staged, 20_000), 7)
+    data = folder.staged.read_bytes()
+    chance = random.Random(random.randrange(2**32))
+    size = sum(map(len, pieces_of(MADE.keyframe(7))))
+    for place in [*range(8), *(PAGE + chance.randrange(size) for _ in range(200))]:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << chance.randrange(8)
+        folder.staged.write_bytes(damaged)
+        save(folder)
+        assert kept(folder) == []
+    for end in [0, 5, 16, PAGE, *(chance.randrange(len(data)) for _ in range(50))]:
+        folder.staged.write_bytes(data[:end])
+        save(folder)
+        assert set(kept(folder)) <= {7}  # the end of the file may be free
+
+
+def test_a_step_that_is_not_the_one_inside_is_not_saved(folder):
+    place = Staging(folder.staged, 20_000)
+    put(place, 7)
+    place._heads[0] = 9
+    save(folder)
+    assert kept(folder) == []
+
+
+def recorded(tmp_path, steps=400, **options):
+    sink = RunFileSink(tmp_path / "run.h5", keep=10, **options)
+    sink.open(MADE.spec)
+    MADE.feed(sink, steps)
+    return sink
+
+
+def assert_all_there(path):
+    with trajrec.open(path) as run:
+        assert run.keyframe_steps == (*range(0, 401, 10),)
+        for t in run.keyframe_steps:
+            assert_same_keyframe(run.keyframe(t), MADE.keyframe(t, with_weights=True))
+
+
+def test_staged_or_not_all_keyframes_are_in_the_run(tmp_path, monkeypatch):
+    taken = []
+    original = Staging.put
+    monkeypatch.setattr(Staging, "put", lambda *given: taken.append(original(*given)) or taken[-1])
+    recorded(tmp_path).close(complete=True)
+    assert len(taken) == 40 and True in taken and False in taken
+    assert_all_there(tmp_path / "run.h5")
+
+
+def test_a_writer_that_is_killed_loses_none(tmp_path):
+    sink = RunFileSink(tmp_path / "run.h5", keep=10)
+    sink.open(MADE.spec)
+    for first in range(0, 401, 100):
+        MADE.feed(sink, min(first + 99, 400), first=first)
+        sink._writer._process.kill()
+        time.sleep(0.05)
+        sink._writer.status()  # which starts another
+    sink.close(complete=True)
+    assert_all_there(tmp_path / "run.h5")
+
+
+def test_packing_saves_what_was_staged_when_both_were_killed(tmp_path):
+    sink = recorded(tmp_path, 390)
+    sink._writer._process.kill()
+    sink._writer._process.wait()
+    save(sink.folder)
+    sink._staging.put(400, pieces_of(MADE.keyframe(400, with_weights=True)))
+    MADE.feed(sink, 395, first=391)
+    for t in range(396, 401):
+        sink.reserve()
+        sink.commit(MADE.record(t))
+    sink._writer.close()
+    sink._lock.release()
+    assert 400 not in sink.folder.keyframes()
+    pack(tmp_path / "run.h5")
+    assert_all_there(tmp_path / "run.h5")
+
+
+@pytest.mark.parametrize("case", ["budget", "large", "full"])
+def test_where_none_is_staged_they_are_files_at_once(tmp_path, monkeypatch, case):
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    if case == "large":
+        monkeypatch.setattr("trajrec.runfile.recording.LARGEST", 100)
+    if case == "full":
+        monkeypatch.setattr(staging, "allocate", no_room)
+    sink = recorded(tmp_path, **({"budget": "1GB"} if case == "budget" else {}))
+    assert sink._staging is None
+    assert [*sink.folder.keyframes()] == [*range(0, 401, 10)]
+    sink.close(complete=True)
+    assert_all_there(tmp_path / "run.h5")
+
+
+def test_a_resumed_recording_does_not_meet_what_came_after(tmp_path):
+    sink = recorded(tmp_path, 200)
+    sink._writer._process.kill()
+    sink._writer._process.wait()
+    save(sink.folder)
+    sink._staging.put(190, pieces_of(MADE.keyframe(7)))  # of another life
+    sink._writer.close()
+    sink._lock.release()
+    again = RunFileSink(tmp_path / "run.h5", keep=10, resume=True)
+    again.open(MADE.spec)
+    again.reserve()
+    again.commit(MADE.record(100))
+    assert again.resumed_at == 100
+    MADE.feed(again, 400, first=101)
+    again.close(complete=True)
+    assert_all_there(tmp_path / "run.h5")
+
+
+def test_a_place_keeps_its_size_on_the_disk(folder):
+    Staging(folder.staged, 5000)
+    assert folder.staged.stat().st_size == 5 * PAGE
+    assert np.frombuffer(folder.staged.read_bytes(), np.uint8).sum() == 0

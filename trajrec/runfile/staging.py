@@ -1,0 +1,94 @@
+"""Keyframes on their way to files of their own: training copies one into mapped memory, the writer makes the file.
+
+Making a file takes the training thread as long as all else of a keyframe. `staged.bin` has two places for one each:
+
+    page 0      for each place: step + 1 (0: it is free), bytes (uint64)
+    places      a keyframe file (keyfile.py) from the beginning of each
+
+The training process fills a place and gives it its step last; the writer makes `keyframe-STEP.bin` of it, if its
+checksums fit, and frees it. A place that training does not find free, or that is too small, is no fault: it writes the
+file itself then. Who reads a recording does not look here: what is lost with it is a shorter way to some steps.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+from trajrec.errors import DamagedRunError
+from trajrec.runfile.folder import Folder
+from trajrec.runfile.geometry import PAGE
+from trajrec.runfile.keyfile import Piece, check, write_pieces
+from trajrec.runfile.ring import allocate
+
+LARGEST = 16 * 1024**2  # a keyframe that is staged; copying a larger one takes longer than making a file
+_PLACES = 2
+_HEAD = struct.Struct("<QQ")
+
+
+class Staging:
+    """The training process's side: two places of `size` bytes each at least.
+
+    Raises:
+        OSError: no room (ENOSPC).
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._size = -(-size // PAGE) * PAGE
+        path.unlink(missing_ok=True)  # never made shorter while somebody reads it
+        allocate(path, PAGE + _PLACES * self._size)
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+        for start in range(0, len(self._map), PAGE):
+            self._map[start] = 0  # no step of the training is to wait for a page
+        self._heads = memoryview(self._map)[: _PLACES * _HEAD.size].cast("Q")
+        self._next = 0
+
+    def put(self, step: int, pieces: Sequence[Piece]) -> bool:
+        """Takes the pieces of a keyframe file; False where there is no place for them."""
+        place, size = self._next, sum(len(piece) for piece in pieces)
+        if size > self._size or self._heads[2 * place]:
+            return False
+        at = PAGE + place * self._size
+        for piece in pieces:
+            self._map[at : at + len(piece)] = piece
+            at += len(piece)
+        self._heads[2 * place + 1] = size
+        self._heads[2 * place] = step + 1
+        self._next = (place + 1) % _PLACES
+        return True
+
+
+def save(folder: Folder) -> None:
+    """Makes files of the keyframes that are staged in a folder, as far as they are whole.
+
+    Raises:
+        OSError: no room (ENOSPC); they stay where they are.
+    """
+    try:
+        fd = os.open(folder.staged, os.O_RDWR)
+    except FileNotFoundError:
+        return
+    try:
+        size = (os.fstat(fd).st_size - PAGE) // _PLACES
+        for place in range(_PLACES):
+            _save_one(folder, fd, place, size)
+    finally:
+        os.close(fd)
+
+
+def _save_one(folder: Folder, fd: int, place: int, size: int) -> None:
+    head = os.pread(fd, _HEAD.size, place * _HEAD.size)
+    step, length = _HEAD.unpack(head) if len(head) == _HEAD.size else (0, 0)
+    if not step or length > size:
+        return
+    data = os.pread(fd, length, PAGE + place * size)
+    try:
+        check(data, step - 1)
+    except DamagedRunError:
+        return
+    write_pieces(folder.keyframe(step - 1), [data])
+    os.pwrite(fd, bytes(8), place * _HEAD.size)
