@@ -1,4 +1,4 @@
-"""What the recorder says that it costs, although it looks at the clock in one step of seven only."""
+"""What the recorder says that it costs, although it looks at the clock in one step of thirteen only."""
 
 import time
 

@@ -31,7 +31,7 @@ typedef struct {
     /* what a step must be like, given by `arm` */
     PyObject *model, *optimizer, *loader, *serial, *modules, *modes, *optimized, *grads, *values, *views, *pointers;
     PyObject *keys, *options, *sizes, *hyper;
-    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *look, *note, *summed, *renew, *onward, *left, *settled;
+    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *float32, *one, *look, *note, *summed, *renew, *onward, *left, *settled;
     long long entry, before_us, stop, epoch, groups, names, look_every, state_bytes;
     Py_buffer map;
     long long slots, slots_at, arena_at, arena_bytes, arena_head, arena_until, rows_at, row_bytes;
@@ -42,7 +42,8 @@ typedef struct {
     double seconds;
 } Lane;
 
-static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_params, *s_param_groups, *s_popleft, *s_receive;
+static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_params, *s_param_groups, *s_popleft, *s_receive, *s_dtype, *s_is_cpu,
+    *s_numel, *s_is_neg;
 
 static void forget_step(Lane *lane) {
     Py_CLEAR(lane->ids);
@@ -216,7 +217,7 @@ static int forwarded(Lane *lane, PyObject *inputs, PyObject *named) {
     if (lane->stage != DRAWN || PyObject_Size(named)) return 0;
     PyObject *gradients = PyObject_CallNoArgs(lane->is_grad_enabled);
     if (!gradients) return -1;
-    int taken = gradients == Py_True ? same_modes(lane) : 0;
+    int taken = gradients == Py_True ? is_attribute(lane->model, s_training, Py_True) : 0;
     Py_DECREF(gradients);
     if (taken != 1) return taken;
     if (!(lane->before = PyObject_CallNoArgs(lane->get_state))) return -1;
@@ -225,10 +226,36 @@ static int forwarded(Lane *lane, PyObject *inputs, PyObject *named) {
     return 1;
 }
 
+/* 1 if a property of the loss is as expected. */
+static int loss_is(PyObject *loss, PyObject *method, PyObject *expected) {
+    PyObject *found = PyObject_CallMethodNoArgs(loss, method);
+    if (!found) return -1;
+    int same = PyObject_RichCompareBool(found, expected, Py_EQ);
+    Py_DECREF(found);
+    return same;
+}
+
+/* The number in a plain tensor of the host: `item` asks the dispatcher, which takes several times as long. */
+static PyObject *plain_number(Lane *lane, PyObject *loss) {
+    unsigned long long place = 0;
+    int plain = (PyObject *)Py_TYPE(loss) == lane->tensor ? is_attribute(loss, s_dtype, lane->float32) : 0;
+    if (plain == 1) plain = is_attribute(loss, s_is_cpu, Py_True);
+    if (plain == 1) plain = loss_is(loss, s_numel, lane->one);
+    if (plain == 1) plain = loss_is(loss, s_is_neg, Py_False);
+    if (plain == 1 && address_of(loss, &place) < 0) plain = -1;
+    if (plain < 0) PyErr_Clear();
+    return plain == 1 && place ? PyFloat_FromDouble(*(float *)(uintptr_t)place) : NULL;
+}
+
+static PyObject *number_of(Lane *lane, PyObject *loss) {
+    PyObject *value = plain_number(lane, loss);
+    return value || PyErr_Occurred() ? value : PyObject_CallMethodNoArgs(loss, s_item);
+}
+
 static int gone_back(Lane *lane, PyObject *loss) {
     int is_tensor = lane->stage == FORWARDED ? PyObject_IsInstance(loss, lane->tensor) : 0;
     if (is_tensor != 1) return is_tensor;
-    PyObject *value = PyObject_CallMethodNoArgs(loss, s_item);
+    PyObject *value = number_of(lane, loss);
     if (!value) { /* not one number: Python knows what to do */
         if (!PyErr_ExceptionMatches(PyExc_RuntimeError) && !PyErr_ExceptionMatches(PyExc_ValueError)) return -1;
         PyErr_Clear();
@@ -272,44 +299,119 @@ static int prepared(Lane *lane, PyObject *arguments, PyObject *options) {
 
 /* ---- the record: as trajrec/runfile/codec.py has it, into the ring, as trajrec/runfile/ring.py has it ---- */
 
-static int checksum(Lane *lane, uint32_t *crc) {
-    PyObject *sum = PyLong_FromLong(0);
-    for (Py_ssize_t k = 0; sum && k < PyTuple_GET_SIZE(lane->views); k++) {
-        PyObject *next = PyObject_CallFunctionObjArgs(lane->crc32, PyTuple_GET_ITEM(lane->views, k), sum, NULL);
-        Py_SETREF(sum, next);
-    }
+static int checksum(Lane *lane, PyObject *data, uint32_t *crc) {
+    PyObject *sum = PyObject_CallFunction(lane->crc32, "OI", data, *crc);
     if (!sum) return -1;
     *crc = (uint32_t)PyLong_AsUnsignedLong(sum);
     Py_DECREF(sum);
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* Stores that go past the caches, where the processor has them: a row is not looked at again by this thread, and would
-   only push out what the next step needs. */
-static void copy(char *to, const char *from, size_t size) {
 #if defined(__SSE2__)
-    if (size >= 4096) {
-        size_t head = (16 - ((uintptr_t)to & 15)) & 15;
-        memcpy(to, from, head);
-        to += head, from += head, size -= head;
-        for (; size >= 64; to += 64, from += 64, size -= 64)
-            for (int k = 0; k < 64; k += 16)
-                _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
-    }
-#endif
+/* Stores that go past the caches: a row is not looked at again by this thread, and would only push out what the next step
+   needs. `to` is on a multiple of 16. */
+static void copy_past_caches(char *to, const char *from, size_t size) {
+    for (; size >= 64; to += 64, from += 64, size -= 64)
+        for (int k = 0; k < 64; k += 16) _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
     memcpy(to, from, size);
 }
+#else
+#define copy_past_caches memcpy
+#endif
 
-static int copy_row(Lane *lane, char *to) {
-    Py_ssize_t count = PyTuple_GET_SIZE(lane->views);
-    for (Py_ssize_t k = 0; k < count; k++) {
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <smmintrin.h>
+#include <wmmintrin.h>
+
+static int can_fold(void) { return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1"); }
+
+/* The register of a CRC-32 (zlib's, before its last inversion) after some bytes more, bit by bit. */
+static uint32_t register_after(uint32_t r, const unsigned char *data, size_t size) {
+    for (; size; data++, size--) {
+        r ^= *data;
+        for (int k = 0; k < 8; k++) r = r >> 1 ^ (0xEDB88320u & -(r & 1));
+    }
+    return r;
+}
+
+#define FOLD __attribute__((target("pclmul,sse4.1")))
+
+/* 128 bits moved on by the distance that `by` stands for, modulo the polynomial, and added to what is there. */
+FOLD static inline __m128i fold(__m128i x, __m128i by, __m128i there) {
+    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(x, by, 0x00), _mm_clmulepi64_si128(x, by, 0x11)), there);
+}
+
+static inline __m128i load(const char *from) { return _mm_loadu_si128((const __m128i *)from); }
+
+/* Copies and sums what it copies in one go, so that the sum is that of the copy also where another thread changes the
+   source. Folding by carry-less products: Gopal et al., Fast CRC Computation for Generic Polynomials Using PCLMULQDQ
+   Instruction, Intel 2009; its constants for reflected CRC-32. */
+FOLD static uint32_t copy_folding(char *to, const char *from, size_t size, uint32_t crc) {
+    const __m128i by_512 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), by_128 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    size_t head = (16 - ((uintptr_t)to & 15)) & 15;
+    if (head > size) head = size;
+    memcpy(to, from, head);
+    uint32_t r = register_after(~crc, (unsigned char *)to, head);
+    to += head, from += head, size -= head;
+    if (size >= 64) {
+        __m128i x[4], sum = _mm_cvtsi32_si128((int)r);
+        for (int k = 0; k < 4; k++) {
+            x[k] = load(from + 16 * k);
+            _mm_stream_si128((__m128i *)to + k, x[k]);
+        }
+        x[0] = _mm_xor_si128(x[0], sum);
+        for (to += 64, from += 64, size -= 64; size >= 64; to += 64, from += 64, size -= 64)
+            for (int k = 0; k < 4; k++) {
+                __m128i y = load(from + 16 * k);
+                _mm_stream_si128((__m128i *)to + k, y);
+                x[k] = fold(x[k], by_512, y);
+            }
+        sum = fold(fold(fold(x[0], by_128, x[1]), by_128, x[2]), by_128, x[3]);
+        for (; size >= 16; to += 16, from += 16, size -= 16) {
+            __m128i y = load(from);
+            _mm_stream_si128((__m128i *)to, y);
+            sum = fold(sum, by_128, y);
+        }
+        unsigned char folded[16];
+        _mm_storeu_si128((__m128i *)folded, sum);
+        r = register_after(0, folded, 16);
+    }
+    memcpy(to, from, size);
+    return ~register_after(r, (unsigned char *)to, size);
+}
+#else
+static int can_fold(void) { return 0; }
+static uint32_t copy_folding(char *to, const char *from, size_t size, uint32_t crc) { return 0; }
+#endif
+
+/* Sums a parameter, and copies it where there is a place for it. */
+static int take_in(Lane *lane, PyObject *parameter, const Py_buffer *view, char *to, uint32_t *crc) {
+    int folds = to && can_fold();
+    if (!folds && checksum(lane, parameter, crc) < 0) return -1;
+    if (!to) return 0;
+    PyThreadState *released = view->len > LONG_COPY ? PyEval_SaveThread() : NULL;
+    if (folds) *crc = copy_folding(to, view->buf, view->len, *crc);
+    else {
+        size_t head = (16 - ((uintptr_t)to & 15)) & 15, size = view->len;
+        if (head > size) head = size;
+        memcpy(to, view->buf, head);
+        copy_past_caches(to + head, (char *)view->buf + head, size - head);
+    }
+    if (released) PyEval_RestoreThread(released);
+    return 0;
+}
+
+/* Sums the weights, and copies them to `row` if there is one. */
+static int take_in_all(Lane *lane, char *row, uint32_t *crc) {
+    *crc = 0;
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(lane->views); k++) {
         Py_buffer view;
-        if (PyObject_GetBuffer(PyTuple_GET_ITEM(lane->views, k), &view, PyBUF_SIMPLE) < 0) return -1;
-        PyThreadState *released = view.len > LONG_COPY ? PyEval_SaveThread() : NULL;
-        copy(to, view.buf, view.len);
-        if (released) PyEval_RestoreThread(released);
-        to += view.len;
+        PyObject *parameter = PyTuple_GET_ITEM(lane->views, k);
+        if (PyObject_GetBuffer(parameter, &view, PyBUF_SIMPLE) < 0) return -1;
+        int failed = take_in(lane, parameter, &view, row, crc) < 0;
+        row = row ? row + view.len : NULL;
         PyBuffer_Release(&view);
+        if (failed) return -1;
     }
 #if defined(__SSE2__)
     _mm_sfence();
@@ -358,18 +460,16 @@ static int publish(Lane *lane) {
     if (place % lane->arena_bytes + size > lane->arena_bytes || place + size > lane->arena_until) return 0;
     char *base = lane->map.buf, *record = base + lane->arena_at + place % lane->arena_bytes;
     volatile uint64_t *slot = (volatile uint64_t *)(base + lane->slots_at + entry % lane->slots * SLOT_BYTES);
-    uint32_t crc;
-    if (checksum(lane, &crc) < 0) return -1;
+    char *row = lane->row_bytes ? base + lane->rows_at + entry % lane->slots * lane->row_bytes : NULL;
+    uint32_t weights, told = (uint32_t)(entry + 1);
     slot[0] = 0;
     atomic_thread_fence(memory_order_release);
-    if (lane->row_bytes && copy_row(lane, base + lane->rows_at + entry % lane->slots * lane->row_bytes) < 0) return -1;
-    if (encode(lane, record, crc) < 0) return -1;
+    if (take_in_all(lane, row, &weights) < 0 || encode(lane, record, weights) < 0) return -1;
     PyObject *data = PyMemoryView_FromMemory(record, size, PyBUF_READ);
-    PyObject *sum = data ? PyObject_CallFunction(lane->crc32, "OI", data, (uint32_t)(entry + 1)) : NULL;
+    int failed = !data || checksum(lane, data, &told) < 0;
     Py_XDECREF(data);
-    if (!sum) return -1;
-    slot[1] = place, slot[2] = size, slot[3] = PyLong_AsUnsignedLong(sum);
-    Py_DECREF(sum);
+    if (failed) return -1;
+    slot[1] = place, slot[2] = size, slot[3] = told;
     atomic_thread_fence(memory_order_release);
     slot[0] = entry + 1;
     lane->arena_head = place + size;
@@ -635,7 +735,7 @@ static PyTypeObject DrawsType = {
 
 #define OBJECTS(DO)                                                                                                        \
     DO(model) DO(optimizer) DO(loader) DO(serial) DO(modules) DO(modes) DO(optimized) DO(grads) DO(values) DO(views)        \
-    DO(pointers) DO(keys) DO(options) DO(sizes) DO(hyper) DO(get_state) DO(is_grad_enabled) DO(crc32) DO(tensor) DO(look)   \
+    DO(pointers) DO(keys) DO(options) DO(sizes) DO(hyper) DO(get_state) DO(is_grad_enabled) DO(crc32) DO(tensor) DO(float32) DO(one) DO(look)   \
     DO(note) DO(summed) DO(renew) DO(onward) DO(left) DO(settled)
 
 static int lane_traverse(Lane *lane, visitproc visit, void *arg) {
@@ -746,6 +846,10 @@ static int intern(void) {
     INTERN(s_param_groups, "param_groups")
     INTERN(s_popleft, "popleft")
     INTERN(s_receive, "receive")
+    INTERN(s_dtype, "dtype")
+    INTERN(s_is_cpu, "is_cpu")
+    INTERN(s_numel, "numel")
+    INTERN(s_is_neg, "is_neg")
     return 0;
 }
 

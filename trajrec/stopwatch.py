@@ -1,15 +1,15 @@
 """What the recorder costs, without costing much: reading a thread's CPU clock takes as long as a hook does.
 
-So the clock is read in one step out of seven, and what it shows then stands for all of them. Seven, because what comes
-back every so many steps (waking the writer, say) comes back after a power of two. What happens rarely and takes long (a
-keyframe) is timed whenever it happens.
+So the clock is read in one step out of thirteen, and what it shows then stands for all of them. Thirteen, because what
+comes back every so many steps (waking the writer, say) comes back after a power of two. What happens rarely and takes
+long (a keyframe) is timed whenever it happens.
 """
 
 from __future__ import annotations
 
 import time
 
-EVERY = 7
+EVERY = 13
 
 
 class Stopwatch:
