@@ -53,6 +53,11 @@ def create(
     return h5d.create(parent.id, name.encode(), _type(np.dtype(dtype)), space, properties, lcpl=_intermediate())
 
 
+def link(parent: Any, name: str, new: str) -> None:
+    """Gives what is there under a name another one, and makes the groups on the way to it."""
+    parent.id.links.create_hard(new.encode(), parent.id, name.encode(), lcpl=_intermediate())
+
+
 def write(dataset: Any, values: Array, at: int | None = None) -> None:
     """Writes a whole dataset, or entries from `at` on."""
     if not values.size:

@@ -159,7 +159,7 @@ def _parse(data: bytes) -> tuple[int, list[list[Any]], int]:
 
 def _array(data: bytes, start: int, entry: list[Any]) -> npt.NDArray[Any]:
     name, dtype, shape, offset, size, crc = entry
-    part = data[start + offset : start + offset + size]
+    part = memoryview(data)[start + offset : start + offset + size]
     if len(part) != size or crc32(part) != crc:
         raise ValueError(f"array {name} does not match its checksum")
     return np.frombuffer(part, np.dtype(dtype)).reshape(shape)

@@ -125,17 +125,37 @@ def inputs_name(step: int) -> str:
     return f"inputs/{step:0{STEP_DIGITS}d}"
 
 
-def write_arrays(file: h5py.File, name: str, arrays: Mapping[str, npt.NDArray[Any]], compression: str) -> None:
-    """Stores the arrays of a keyframe or of inputs in a group, each with its CRC-32 as an attribute."""
+def write_arrays(
+    file: h5py.File,
+    name: str,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    compression: str,
+    last: dict[str, tuple[str, bytes]] | None = None,
+) -> None:
+    """Stores the arrays of a keyframe or of inputs in a group, each with its CRC-32 as an attribute.
+
+    `last` knows where small arrays were stored last: one that is the same again is linked to.
+    """
     if not arrays:
         file.create_group(name)
     for path, array in arrays.items():
         value = np.asarray(array, order="C")
+        if last is not None and value.nbytes <= ARRAY_BYTES:
+            told, place = _told(value), last.get(path)
+            if place is not None and place[1] == told:
+                hdf5.link(file, place[0], f"{name}/{path}")
+                continue
+            last[path] = f"{name}/{path}", told
         large = value.nbytes > ARRAY_BYTES and compression != "none"
         plan = hdf5.plan(_array_chunk(value), compression) if large else hdf5.plan()
         dataset = hdf5.create(file, f"{name}/{path}", value.shape, value.dtype, plan)
         hdf5.write(dataset, value)
         hdf5.write_attribute(dataset, "crc32", np.uint32(crc32(value.data)))
+
+
+def _told(value: npt.NDArray[Any]) -> bytes:
+    """All that an array is."""
+    return f"{value.dtype.str}{value.shape}".encode() + value.tobytes()
 
 
 def _array_chunk(value: npt.NDArray[Any]) -> tuple[int, ...]:

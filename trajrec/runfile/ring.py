@@ -265,6 +265,11 @@ class Ring:
         except ValueError:
             return None
 
+    def record_crc32(self, entry: int) -> int:
+        """The CRC-32 of an intact entry's encoded record."""
+        word = self._word(entry)
+        return crc32(self._data(entry, *self._slots[word + 1 : word + 3]) or b"")
+
     def _data(self, entry: int, place: int, length: int) -> bytes | None:
         if length & _OVERFLOW:
             path = overflow_path(self.path.parent, entry)

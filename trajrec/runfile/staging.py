@@ -1,6 +1,6 @@
 """Keyframes on their way to files of their own: training copies one into mapped memory, the writer makes the file.
 
-Making a file takes the training thread as long as all else of a keyframe. `staged.bin` has two places for one each:
+Making a file takes the training thread as long as all else of a keyframe. `staged.bin` has a few places for one each:
 
     page 0      for each place: step + 1 (0: it is free), bytes (uint64)
     places      a keyframe file (keyfile.py) from the beginning of each
@@ -24,13 +24,13 @@ from trajrec.runfile.geometry import PAGE
 from trajrec.runfile.keyfile import Piece, check, write_pieces
 from trajrec.runfile.ring import allocate
 
-LARGEST = 16 * 1024**2  # a keyframe that is staged; copying a larger one takes longer than making a file
-_PLACES = 2
+LARGEST = 8 * 1024**2  # a keyframe that is staged; copying a larger one takes longer than making a file
+PLACES = 4
 _HEAD = struct.Struct("<QQ")
 
 
 class Staging:
-    """The training process's side: two places of `size` bytes each at least.
+    """The training process's side: `PLACES` of `size` bytes each at least.
 
     Raises:
         OSError: no room (ENOSPC).
@@ -39,12 +39,12 @@ class Staging:
     def __init__(self, path: Path, size: int) -> None:
         self._size = -(-size // PAGE) * PAGE
         path.unlink(missing_ok=True)  # never made shorter while somebody reads it
-        allocate(path, PAGE + _PLACES * self._size)
+        allocate(path, PAGE + PLACES * self._size)
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         for start in range(0, len(self._map), PAGE):
             self._map[start] = 0  # no step of the training is to wait for a page
-        self._heads = memoryview(self._map)[: _PLACES * _HEAD.size].cast("Q")
+        self._heads = memoryview(self._map)[: PLACES * _HEAD.size].cast("Q")
         self._next = 0
 
     def put(self, step: int, pieces: Sequence[Piece]) -> bool:
@@ -58,7 +58,7 @@ class Staging:
             at += len(piece)
         self._heads[2 * place + 1] = size
         self._heads[2 * place] = step + 1
-        self._next = (place + 1) % _PLACES
+        self._next = (place + 1) % PLACES
         return True
 
 
@@ -73,8 +73,8 @@ def save(folder: Folder) -> None:
     except FileNotFoundError:
         return
     try:
-        size = (os.fstat(fd).st_size - PAGE) // _PLACES
-        for place in range(_PLACES):
+        size = (os.fstat(fd).st_size - PAGE) // PLACES
+        for place in range(PLACES):
             _save_one(folder, fd, place, size)
     finally:
         os.close(fd)

@@ -77,7 +77,7 @@ class StepTable:
     def records(self, start: int = 0) -> Iterator[StepRecord]:
         """The records of entry `start` and those after it."""
         part = slice(start, None)
-        whole = not np.isnan(self.hyper[part, -1:]).all(axis=2).any()  # of every record, all groups are there
+        whole = self.is_whole(start)
         columns = [getattr(self, name)[part].tolist() for name in ("epoch", "loss", "time", "crc32")]
         spans = [self._spans(name, start) for name in RAGGED]
         for k, told in enumerate(zip(*columns, *spans, strict=True), start):
@@ -97,6 +97,10 @@ class StepTable:
                 changes.tobytes(),
             )
 
+    def is_whole(self, start: int = 0) -> bool:
+        """Whether all groups are there of every record, from entry `start` on."""
+        return not np.isnan(self.hyper[start:, -1:]).all(axis=2).any()
+
     def damaged(self) -> int | None:
         """The first step whose record does not match its checksum, or None."""
         found = np.flatnonzero(_checksums(self) != self.record_crc32)
@@ -114,8 +118,8 @@ class StepTable:
         return (values[a:b] for a, b in pairwise(offsets))
 
 
-def table_of(records: Sequence[StepRecord]) -> StepTable:
-    """The table of consecutive records."""
+def table_of(records: Sequence[StepRecord], checksums: Sequence[int] | None = None) -> StepTable:
+    """The table of consecutive records; `checksums` are the CRC-32 of what they were decoded from, if they were."""
     groups = max(len(r.hyper) for r in records)
     table = StepTable(
         first=records[0].step,
@@ -132,6 +136,8 @@ def table_of(records: Sequence[StepRecord]) -> StepTable:
         **_flat("digests", [r.digests for r in records]),
         **_flat("changes", [np.frombuffer(r.changes, np.uint8) for r in records]),
     )
+    if checksums is not None and table.is_whole():
+        return replace(table, record_crc32=np.array(checksums, "<u4"))
     return replace(table, record_crc32=_checksums(table))
 
 

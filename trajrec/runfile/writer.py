@@ -28,7 +28,7 @@ from trajrec.runfile.ring import Control, Finish, Ring, Status
 from trajrec.runfile.sealing import pack, row_file, seal
 from trajrec.runfile.staging import save
 
-POLL_SECONDS = 0.25
+POLL_SECONDS = 1.0  # what matters wakes it; this only finds a parent that is gone while others hold its pipe
 _PATIENCE = 20
 
 
