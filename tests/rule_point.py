@@ -1,10 +1,16 @@
 """A rule at a point: where a model is, with the optimizer's state there and made-up gradients."""
 
+import numpy as np
 import torch
 
 from trajrec.records import Keyframe
 from trajrec.rules import FlatLayout, rule_for
 from trajrec.snapshot import Snapshot
+
+
+def keyframe_of(snapshot, step=0):
+    """The keyframe of now, with arrays of its own."""
+    return Keyframe(step, {path: np.array(array) for path, array in snapshot.keyframe(False).items()})
 
 
 def rule_of(optimizer, model, gradients):
@@ -16,6 +22,6 @@ def rule_of(optimizer, model, gradients):
     layout = FlatLayout(spec)
     rule, hyper = rule_for(spec, layout), snapshot.hyper()
     dtype, device = getattr(torch, spec.dtype), torch.device("cpu")
-    state = rule.initial_state(Keyframe(0, snapshot.keyframe(False)), hyper, dtype, device)
+    state = rule.initial_state(keyframe_of(snapshot), hyper, dtype, device)
     w = layout.join({k: p.detach() for k, p in model.named_parameters()})
     return rule, w, state, layout.join({k: p.grad for k, p in model.named_parameters()}), hyper

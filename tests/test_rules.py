@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.rule_point import keyframe_of
 from trajrec.errors import UnsupportedOptimizerError
-from trajrec.records import Keyframe
 from trajrec.rules import FlatLayout, check_recordable, rule_for
 from trajrec.rules.selftest import self_test
 from trajrec.rules.sgd import SGDRule
@@ -100,9 +100,9 @@ def test_a_rate_of_zero_hides_the_state():
 def test_state_of_a_keyframe_is_that_of_the_optimizer():
     model, optimizer, snapshot, layout, rule = setup({"momentum": 0.9}, torch.float32)
     there = snapshot.hyper(), torch.float32, torch.device("cpu")
-    assert rule.initial_state(Keyframe(0, snapshot.keyframe(False)), *there) == {}
+    assert rule.initial_state(keyframe_of(snapshot), *there) == {}
     optimizer.step()
-    state = rule.initial_state(Keyframe(1, snapshot.keyframe(False)), *there)
+    state = rule.initial_state(keyframe_of(snapshot, 1), *there)
     expected = flat(layout, model, lambda p: optimizer.state[p]["momentum_buffer"])
     assert torch.equal(state["momentum_buffer"], expected)
 

@@ -50,7 +50,8 @@ def test_places_are_used_in_turn(folder):
     place = Staging(folder.staged, 20_000)
     assert put(place, 1)
     save(folder)
-    assert all(put(place, step) for step in (2, 3, 4, 5)) and not put(place, 6)
+    assert all(put(place, step) for step in (2, 3, 4, 5))
+    assert not put(place, 6)
     save(folder)
     assert kept(folder) == [1, 2, 3, 4, 5]
 
@@ -106,7 +107,9 @@ def test_staged_or_not_all_keyframes_are_in_the_run(tmp_path, monkeypatch):
     original = Staging.put
     monkeypatch.setattr(Staging, "put", lambda *given: taken.append(original(*given)) or taken[-1])
     recorded(tmp_path).close(complete=True)
-    assert len(taken) == 40 and True in taken and False in taken
+    assert len(taken) == 40
+    assert True in taken
+    assert False in taken
     assert_all_there(tmp_path / "run.h5")
 
 

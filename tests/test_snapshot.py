@@ -17,6 +17,10 @@ def train(model, optimizer):
         optimizer.step()
 
 
+def keyframe(snapshot):
+    return {path: np.array(array) for path, array in snapshot.keyframe(with_weights=True).items()}
+
+
 def expected(model, optimizer, name):
     """The row of a state, and which parameters have it."""
     parts, present = [], []
@@ -53,11 +57,11 @@ def test_a_keyframe_holds_the_states_of_now(change):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     train(model, optimizer)
     snapshot = Snapshot(model, optimizer)
-    before = {path: array.copy() for path, array in snapshot.keyframe(with_weights=True).items()}
+    before = keyframe(snapshot)
     change(model, optimizer)
     for _ in range(2):
         train(model, optimizer)
-        arrays = snapshot.keyframe(with_weights=True)
+        arrays = keyframe(snapshot)
         for name in ("exp_avg", "exp_avg_sq"):
             row, present = expected(model, optimizer, name)
             assert np.array_equal(arrays[f"optimizer/{name}"], row)

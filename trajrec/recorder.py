@@ -34,7 +34,7 @@ from trajrec.errors import RecordingError
 from trajrec.generators import Generators, consumed
 from trajrec.ledger import BatchLedger
 from trajrec.nesting import is_within_step
-from trajrec.records import NO_IDS, FloatArray, Inputs, Keyframe, StepRecord
+from trajrec.records import NO_IDS, FloatArray, Inputs, LiveKeyframe, StepRecord
 from trajrec.rounds import Round
 from trajrec.rules import check_recordable, rehearse
 from trajrec.seeding import find_seeded
@@ -463,7 +463,7 @@ class Recorder:
         assert self._snapshot is not None
         began = time.thread_time()
         self._flush()
-        self.sink.keyframe(Keyframe(self._step, self._snapshot.keyframe(with_weights=not self._keeps_rows)))
+        self.sink.keyframe(LiveKeyframe(self._step, self._snapshot.keyframe(with_weights=not self._keeps_rows)))
         self._last_keyframe = self._step
         self._watch.rare(began)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -234,6 +234,20 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """An array that lies in memory in parts, one behind the other: `np.asarray` puts them together.
+
+    Attributes:
+        parts: flat arrays of one dtype.
+    """
+
+    parts: Sequence[npt.NDArray[Any]]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.concatenate(self.parts, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class Keyframe:
     """Everything besides the weights that is needed to go on after a step.
 
@@ -249,3 +263,16 @@ class Keyframe:
 
     step: int
     arrays: Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveKeyframe:
+    """A keyframe as it is handed over: some of its arrays are `Parts` that lie where the training will change them.
+
+    Attributes:
+        step: as in `Keyframe`.
+        arrays: as in `Keyframe`.
+    """
+
+    step: int
+    arrays: Mapping[str, npt.NDArray[Any] | Parts]

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trajrec.records import Inputs, Keyframe, Row, RunSpec, StepRecord
+from trajrec.records import Inputs, Keyframe, LiveKeyframe, Row, RunSpec, StepRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,10 @@ class Sink(Protocol):
     def inputs(self, inputs: Inputs) -> None:
         """Takes the inputs of the step that is committed next, before its row is reserved."""
 
-    def keyframe(self, keyframe: Keyframe) -> None:
+    def keyframe(self, keyframe: LiveKeyframe) -> None:
         """Takes the state after a committed step (also of steps it did not ask for).
 
-        The arrays are good until it returns: the next keyframe is made in the same memory.
+        Arrays may be in `Parts`, and are good until it returns: training goes on in their memory.
         """
 
     def straight(self, step: int) -> dict[str, Any] | None:
@@ -115,9 +115,9 @@ class MemorySink:
         """Takes the inputs of the step that is committed next."""
         self.stored[inputs.step] = inputs
 
-    def keyframe(self, keyframe: Keyframe) -> None:
+    def keyframe(self, keyframe: LiveKeyframe) -> None:
         """Takes the state after a committed step."""
-        arrays = {path: array.copy() for path, array in keyframe.arrays.items()}
+        arrays = {path: np.array(array) for path, array in keyframe.arrays.items()}
         self.keyframes.append(Keyframe(keyframe.step, arrays))
 
     def straight(self, step: int) -> None:

@@ -26,7 +26,7 @@ from trajrec.checksum import crc32
 from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
 from trajrec.generators import AllStates, Generators
-from trajrec.records import BufferSpec, Conditions, FloatArray, OptimizerSpec, ParamSpec, Row, RunSpec
+from trajrec.records import BufferSpec, Conditions, FloatArray, OptimizerSpec, ParamSpec, Parts, Row, RunSpec
 
 # What an optimizer makes inside its steps, in a parameter group instead of its state.
 GROUP_STATE = "group:"
@@ -67,7 +67,6 @@ class Snapshot:
         self._values = list(self.parameters.values())
         self._places: list[int] = []
         self._views: list[npt.NDArray[Any]] = []
-        self._rows: dict[str, npt.NDArray[Any]] = {}
         self._flats: dict[tuple[str, int], tuple[Tensor, int, npt.NDArray[Any]]] = {}
         self._check_dtypes()
 
@@ -333,46 +332,35 @@ class Snapshot:
         """The learning rate of each group, of hyperparameters [G, H]."""
         return hyper[:, self.names.index("lr")].tolist() if "lr" in self.names else []
 
-    def keyframe(self, with_weights: bool) -> dict[str, npt.NDArray[Any]]:
+    def keyframe(self, with_weights: bool) -> dict[str, npt.NDArray[Any] | Parts]:
         """Optimizer state, buffers and generator states, by the paths of `Keyframe.arrays`.
 
-        The next keyframe is made in the same memory.
+        Weights and states are parts that lie where the training has them: it will change them.
         """
         arrays = self._optimizer_state()
         if with_weights:
-            arrays["weights"] = np.concatenate(self._memory(), out=self._row("weights", self.dtype))
+            arrays["weights"] = Parts(self._memory())
         for name, buffer in self.model.named_buffers():
             arrays[f"buffers/{name}"] = buffer.detach().cpu().numpy().copy()
         return arrays | self._all_states.read()
 
-    def _row(self, path: str, dtype: torch.dtype) -> npt.NDArray[Any]:
-        """Memory for a row of keyframes [P]: the kernel takes longer to find it anew than it takes to fill it."""
-        row = self._rows.get(path)
-        if row is None or row.dtype != _dtype_name(dtype):
-            size = sum(p.numel() for p in self.parameters.values())
-            row = self._rows[path] = np.zeros(size, dtype=_dtype_name(dtype))
-        return row
-
-    def _optimizer_state(self) -> dict[str, npt.NDArray[Any]]:
+    def _optimizer_state(self) -> dict[str, npt.NDArray[Any] | Parts]:
         arrays: dict[str, npt.NDArray[Any]] = {}
-        offset, count = 0, len(self.parameters)
+        rows: dict[str, dict[int, npt.NDArray[Any]]] = {}
+        count = len(self.parameters)
         for index, p in enumerate(self.parameters.values()):
             for name, value in self._state_of(p).items():
                 path = f"optimizer/{name}"
                 if isinstance(value, Tensor) and value.shape == p.shape:
-                    row = arrays.get(path)
-                    if row is None:
-                        row = arrays[path] = self._row(path, value.dtype)
-                    row[offset : offset + p.numel()] = self._flat((path, index), value)
-                    arrays.setdefault(f"{path}.present", np.zeros(count, dtype=np.uint8))[index] = 1
+                    rows.setdefault(path, {})[index] = self._flat((path, index), value)
                 # A step count of a parameter without dimensions has the parameter's shape too: it is kept as both.
                 if isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1):
                     arrays.setdefault(f"{path}.scalar", np.full(count, np.nan))[index] = float(value)
                 elif isinstance(value, Tensor) and value.shape != p.shape:
                     arrays[f"{path}/{index}"] = value.detach().cpu().numpy().copy()
-            offset += p.numel()
-        self._clear_absent(arrays)
-        return arrays | self._late_options(count)
+        for path, states in rows.items():
+            arrays[f"{path}.present"] = np.array([index in states for index in range(count)], dtype=np.uint8)
+        return arrays | self._late_options(count) | {path: self._row(states) for path, states in rows.items()}
 
     def _flat(self, place: tuple[str, int], value: Tensor) -> npt.NDArray[Any]:
         """A state as it lies in memory; looked for anew only where it is another tensor, or has moved."""
@@ -384,14 +372,12 @@ class Snapshot:
             self._flats[place] = (value, value.data_ptr(), array)
         return array
 
-    def _clear_absent(self, arrays: dict[str, npt.NDArray[Any]]) -> None:
-        """Parameters that do not have a state have zeros in its row, whatever was there at an earlier keyframe."""
-        for path, present in arrays.items():
-            if path.endswith(".present") and 0 in present.tobytes():
-                row, offset = arrays[path.removesuffix(".present")], 0
-                for p, has in zip(self.parameters.values(), present, strict=True):
-                    row[offset : offset + (0 if has else p.numel())] = 0
-                    offset += p.numel()
+    def _row(self, states: dict[int, npt.NDArray[Any]]) -> Parts:
+        """A state of all parameters, with zeros for those that do not have it."""
+        dtype = next(iter(states.values())).dtype
+        sizes = (p.numel() for p in self.parameters.values())
+        parts = [states[k] if k in states else np.zeros(size, dtype) for k, size in enumerate(sizes)]
+        return Parts([part.astype(dtype, copy=False) for part in parts])
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         return next((o.state[parameter] for o in self.optimizers if parameter in o.state), {})

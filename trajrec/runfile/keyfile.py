@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
-from trajrec.records import Inputs, Keyframe, RunSpec
+from trajrec.records import Inputs, Keyframe, LiveKeyframe, Parts, RunSpec
 
 MAGIC = b"TRAJKEY1"
 _HEAD = struct.Struct("<8sII")
@@ -44,14 +44,16 @@ def write_arrays(path: Path, value: Keyframe | Inputs) -> int:
     return write_pieces(path, pieces_of(value))
 
 
-def pieces_of(value: Keyframe | Inputs) -> list[Piece]:
+def pieces_of(value: Keyframe | LiveKeyframe | Inputs) -> list[Piece]:
     """What the file of a step consists of: its head and the arrays, where they are.
 
     Raises:
         TypeError: an array of objects.
     """
-    arrays = {name: _plain(name, array) for name, array in value.arrays.items()}
-    return [_header(value.step, arrays), *(array.data.cast("B") for array in arrays.values() if array.size)]
+    found = {name: array.parts if isinstance(array, Parts) else [array] for name, array in value.arrays.items()}
+    arrays = {name: [_plain(name, part) for part in parts] for name, parts in found.items()}
+    bodies = (part.data.cast("B") for parts in arrays.values() for part in parts if part.size)
+    return [_header(value.step, arrays), *bodies]
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> int:
@@ -133,11 +135,15 @@ def _plain(name: str, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def _header(step: int, arrays: _Arrays) -> bytes:
+def _header(step: int, arrays: dict[str, list[npt.NDArray[Any]]]) -> bytes:
     entries, start = [], 0
-    for name, array in arrays.items():
-        entries.append([name, array.dtype.str, array.shape, start, array.nbytes, crc32(array.data)])
-        start += array.nbytes
+    for name, parts in arrays.items():
+        shape = parts[0].shape if len(parts) == 1 else (sum(part.size for part in parts),)
+        size, crc = sum(part.nbytes for part in parts), 0
+        for part in parts:
+            crc = crc32(part.data, crc)
+        entries.append([name, parts[0].dtype.str, shape, start, size, crc])
+        start += size
     body = json.dumps({"step": step, "arrays": entries}).encode()
     return _HEAD.pack(MAGIC, len(body), crc32(body)) + body
 

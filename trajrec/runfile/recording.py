@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trajrec.errors import DiskFullError, OutputExistsError, RecorderBusyError, RecordingError
-from trajrec.records import Inputs, Keyframe, Row, RunSpec, StepRecord
+from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.budget import Budget, parse_size
 from trajrec.runfile.folder import Folder, Manifest, is_disk_full
 from trajrec.runfile.geometry import PAGE, Geometry, geometry_for
@@ -276,7 +276,7 @@ class RunFileSink:
         self._wanted = step if wanted else -1
         return wanted
 
-    def keyframe(self, keyframe: Keyframe) -> None:
+    def keyframe(self, keyframe: LiveKeyframe) -> None:
         """Takes the state after a committed step."""
         is_needed, self._wanted = keyframe.step != self._wanted, -1
         if is_needed:

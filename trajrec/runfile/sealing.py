@@ -215,7 +215,7 @@ def _copy_steps(file: h5py.File, folder: Folder, manifest: Manifest, pieces: Pie
 
 
 def _is_sound(piece: StoredRun) -> bool:
-    """Whether the checksum of a whole file says so: where there are no rows inside, a short way to check all records."""
+    """Whether the checksum of a whole file says so: without rows inside, a short way to check all records."""
     return (piece.in_folder or not piece.has_rows) and trailer.fault(piece.path) is None
 
 

@@ -24,7 +24,7 @@ from trajrec.runfile.geometry import PAGE
 from trajrec.runfile.keyfile import Piece, check, write_pieces
 from trajrec.runfile.ring import allocate
 
-LARGEST = 8 * 1024**2  # a keyframe that is staged; copying a larger one takes longer than making a file
+LARGEST = 16 * 1024**2  # a keyframe that is staged; copying a larger one takes longer than making a file
 PLACES = 4
 _HEAD = struct.Struct("<QQ")
 
