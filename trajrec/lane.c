@@ -31,7 +31,7 @@ typedef struct {
     /* what a step must be like, given by `arm` */
     PyObject *model, *optimizer, *loader, *serial, *modules, *modes, *optimized, *grads, *values, *views, *pointers;
     PyObject *keys, *options, *sizes, *hyper;
-    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *float32, *one, *look, *note, *summed, *renew, *onward, *left, *settled;
+    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *look, *note, *summed, *renew, *onward, *left, *settled;
     long long entry, before_us, stop, epoch, groups, names, look_every, state_bytes;
     Py_buffer map;
     long long slots, slots_at, arena_at, arena_bytes, arena_head, arena_until, rows_at, row_bytes;
@@ -42,8 +42,7 @@ typedef struct {
     double seconds;
 } Lane;
 
-static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_params, *s_param_groups, *s_popleft, *s_receive, *s_dtype, *s_is_cpu,
-    *s_numel, *s_is_neg;
+static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_params, *s_param_groups, *s_popleft, *s_receive;
 
 static void forget_step(Lane *lane) {
     Py_CLEAR(lane->ids);
@@ -226,36 +225,10 @@ static int forwarded(Lane *lane, PyObject *inputs, PyObject *named) {
     return 1;
 }
 
-/* 1 if a property of the loss is as expected. */
-static int loss_is(PyObject *loss, PyObject *method, PyObject *expected) {
-    PyObject *found = PyObject_CallMethodNoArgs(loss, method);
-    if (!found) return -1;
-    int same = PyObject_RichCompareBool(found, expected, Py_EQ);
-    Py_DECREF(found);
-    return same;
-}
-
-/* The number in a plain tensor of the host: `item` asks the dispatcher, which takes several times as long. */
-static PyObject *plain_number(Lane *lane, PyObject *loss) {
-    unsigned long long place = 0;
-    int plain = (PyObject *)Py_TYPE(loss) == lane->tensor ? is_attribute(loss, s_dtype, lane->float32) : 0;
-    if (plain == 1) plain = is_attribute(loss, s_is_cpu, Py_True);
-    if (plain == 1) plain = loss_is(loss, s_numel, lane->one);
-    if (plain == 1) plain = loss_is(loss, s_is_neg, Py_False);
-    if (plain == 1 && address_of(loss, &place) < 0) plain = -1;
-    if (plain < 0) PyErr_Clear();
-    return plain == 1 && place ? PyFloat_FromDouble(*(float *)(uintptr_t)place) : NULL;
-}
-
-static PyObject *number_of(Lane *lane, PyObject *loss) {
-    PyObject *value = plain_number(lane, loss);
-    return value || PyErr_Occurred() ? value : PyObject_CallMethodNoArgs(loss, s_item);
-}
-
 static int gone_back(Lane *lane, PyObject *loss) {
     int is_tensor = lane->stage == FORWARDED ? PyObject_IsInstance(loss, lane->tensor) : 0;
     if (is_tensor != 1) return is_tensor;
-    PyObject *value = number_of(lane, loss);
+    PyObject *value = PyObject_CallMethodNoArgs(loss, s_item);
     if (!value) { /* not one number: Python knows what to do */
         if (!PyErr_ExceptionMatches(PyExc_RuntimeError) && !PyErr_ExceptionMatches(PyExc_ValueError)) return -1;
         PyErr_Clear();
@@ -360,12 +333,14 @@ FOLD static uint32_t copy_folding(char *to, const char *from, size_t size, uint3
             _mm_stream_si128((__m128i *)to + k, x[k]);
         }
         x[0] = _mm_xor_si128(x[0], sum);
-        for (to += 64, from += 64, size -= 64; size >= 64; to += 64, from += 64, size -= 64)
+        for (to += 64, from += 64, size -= 64; size >= 64; to += 64, from += 64, size -= 64) {
+            _mm_prefetch(from + 512, _MM_HINT_T0);
             for (int k = 0; k < 4; k++) {
                 __m128i y = load(from + 16 * k);
                 _mm_stream_si128((__m128i *)to + k, y);
                 x[k] = fold(x[k], by_512, y);
             }
+        }
         sum = fold(fold(fold(x[0], by_128, x[1]), by_128, x[2]), by_128, x[3]);
         for (; size >= 16; to += 16, from += 16, size -= 16) {
             __m128i y = load(from);
@@ -735,7 +710,7 @@ static PyTypeObject DrawsType = {
 
 #define OBJECTS(DO)                                                                                                        \
     DO(model) DO(optimizer) DO(loader) DO(serial) DO(modules) DO(modes) DO(optimized) DO(grads) DO(values) DO(views)        \
-    DO(pointers) DO(keys) DO(options) DO(sizes) DO(hyper) DO(get_state) DO(is_grad_enabled) DO(crc32) DO(tensor) DO(float32) DO(one) DO(look)   \
+    DO(pointers) DO(keys) DO(options) DO(sizes) DO(hyper) DO(get_state) DO(is_grad_enabled) DO(crc32) DO(tensor) DO(look)   \
     DO(note) DO(summed) DO(renew) DO(onward) DO(left) DO(settled)
 
 static int lane_traverse(Lane *lane, visitproc visit, void *arg) {
@@ -846,10 +821,6 @@ static int intern(void) {
     INTERN(s_param_groups, "param_groups")
     INTERN(s_popleft, "popleft")
     INTERN(s_receive, "receive")
-    INTERN(s_dtype, "dtype")
-    INTERN(s_is_cpu, "is_cpu")
-    INTERN(s_numel, "numel")
-    INTERN(s_is_neg, "is_neg")
     return 0;
 }
 

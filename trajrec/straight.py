@@ -139,8 +139,6 @@ class Straight:
             crc32=crc32,
             is_grad_enabled=torch.is_grad_enabled,
             tensor=torch.Tensor,
-            float32=torch.float32,
-            one=1,
             left=self._left,
             renew=self._renew,
             onward=self._go_on,
