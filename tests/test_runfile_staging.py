@@ -3,6 +3,7 @@
 import random
 import time
 
+import h5py
 import numpy as np
 import pytest
 
@@ -180,3 +181,12 @@ def test_a_place_keeps_its_size_on_the_disk(folder):
     Staging(folder.staged, 5000)
     assert folder.staged.stat().st_size == 9 * PAGE
     assert np.frombuffer(folder.staged.read_bytes(), np.uint8).sum() == 0
+
+
+def test_an_array_that_stays_the_same_is_stored_once(tmp_path):
+    recorded(tmp_path, 100).close(complete=True)
+    with h5py.File(tmp_path / "run.h5") as file:
+        first, second = (file[f"keyframes/{t:010d}"] for t in (10, 20))
+        assert first["optimizer/momentum_buffer.present"] == second["optimizer/momentum_buffer.present"]
+        assert first["rng/cpu"] != second["rng/cpu"]
+        assert first["optimizer/momentum_buffer"] != second["optimizer/momentum_buffer"]

@@ -1,6 +1,7 @@
 """The lane records what Python records, to the byte, whatever the loop does; and it is used where it can be."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -290,6 +291,35 @@ def integers_that_are_not_of_python(loop):
 
 
 @case
+def gradients_are_thrown_away_now_and_then(loop):
+    def forward(x):
+        if next(calls) % 7 == 0:
+            loop.model(x).sum().backward()
+            loop.optimizer.zero_grad()
+        return loop.model(x)
+
+    calls, loop.forward = iter(range(10**6)), forward
+
+
+@case
+def gradients_are_cleared_by_the_model(loop):
+    zero_grad = loop.optimizer.zero_grad
+
+    def after(t):
+        loop.model.zero_grad()
+        loop.optimizer.zero_grad = zero_grad if t % 5 else lambda: None
+
+    loop.after = after
+
+
+@case
+def large_and_odd_layers(loop):
+    layers = [nn.Linear(3, 1031), nn.Linear(1031, 37), nn.Linear(37, 5), nn.Linear(5, 2, bias=False)]
+    loop.model = nn.Sequential(*layers)
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.01, momentum=0.9)
+
+
+@case
 def workers(loop):
     loop.loader = DataLoader(loop.loader.dataset, BATCH, shuffle=True, num_workers=1, persistent_workers=True)
 
@@ -396,6 +426,68 @@ assert trajrec.open(sys.argv[1]).sample_ids(4).tolist() == [6, 7]
 
 def test_without_a_compiler_python_records(tmp_path):
     subprocess.run([sys.executable, "-c", WITHOUT, tmp_path / "run.h5"], check=True)
+
+
+def test_what_recording_costs_is_counted_in_the_lane_too(monkeypatch):
+    def record():
+        loop, seconds = Loop(), []
+        with Recorder(LaneSink(16), model=loop.model, optimizer=loop.optimizer) as recorder:
+            loop.after = lambda t: seconds.append(recorder.seconds)
+            loop.run()
+        watch = recorder._watch
+        return watch.steps, watch._looked, seconds, recorder.seconds
+
+    steps, looked, seconds, in_all = record()
+    assert seconds[0] == 0
+    assert seconds[-1] > seconds[30] > 0
+    assert in_all >= seconds[-1]
+    monkeypatch.setattr(straight, "HAS_LANE", False)
+    assert (steps, looked) == record()[:2]
+
+
+def test_zero_grad_stays_what_it_is_for_others():
+    loop, original = Loop(), torch.optim.Optimizer.zero_grad
+    loop.epochs = 1
+    with Recorder(LaneSink(16), model=loop.model, optimizer=loop.optimizer):
+        loop.run()
+        hooked = torch.optim.Optimizer.zero_grad
+        assert hooked is not original
+        assert (hooked.__name__, hooked.__doc__, hooked.__wrapped__) == ("zero_grad", original.__doc__, original)
+        assert inspect.signature(hooked) == inspect.signature(original)
+        loop.optimizer.param_groups[0]["params"][0].grad = torch.ones(8, 3)
+        torch.optim.Optimizer.zero_grad(loop.optimizer, set_to_none=False)
+        assert loop.optimizer.param_groups[0]["params"][0].grad.abs().sum() == 0
+        loop.model.zero_grad()
+        assert loop.model[0].weight.grad is None
+    assert torch.optim.Optimizer.zero_grad is original
+
+
+def test_an_iterator_of_the_lane_is_one_of_the_loader():
+    loop = Loop()
+    loop.epochs = 1
+    with Recorder(LaneSink(16), model=loop.model, optimizer=loop.optimizer):
+        loop.run()
+        iterator = iter(loop.loader)
+        assert iter(iterator) is iterator
+        assert len(iterator) == len(loop.loader)
+        assert len([*iterator]) == len(loop.loader)
+        with pytest.raises(StopIteration):
+            next(iterator)
+        with pytest.raises(TypeError, match="a copy"):
+            next(type(iterator).__new__(type(iterator)))
+
+
+def test_an_iterator_that_is_left_ends_its_workers():
+    loop = Loop()
+    loop.epochs, loop.loader = 1, DataLoader(loop.loader.dataset, BATCH, num_workers=1)
+    with Recorder(LaneSink(16), model=loop.model, optimizer=loop.optimizer):
+        iterator = iter(loop.loader)
+        next(iterator)
+        (worker,) = iterator._workers
+        del iterator
+        worker.join(10)
+        assert not worker.is_alive()
+        loop.run()
 
 
 def test_an_error_in_a_hook_of_the_lane_comes_out(monkeypatch):
