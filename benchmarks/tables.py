@@ -44,12 +44,13 @@ def overhead():
         rows = result[model]
         noise, p99 = percent(rows["none"]["thread"], "+"), percent(rows["none"]["p99"], "+")
         size = next(iter(rows.values()))["parameters"]
-        head = ["what saves the weights", "training thread", "inside the hooks", "other threads and processes"]
-        head += ["p99 of a step's time", "bytes a step", "steps"]
+        head = ["what saves the weights", "training thread", "all turns", "inside the hooks"]
+        head += ["other threads and processes", "p99 of a step's time", "bytes a step", "steps"]
         cells = [
             [
                 name,
                 percent(rows[key]["thread"], "+"),
+                percent(rows[key]["whole"], "+") if "whole" in rows[key] else "",
                 percent(rows[key]["hooks"]),
                 percent(rows[key]["others"]),
                 percent(rows[key]["p99"], "+"),
@@ -60,7 +61,8 @@ def overhead():
             if key in rows
         ]
         parts.append(
-            f"**{title}**, {size:,} parameters. CPU time of the thread, of the hooks and of everything else, and the "
+            f"**{title}**, {size:,} parameters. CPU time of the thread (median over turns of 16 steps, and all turns "
+            "together), of the hooks and of everything else, and the "
             "99th percentile of a step's wall time, over an unrecorded training that takes turns with the recorded one "
             f"in the same process: median, and range over {rows['none']['trials']} trials. Two unrecorded trainings "
             f"differ by {noise} in CPU time and by {p99} in that percentile.\n\n" + table(head, cells)
