@@ -1,7 +1,9 @@
 """Keyframes that training leaves to the writer: none is wrong, and those that cannot be left are written at once."""
 
+import os
 import random
 import time
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -12,10 +14,11 @@ from tests.runfile_cases import MadeUpRun, assert_same_keyframe, spec
 from trajrec.runfile import staging
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.geometry import PAGE
-from trajrec.runfile.keyfile import pieces_of, read_keyframe
+from trajrec.runfile.keyfile import pieces_of, read_keyframe, write_arrays
 from trajrec.runfile.packing import pack
 from trajrec.runfile.recording import RunFileSink
 from trajrec.runfile.staging import Staging, save
+from trajrec.runfile.writer import Writer
 
 MADE = MadeUpRun(spec(300, rng=100))
 
@@ -87,6 +90,68 @@ def test_a_step_that_is_not_the_one_inside_is_not_saved(folder):
     place._heads[0] = 9
     save(folder)
     assert kept(folder) == []
+
+
+def test_one_that_changes_while_it_is_copied_is_not_taken(folder):
+    place, keyframe = Staging(folder.staged, 20_000), MADE.keyframe(7)
+    pieces = pieces_of(keyframe)
+    keyframe.arrays["optimizer/momentum_buffer"][5] += 1
+    assert not place.put(7, pieces)
+    assert put(place, 8)
+    save(folder)
+    assert kept(folder) == [8]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_newer_one_of_the_same_step_stays(folder, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    place = Staging(folder.staged, 20_000)
+    assert place.put(7, pieces_of(replace(MADE.keyframe(9), step=7)))
+    assert put(place, 8)
+    write_arrays(folder.keyframe(7), MADE.keyframe(7))
+    save(folder)
+    assert kept(folder) == [7, 8]
+    assert {path.name for path in folder.path.iterdir()} == {"staged.bin", *(f"keyframe-{t:010d}.bin" for t in (7, 8))}
+
+
+def no_links(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_keyframe_that_comes_unasked_counts_and_not_the_one_of_the_same_step_before(tmp_path):
+    sink = RunFileSink(tmp_path / "run.h5", keep=10)
+    sink.open(MADE.spec)
+    newer = replace(MADE.keyframe(7, with_weights=True), step=20)
+    MADE.feed(sink, 20)
+    sink.keyframe(newer)
+    MADE.feed(sink, 30, first=21)
+    sink.close(complete=True)
+    with trajrec.open(tmp_path / "run.h5") as run:
+        assert_same_keyframe(run.keyframe(20), newer)
+        assert_same_keyframe(run.keyframe(30), MADE.keyframe(30, with_weights=True))
+
+
+@pytest.mark.parametrize("number", [28, 5])
+def test_a_full_disk_does_not_keep_steps_from_being_sealed(tmp_path, monkeypatch, number):
+    def fail(_):
+        raise OSError(number, "of the disk")
+
+    sink = recorded(tmp_path, 100)
+    sink._writer._process.kill()
+    sink._writer._process.wait()
+    writer = Writer(sink.folder)
+    monkeypatch.setattr("trajrec.runfile.writer.save", fail)
+    if number == 28:
+        writer._save_staged()
+    else:
+        with pytest.raises(OSError, match="of the disk"):
+            writer._save_staged()
+    with pytest.raises(OSError, match="of the disk"):
+        writer.seal_everything()
+    assert writer.next == 101
+    sink._writer.close()
+    sink._lock.release()
 
 
 def recorded(tmp_path, steps=400, **options):

@@ -462,6 +462,66 @@ def test_zero_grad_stays_what_it_is_for_others():
     assert torch.optim.Optimizer.zero_grad is original
 
 
+def whole_step(loop):
+    def step(x, y):
+        loop.optimizer.zero_grad()
+        nn.functional.cross_entropy(loop.model(x), y).backward()
+        loop.optimizer.step()
+
+    compiled = torch.compile(step, backend="eager")
+    return lambda: [compiled(x, y) for x, y in loop.loader]
+
+
+def step_cleared_by_the_model(loop):
+    def step(x, y):
+        loop.model.zero_grad()
+        nn.functional.cross_entropy(loop.model(x), y).backward()
+        loop.optimizer.step()
+
+    compiled = torch.compile(step, backend="eager")
+    return lambda: [compiled(x, y) for x, y in loop.loader]
+
+
+def whole_epoch(loop):
+    def epoch():
+        for x, y in loop.loader:
+            loop.optimizer.zero_grad()
+            nn.functional.cross_entropy(loop.model(x), y).backward()
+            loop.optimizer.step()
+
+    return torch.compile(epoch, backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("compiled", [whole_step, step_cleared_by_the_model, whole_epoch])
+def test_a_compiler_may_look_into_the_hooks(compiled):
+    torch.compiler.reset()
+    loop, sink = Loop(), LaneSink(16)
+    epoch = compiled(loop)
+    with Recorder(sink, model=loop.model, optimizer=loop.optimizer):
+        epoch()
+        epoch()
+    assert [record.step for record in sink.records] == list(range(2 * N // BATCH + 1))
+
+
+def test_counts_are_right_also_where_they_were_interrupted():
+    def settle(lane):
+        if recorder._step < 10 < lane.entry:
+            raise KeyboardInterrupt
+        original(lane)
+
+    loop, sink = Loop(), LaneSink(10**6)
+    recorder = Recorder(sink, model=loop.model, optimizer=loop.optimizer)
+    original, recorder._straight._settled = recorder._straight._settled, settle
+    with pytest.raises(KeyboardInterrupt), recorder:
+        try:
+            loop.run()
+        finally:
+            recorder._straight._settled = original
+    assert len(sink.records) == 12  # the first epoch
+    assert [keyframe.step for keyframe in sink.keyframes] == [0, 11]
+
+
 def test_an_iterator_of_the_lane_is_one_of_the_loader():
     loop = Loop()
     loop.epochs = 1
@@ -470,6 +530,7 @@ def test_an_iterator_of_the_lane_is_one_of_the_loader():
         iterator = iter(loop.loader)
         assert iter(iterator) is iterator
         assert len(iterator) == len(loop.loader)
+        assert vars(iterator)["_loader"] is loop.loader
         assert len([*iterator]) == len(loop.loader)
         with pytest.raises(StopIteration):
             next(iterator)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from functools import update_wrapper, wraps
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,13 @@ class Capture:
             original(cleared, *args, **kwargs)
 
         hook = self._straight.hook(Kind.CLEARING, watched, original)
-        owner.zero_grad = hook if hook is watched else update_wrapper(hook, original)
+
+        @wraps(original)
+        def straight(cleared: Any, *args: Any, **kwargs: Any) -> None:
+            hook(cleared, *args, **kwargs)
+
+        # A compiled training step takes functions for methods only.
+        owner.zero_grad = watched if hook is watched else straight
 
     def install(self) -> None:
         """Starts watching."""

@@ -88,9 +88,9 @@ static int settle(Lane *lane) {
 static int leave(Lane *lane) {
     int stage = lane->stage;
     if (stage == OFF) return 0;
-    int failed = settle(lane) < 0;
+    if (settle(lane) < 0) return -1; /* nothing is lost: it can be left again */
     lane->stage = OFF;
-    failed = failed || called(PyObject_CallFunction(lane->left, "i", stage)) < 0;
+    int failed = called(PyObject_CallFunction(lane->left, "i", stage)) < 0;
     forget_step(lane);
     return failed ? -1 : 0;
 }
@@ -557,11 +557,6 @@ static PyObject *hook_call(Hook *self, PyObject *args, PyObject *kwargs) {
     return PyObject_Call(self->original, args, kwargs);
 }
 
-/* A hook can stand in the place of a method. */
-static PyObject *hook_get(PyObject *self, PyObject *of, PyObject *type) {
-    return of && of != Py_None ? PyMethod_New(self, of) : Py_NewRef(self);
-}
-
 static int hook_init(Hook *self, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"lane", "kind", "otherwise", "original", NULL};
     PyObject *lane, *otherwise, *original = Py_None;
@@ -595,7 +590,7 @@ static void hook_dealloc(Hook *self) {
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
-static PyGetSetDef hook_properties[] = {{"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict}, {NULL}};
+static PyGetSetDef properties[] = {{"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict}, {NULL}};
 
 static PyTypeObject HookType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "trajrec.lane.Hook",
@@ -608,9 +603,8 @@ static PyTypeObject HookType = {
     .tp_traverse = (traverseproc)hook_traverse,
     .tp_clear = (inquiry)hook_clear,
     .tp_call = (ternaryfunc)hook_call,
-    .tp_descr_get = hook_get,
     .tp_dictoffset = offsetof(Hook, dict),
-    .tp_getset = hook_properties,
+    .tp_getset = properties,
 };
 
 /* ---- batches ---- */
@@ -704,6 +698,7 @@ static PyTypeObject DrawsType = {
     .tp_iter = PyObject_SelfIter,
     .tp_iternext = (iternextfunc)draws_next,
     .tp_dictoffset = offsetof(Draws, dict),
+    .tp_getset = properties,
 };
 
 /* ---- the lane itself ---- */
@@ -746,7 +741,10 @@ static PyObject *lane_leave(Lane *lane, PyObject *unused) {
 }
 
 static PyObject *lane_settle(Lane *lane, PyObject *unused) {
-    if (settle(lane) < 0) return NULL;
+    hold(lane);
+    int failed = settle(lane) < 0;
+    release(lane);
+    if (failed) return NULL;
     Py_RETURN_NONE;
 }
 

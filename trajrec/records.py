@@ -248,7 +248,24 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class Keyframe:
+class LiveKeyframe:
+    """A keyframe as it is handed over: some of its arrays are `Parts` that lie where the training will change them.
+
+    Attributes:
+        step: as in `Keyframe`.
+        arrays: as in `Keyframe`.
+    """
+
+    step: int
+    arrays: Mapping[str, npt.NDArray[Any] | Parts]
+
+    def copied(self) -> Keyframe:
+        """The keyframe with arrays of its own."""
+        return Keyframe(self.step, {path: np.array(array) for path, array in self.arrays.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Keyframe(LiveKeyframe):
     """Everything besides the weights that is needed to go on after a step.
 
     Attributes:
@@ -261,18 +278,4 @@ class Keyframe:
             "rng/cpu", "rng/cuda:0". All paths but "weights" have one or two slashes.
     """
 
-    step: int
     arrays: Mapping[str, npt.NDArray[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class LiveKeyframe:
-    """A keyframe as it is handed over: some of its arrays are `Parts` that lie where the training will change them.
-
-    Attributes:
-        step: as in `Keyframe`.
-        arrays: as in `Keyframe`.
-    """
-
-    step: int
-    arrays: Mapping[str, npt.NDArray[Any] | Parts]

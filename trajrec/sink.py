@@ -117,8 +117,7 @@ class MemorySink:
 
     def keyframe(self, keyframe: LiveKeyframe) -> None:
         """Takes the state after a committed step."""
-        arrays = {path: np.array(array) for path, array in keyframe.arrays.items()}
-        self.keyframes.append(Keyframe(keyframe.step, arrays))
+        self.keyframes.append(keyframe.copied())
 
     def straight(self, step: int) -> None:
         """Every step is committed."""

@@ -4,9 +4,9 @@ A hook in Python costs little by itself, but a step of training has pushed all o
 there are six hooks a step. Nearly every step is like the one before: the next batch of the same loader, one forward and
 one backward pass, the same modes and parameters. Such a step is looked at, copied and published by `Lane`; it decides
 nothing. Whatever it does not know (another pass over the loader, a second forward pass, a parameter that has moved) it
-leaves to the Python code, together with what it has seen of the step so far, and takes over again after a step that went
-the straight way through the books (`BatchLedger.take`). At the end of a stretch of the ring it asks Python to do what is
-due there (a keyframe, a glance at the writer) and for the next stretch.
+leaves to the Python code, together with what it has seen of the step so far, and takes over again after a step that
+went the straight way through the books (`BatchLedger.take`). At the end of a stretch of the ring it asks Python to do
+what is due there (a keyframe, a glance at the writer) and for the next stretch.
 
 Recordings are the same to the byte with and without it (tests/test_straight.py). Where lane.c could not be compiled
 there is no lane, and Python does everything, as it does on a GPU, with stored inputs and for several optimizers.

@@ -77,14 +77,12 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> int:
     return sum(len(piece) for piece in pieces)
 
 
-def check(data: bytes, step: int) -> None:
-    """Looks whether these are the bytes of a whole file of a step.
-
-    Raises:
-        DamagedRunError: they are not.
-    """
-    if _arrays(data, f"step {step}", "this keyframe is", None)[0] != step:
-        raise DamagedRunError(f"This is not the keyframe of step {step}.")
+def is_whole(data: bytes | memoryview, step: int) -> bool:
+    """Whether these are the bytes of a whole file of a step."""
+    try:
+        return _arrays(data, f"step {step}", "this keyframe is", None)[0] == step
+    except DamagedRunError:
+        return False
 
 
 def read_keyframe(path: Path, only: str | None = None) -> Keyframe:
@@ -120,7 +118,7 @@ def _read(path: Path, what: str, only: str | None) -> tuple[int, _Arrays]:
     return _arrays(path.read_bytes(), path, what, only)
 
 
-def _arrays(data: bytes, path: Path | str, what: str, only: str | None) -> tuple[int, _Arrays]:
+def _arrays(data: bytes | memoryview, path: Path | str, what: str, only: str | None) -> tuple[int, _Arrays]:
     try:
         step, entries, start = _parse(data)
         return step, {e[0]: _array(data, start, e) for e in entries if only in (None, e[0])}
@@ -154,16 +152,16 @@ def _write(fd: int, piece: Piece) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _parse(data: bytes) -> tuple[int, list[list[Any]], int]:
+def _parse(data: bytes | memoryview) -> tuple[int, list[list[Any]], int]:
     magic, length, crc = _HEAD.unpack_from(data)
-    body = data[_HEAD.size : _HEAD.size + length]
+    body = bytes(data[_HEAD.size : _HEAD.size + length])
     if magic != MAGIC or crc32(body) != crc:
         raise ValueError("its header does not match its checksum")
     head = json.loads(body)
     return int(head["step"]), head["arrays"], _HEAD.size + length
 
 
-def _array(data: bytes, start: int, entry: list[Any]) -> npt.NDArray[Any]:
+def _array(data: bytes | memoryview, start: int, entry: list[Any]) -> npt.NDArray[Any]:
     name, dtype, shape, offset, size, crc = entry
     part = memoryview(data)[start + offset : start + offset + size]
     if len(part) != size or crc32(part) != crc:

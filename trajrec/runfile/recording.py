@@ -34,7 +34,7 @@ from trajrec.runfile.keyfile import Piece, pieces_of, write_pieces
 from trajrec.runfile.lock import Lock, holder
 from trajrec.runfile.process import WriterProcess, rework
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
-from trajrec.runfile.staging import LARGEST, Staging
+from trajrec.runfile.staging import LARGEST, PLACES, Staging
 from trajrec.sink import Summary
 
 logger = logging.getLogger("trajrec")
@@ -283,25 +283,19 @@ class RunFileSink:
             self._needed.add(keyframe.step)
         if keyframe.step >= self._next:
             return
-        pieces = pieces_of(keyframe)
-        if is_needed or not self._stage(keyframe.step, pieces):
-            self._write(self.folder.keyframe(keyframe.step), pieces)
-
-    def _stage(self, step: int, pieces: list[Piece]) -> bool:
-        """Leaves a keyframe to the writer. Under a budget none is: what it uses is counted when it is written."""
-        if self._budget is not None or self._stopped:
-            return False
-        if self._staging is None:
-            self._prepare_staging(sum(map(len, pieces)))
-            return False
-        staged = self._staging.put(step, pieces)
-        if not staged:
+        if not is_needed and self._staging is not None:
+            if self._staging.put(keyframe.step, pieces_of(keyframe)):
+                return
             self._writer.wake()
-        return staged
+        size = self._write(self.folder.keyframe(keyframe.step), pieces_of(keyframe.copied()))
+        if not is_needed and self._staging is None:
+            self._prepare_staging(size)
 
     def _prepare_staging(self, size: int) -> None:
-        if size <= LARGEST:
-            with suppress(OSError):  # no room: keyframes are written as files
+        """Makes room for keyframes of this size; none under a budget, or where the disk is filling up."""
+        needed = 2 * (self._geometry.segment_bytes + PLACES * size)
+        if self._budget is None and 0 < size <= LARGEST and self._free() > needed:
+            with suppress(OSError):
                 self._staging = Staging(self.folder.staged, size + PAGE)
 
     def inputs(self, inputs: Inputs) -> None:

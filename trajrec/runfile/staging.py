@@ -18,10 +18,9 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from trajrec.errors import DamagedRunError
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.geometry import PAGE
-from trajrec.runfile.keyfile import Piece, check, write_pieces
+from trajrec.runfile.keyfile import Piece, is_whole, write_pieces
 from trajrec.runfile.ring import allocate
 
 LARGEST = 16 * 1024**2  # a keyframe that is staged; copying a larger one takes longer than making a file
@@ -44,18 +43,26 @@ class Staging:
             self._map = mmap.mmap(file.fileno(), 0)
         for start in range(0, len(self._map), PAGE):
             self._map[start] = 0  # no step of the training is to wait for a page
-        self._heads = memoryview(self._map)[: PLACES * _HEAD.size].cast("Q")
+        self._view = memoryview(self._map)
+        self._heads = self._view[: PLACES * _HEAD.size].cast("Q")
         self._next = 0
 
     def put(self, step: int, pieces: Sequence[Piece]) -> bool:
-        """Takes the pieces of a keyframe file; False where there is no place for them."""
+        """Takes the pieces of a keyframe file.
+
+        Returns:
+            False where there is no place for them, or where they have changed since they were summed: the pieces may
+            lie where another thread trains, too.
+        """
         place, size = self._next, sum(len(piece) for piece in pieces)
         if size > self._size or self._heads[2 * place]:
             return False
-        at = PAGE + place * self._size
+        start = at = PAGE + place * self._size
         for piece in pieces:
             self._map[at : at + len(piece)] = piece
             at += len(piece)
+        if not is_whole(self._view[start:at], step):
+            return False
         self._heads[2 * place + 1] = size
         self._heads[2 * place] = step + 1
         self._next = (place + 1) % PLACES
@@ -86,9 +93,22 @@ def _save_one(folder: Folder, fd: int, place: int, size: int) -> None:
     if not step or length > size:
         return
     data = os.pread(fd, length, PAGE + place * size)
-    try:
-        check(data, step - 1)
-    except DamagedRunError:
+    if not is_whole(data, step - 1):
         return
-    write_pieces(folder.keyframe(step - 1), [data])
+    path = folder.keyframe(step - 1)
+    own = folder.path / f"staged-{step - 1:010d}.tmp"  # not the name that training writes under
+    write_pieces(own, [data])
+    _publish(own, path)
     os.pwrite(fd, bytes(8), place * _HEAD.size)
+
+
+def _publish(own: Path, path: Path) -> None:
+    """Gives a file its name, unless training has written a newer keyframe of the same step meanwhile."""
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not path.exists():
+            own.replace(path)
+    own.unlink(missing_ok=True)

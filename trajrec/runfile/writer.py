@@ -66,7 +66,7 @@ class Writer:
                 self.seal_everything()
                 self._finish(finish)
                 return
-            save(self.folder)
+            self._save_staged()
             self._seal_ready()
             self._wait()
         self.seal_everything()
@@ -87,12 +87,20 @@ class Writer:
 
     def seal_everything(self) -> None:
         """Seals whatever is intact in the ring, and saves the keyframes that are staged."""
-        save(self.folder)
         size, patience = self.ring.geometry.segment_rows, _PATIENCE
         while (head := self.ring.head(self.next)) > self.next and patience:
             if not self._seal(min(head, self.next - self.next % size + size)):
                 patience -= 1
                 time.sleep(0.01)
+        save(self.folder)
+
+    def _save_staged(self) -> None:
+        """Saves the keyframes that are staged; on a full disk steps go first."""
+        try:
+            save(self.folder)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
 
     def _seal(self, stop: int) -> bool:
         done = seal(self.folder, self.manifest, self.ring, self.next, stop)
@@ -111,6 +119,7 @@ class Writer:
 
     def _finish(self, finish: Finish) -> None:
         if finish is not Finish.HAND_OVER:
+            self.folder.staged.unlink(missing_ok=True)
             state = "complete" if finish is Finish.COMPLETE else "recovered"
             pack(self.folder, self.manifest, state, self.ring.gaps())
         self.ring.set(Control.STATUS, Status.DONE)
