@@ -181,6 +181,7 @@ class Training:
 def trial(variant, name, steps, root):
     """Both trainings in this process; prints the figures as JSON."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # they come after some epochs, and not to both trainings alike
     plain, recorded = Training(name, root), Training(name, root)
     unwatched = watches()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TRAJREC_BENCH_DIR")) as folder:
