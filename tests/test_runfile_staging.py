@@ -2,7 +2,6 @@
 
 import os
 import random
-import time
 from dataclasses import replace
 
 import h5py
@@ -31,7 +30,7 @@ def folder(tmp_path):
 
 
 def put(place, step):
-    return place.put(step, pieces_of(MADE.keyframe(step)))
+    return place.put(MADE.keyframe(step))
 
 
 def kept(folder):
@@ -92,11 +91,16 @@ def test_a_step_that_is_not_the_one_inside_is_not_saved(folder):
     assert kept(folder) == []
 
 
-def test_one_that_changes_while_it_is_copied_is_not_taken(folder):
-    place, keyframe = Staging(folder.staged, 20_000), MADE.keyframe(7)
-    pieces = pieces_of(keyframe)
-    keyframe.arrays["optimizer/momentum_buffer"][5] += 1
-    assert not place.put(7, pieces)
+def test_one_that_changes_while_it_is_copied_is_not_taken(folder, monkeypatch):
+    def pieces_that_change(keyframe):
+        pieces = pieces_of(keyframe)
+        keyframe.arrays["optimizer/momentum_buffer"][5] += 1
+        return pieces
+
+    place = Staging(folder.staged, 20_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "pieces_of", pieces_that_change)
+        assert not put(place, 7)
     assert put(place, 8)
     save(folder)
     assert kept(folder) == [8]
@@ -107,7 +111,7 @@ def test_a_newer_one_of_the_same_step_stays(folder, monkeypatch, links):
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     place = Staging(folder.staged, 20_000)
-    assert place.put(7, pieces_of(replace(MADE.keyframe(9), step=7)))
+    assert place.put(replace(MADE.keyframe(9), step=7))
     assert put(place, 8)
     write_arrays(folder.keyframe(7), MADE.keyframe(7))
     save(folder)
@@ -138,8 +142,7 @@ def test_a_full_disk_does_not_keep_steps_from_being_sealed(tmp_path, monkeypatch
         raise OSError(number, "of the disk")
 
     sink = recorded(tmp_path, 100)
-    sink._writer._process.kill()
-    sink._writer._process.wait()
+    kill_writer(sink)
     writer = Writer(sink.folder)
     monkeypatch.setattr("trajrec.runfile.writer.save", fail)
     if number == 28:
@@ -150,6 +153,16 @@ def test_a_full_disk_does_not_keep_steps_from_being_sealed(tmp_path, monkeypatch
     with pytest.raises(OSError, match="of the disk"):
         writer.seal_everything()
     assert writer.next == 101
+    let_go(sink)
+
+
+def kill_writer(sink):
+    sink._writer._process.kill()
+    sink._writer._process.wait()
+
+
+def let_go(sink):
+    """What the end of the training process does."""
     sink._writer.close()
     sink._lock.release()
 
@@ -184,8 +197,7 @@ def test_a_writer_that_is_killed_loses_none(tmp_path):
     sink.open(MADE.spec)
     for first in range(0, 401, 100):
         MADE.feed(sink, min(first + 99, 400), first=first)
-        sink._writer._process.kill()
-        time.sleep(0.05)
+        kill_writer(sink)
         sink._writer.status()  # which starts another
     sink.close(complete=True)
     assert_all_there(tmp_path / "run.h5")
@@ -193,16 +205,14 @@ def test_a_writer_that_is_killed_loses_none(tmp_path):
 
 def test_packing_saves_what_was_staged_when_both_were_killed(tmp_path):
     sink = recorded(tmp_path, 390)
-    sink._writer._process.kill()
-    sink._writer._process.wait()
+    kill_writer(sink)
     save(sink.folder)
-    sink._staging.put(400, pieces_of(MADE.keyframe(400, with_weights=True)))
+    assert sink._staging.put(MADE.keyframe(400, with_weights=True))
     MADE.feed(sink, 395, first=391)
     for t in range(396, 401):
         sink.reserve()
         sink.commit(MADE.record(t))
-    sink._writer.close()
-    sink._lock.release()
+    let_go(sink)
     assert 400 not in sink.folder.keyframes()
     pack(tmp_path / "run.h5")
     assert_all_there(tmp_path / "run.h5")
@@ -226,12 +236,10 @@ def test_where_none_is_staged_they_are_files_at_once(tmp_path, monkeypatch, case
 
 def test_a_resumed_recording_does_not_meet_what_came_after(tmp_path):
     sink = recorded(tmp_path, 200)
-    sink._writer._process.kill()
-    sink._writer._process.wait()
+    kill_writer(sink)
     save(sink.folder)
-    sink._staging.put(190, pieces_of(MADE.keyframe(7)))  # of another life
-    sink._writer.close()
-    sink._lock.release()
+    assert sink._staging.put(replace(MADE.keyframe(7), step=190))  # of another life
+    let_go(sink)
     again = RunFileSink(tmp_path / "run.h5", keep=10, resume=True)
     again.open(MADE.spec)
     again.reserve()

@@ -462,32 +462,31 @@ def test_zero_grad_stays_what_it_is_for_others():
     assert torch.optim.Optimizer.zero_grad is original
 
 
-def whole_step(loop):
+def step_of(loop, cleared):
     def step(x, y):
-        loop.optimizer.zero_grad()
+        cleared.zero_grad()
         nn.functional.cross_entropy(loop.model(x), y).backward()
         loop.optimizer.step()
 
-    compiled = torch.compile(step, backend="eager")
+    return step
+
+
+def whole_step(loop):
+    compiled = torch.compile(step_of(loop, loop.optimizer), backend="eager")
     return lambda: [compiled(x, y) for x, y in loop.loader]
 
 
 def step_cleared_by_the_model(loop):
-    def step(x, y):
-        loop.model.zero_grad()
-        nn.functional.cross_entropy(loop.model(x), y).backward()
-        loop.optimizer.step()
-
-    compiled = torch.compile(step, backend="eager")
+    compiled = torch.compile(step_of(loop, loop.model), backend="eager")
     return lambda: [compiled(x, y) for x, y in loop.loader]
 
 
 def whole_epoch(loop):
+    step = step_of(loop, loop.optimizer)
+
     def epoch():
         for x, y in loop.loader:
-            loop.optimizer.zero_grad()
-            nn.functional.cross_entropy(loop.model(x), y).backward()
-            loop.optimizer.step()
+            step(x, y)
 
     return torch.compile(epoch, backend="eager")
 

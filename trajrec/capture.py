@@ -25,11 +25,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from trajrec import straight
 from trajrec.batches import as_ids
 from trajrec.errors import UnknownBatchError
 from trajrec.ledger import BatchLedger
-from trajrec.straight import Kind, Straight
+from trajrec.straight import HAS_LANE, Kind, Straight
 
 
 class SamplerTap:
@@ -88,7 +87,7 @@ class WatchedIterator:
         return getattr(self._iterator, name)
 
 
-if straight.HAS_LANE:
+if HAS_LANE:
     from trajrec.lane import Draws, Lane
 
     class StraightIterator(Draws, WatchedIterator):
@@ -115,19 +114,17 @@ class Capture:
         original, ledger = owner.zero_grad, self.ledger
         self._original_clearing.append((owner, original))
 
-        @wraps(original)
-        def watched(cleared: Any, *args: Any, **kwargs: Any) -> None:
+        def clear(cleared: Any, *args: Any, **kwargs: Any) -> None:
             ledger.cleared(cleared)
             original(cleared, *args, **kwargs)
 
-        hook = self._straight.hook(Kind.CLEARING, watched, original)
+        hook = self._straight.hook(Kind.CLEARING, clear, original)
 
         @wraps(original)
-        def straight(cleared: Any, *args: Any, **kwargs: Any) -> None:
-            hook(cleared, *args, **kwargs)
+        def watched(cleared: Any, *args: Any, **kwargs: Any) -> None:
+            hook(cleared, *args, **kwargs)  # which is no function, and a compiled step takes only these for methods
 
-        # A compiled training step takes functions for methods only.
-        owner.zero_grad = watched if hook is watched else straight
+        owner.zero_grad = watched
 
     def install(self) -> None:
         """Starts watching."""

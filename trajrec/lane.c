@@ -281,9 +281,18 @@ static int checksum(Lane *lane, PyObject *data, uint32_t *crc) {
 }
 
 #if defined(__SSE2__)
+/* Bytes up to the next multiple of 16, of those that there are. */
+static size_t up_to_aligned(const char *to, size_t size) {
+    size_t head = -(uintptr_t)to & 15;
+    return head < size ? head : size;
+}
+
 /* Stores that go past the caches: a row is not looked at again by this thread, and would only push out what the next step
-   needs. `to` is on a multiple of 16. */
+   needs. */
 static void copy_past_caches(char *to, const char *from, size_t size) {
+    size_t head = up_to_aligned(to, size);
+    memcpy(to, from, head);
+    to += head, from += head, size -= head;
     for (; size >= 64; to += 64, from += 64, size -= 64)
         for (int k = 0; k < 64; k += 16) _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
     memcpy(to, from, size);
@@ -321,8 +330,7 @@ static inline __m128i load(const char *from) { return _mm_loadu_si128((const __m
    Instruction, Intel 2009; its constants for reflected CRC-32. */
 FOLD static uint32_t copy_folding(char *to, const char *from, size_t size, uint32_t crc) {
     const __m128i by_512 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), by_128 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
-    size_t head = (16 - ((uintptr_t)to & 15)) & 15;
-    if (head > size) head = size;
+    size_t head = up_to_aligned(to, size);
     memcpy(to, from, head);
     uint32_t r = register_after(~crc, (unsigned char *)to, head);
     to += head, from += head, size -= head;
@@ -366,12 +374,7 @@ static int take_in(Lane *lane, PyObject *parameter, const Py_buffer *view, char 
     if (!to) return 0;
     PyThreadState *released = view->len > LONG_COPY ? PyEval_SaveThread() : NULL;
     if (folds) *crc = copy_folding(to, view->buf, view->len, *crc);
-    else {
-        size_t head = (16 - ((uintptr_t)to & 15)) & 15, size = view->len;
-        if (head > size) head = size;
-        memcpy(to, view->buf, head);
-        copy_past_caches(to + head, (char *)view->buf + head, size - head);
-    }
+    else copy_past_caches(to, view->buf, view->len);
     if (released) PyEval_RestoreThread(released);
     return 0;
 }
@@ -612,7 +615,7 @@ static PyTypeObject HookType = {
 typedef struct {
     PyObject_HEAD
     Lane *lane;
-    PyObject *iterator, *loader, *drawn, *serial, *dict;
+    PyObject *iterator, *loader, *drawn, *serial;
 } Draws;
 
 /* The ids of the batch that the iterator has just handed out; None where they are not known. */
@@ -665,7 +668,6 @@ static int draws_traverse(Draws *self, visitproc visit, void *arg) {
     Py_VISIT(self->iterator);
     Py_VISIT(self->loader);
     Py_VISIT(self->drawn);
-    Py_VISIT(self->dict);
     return 0;
 }
 
@@ -675,7 +677,6 @@ static int draws_clear(Draws *self) {
     Py_CLEAR(self->loader);
     Py_CLEAR(self->drawn);
     Py_CLEAR(self->serial);
-    Py_CLEAR(self->dict);
     return 0;
 }
 
@@ -697,8 +698,6 @@ static PyTypeObject DrawsType = {
     .tp_clear = (inquiry)draws_clear,
     .tp_iter = PyObject_SelfIter,
     .tp_iternext = (iternextfunc)draws_next,
-    .tp_dictoffset = offsetof(Draws, dict),
-    .tp_getset = properties,
 };
 
 /* ---- the lane itself ---- */

@@ -284,7 +284,7 @@ class RunFileSink:
         if keyframe.step >= self._next:
             return
         if not is_needed and self._staging is not None:
-            if self._staging.put(keyframe.step, pieces_of(keyframe)):
+            if self._staging.put(keyframe):
                 return
             self._writer.wake()
         size = self._write(self.folder.keyframe(keyframe.step), pieces_of(keyframe.copied()))

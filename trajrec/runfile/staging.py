@@ -15,12 +15,12 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 
+from trajrec.records import LiveKeyframe
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.geometry import PAGE
-from trajrec.runfile.keyfile import Piece, is_whole, write_pieces
+from trajrec.runfile.keyfile import is_whole, pieces_of, write_pieces
 from trajrec.runfile.ring import allocate
 
 LARGEST = 16 * 1024**2  # a keyframe that is staged; copying a larger one takes longer than making a file
@@ -47,24 +47,28 @@ class Staging:
         self._heads = self._view[: PLACES * _HEAD.size].cast("Q")
         self._next = 0
 
-    def put(self, step: int, pieces: Sequence[Piece]) -> bool:
-        """Takes the pieces of a keyframe file.
+    def put(self, keyframe: LiveKeyframe) -> bool:
+        """Takes a keyframe.
 
         Returns:
-            False where there is no place for them, or where they have changed since they were summed: the pieces may
-            lie where another thread trains, too.
+            False where there is no place for it, or where an array has changed since it was summed: arrays may lie
+            where another thread trains, too.
         """
-        place, size = self._next, sum(len(piece) for piece in pieces)
-        if size > self._size or self._heads[2 * place]:
+        place = self._next
+        if self._heads[2 * place]:
+            return False
+        pieces = pieces_of(keyframe)
+        size = sum(map(len, pieces))
+        if size > self._size:
             return False
         start = at = PAGE + place * self._size
         for piece in pieces:
             self._map[at : at + len(piece)] = piece
             at += len(piece)
-        if not is_whole(self._view[start:at], step):
+        if not is_whole(self._view[start:at], keyframe.step):
             return False
         self._heads[2 * place + 1] = size
-        self._heads[2 * place] = step + 1
+        self._heads[2 * place] = keyframe.step + 1
         self._next = (place + 1) % PLACES
         return True
 
