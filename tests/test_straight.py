@@ -39,6 +39,7 @@ class Loop:
         self.validation = DataLoader(TensorDataset(*data.tensors), BATCH)
         self.each = self.after = lambda t: None
         self.forward = lambda x: self.model(x)
+        self.loss = nn.functional.cross_entropy
         self.backwards = 1
         self.epochs = EPOCHS
 
@@ -50,7 +51,7 @@ class Loop:
                 self.each(t)
                 self.optimizer.zero_grad()
                 for k in range(self.backwards):
-                    loss = nn.functional.cross_entropy(self.forward(x), y)
+                    loss = self.loss(self.forward(x), y)
                     loss.backward(retain_graph=k + 1 < self.backwards)
                 self.optimizer.step()
                 self.after(t)
@@ -176,6 +177,37 @@ def weights_are_clipped(loop):
             loop.model[0].weight.clamp_(-0.3, 0.3)
 
     loop.after = after
+
+
+class OtherTensor(torch.Tensor):
+    """A loss of a class of its own."""
+
+
+def negative_in_memory(loss):
+    """A loss that torch keeps with its sign turned over."""
+    view = torch.imag(torch.complex(torch.zeros_like(loss), -loss).conj())
+    assert view.is_neg()
+    return view
+
+
+KINDS_OF_LOSSES = {
+    "double": lambda loss: loss.double(),
+    "half": lambda loss: loss.bfloat16(),
+    "one_dimension": lambda loss: loss.reshape(1),
+    "negative_in_memory": negative_in_memory,
+    "other_class": lambda loss: loss.as_subclass(OtherTensor),
+    "part_of_another": lambda loss: torch.stack([-loss, loss])[1],
+}
+
+
+def a_loss_of_another_kind(kind):
+    def change(loop):
+        loop.loss = lambda outputs, y: kind(nn.functional.cross_entropy(outputs, y))
+
+    return change
+
+
+CASES |= {f"a_loss_of_another_kind_{name}": a_loss_of_another_kind(kind) for name, kind in KINDS_OF_LOSSES.items()}
 
 
 @case

@@ -31,10 +31,12 @@ typedef struct {
     /* what a step must be like, given by `arm` */
     PyObject *model, *optimizer, *loader, *serial, *modules, *modes, *optimized, *grads, *values, *views, *pointers;
     PyObject *keys, *options, *sizes, *hyper;
-    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *look, *note, *summed, *renew, *onward, *left, *settled;
+    PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *float32, *look, *note, *summed, *renew, *onward, *left, *settled;
     long long entry, before_us, stop, epoch, groups, names, look_every, state_bytes;
     Py_buffer map;
     long long slots, slots_at, arena_at, arena_bytes, arena_head, arena_until, rows_at, row_bytes;
+    char *draft; /* the record, before it goes into the arena */
+    size_t draft_bytes;
     /* what was seen of the step */
     PyObject *ids, *content, *inputs, *before, *sketch, *loss, *rng;
     /* for trajrec/stopwatch.py; all but the first two since Python was last told */
@@ -42,7 +44,8 @@ typedef struct {
     double seconds;
 } Lane;
 
-static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_params, *s_param_groups, *s_popleft, *s_receive;
+static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s_dtype, *s_is_cpu, *s_ndim, *s_is_neg, *s_params,
+    *s_param_groups, *s_popleft, *s_receive;
 
 static void forget_step(Lane *lane) {
     Py_CLEAR(lane->ids);
@@ -225,10 +228,38 @@ static int forwarded(Lane *lane, PyObject *inputs, PyObject *named) {
     return 1;
 }
 
+static int is_zero(PyObject *number) {
+    if (!number) return -1;
+    long value = PyLong_AsLong(number);
+    Py_DECREF(number);
+    return value == -1 && PyErr_Occurred() ? -1 : !value;
+}
+
+/* Whether a loss is one float32 that lies in memory as it is. */
+static int is_plain(Lane *lane, PyObject *loss) {
+    int plain = (PyObject *)Py_TYPE(loss) == lane->tensor;
+    if (plain == 1) plain = is_attribute(loss, s_dtype, lane->float32);
+    if (plain == 1) plain = is_attribute(loss, s_is_cpu, Py_True);
+    if (plain == 1) plain = is_zero(PyObject_GetAttr(loss, s_ndim));
+    if (plain == 1) plain = is_zero(PyObject_CallMethodNoArgs(loss, s_is_neg));
+    return plain;
+}
+
+/* `loss.item()`, but a plain one is read where it is: that takes much less code, which is cold. */
+static PyObject *value_of(Lane *lane, PyObject *loss) {
+    unsigned long long place;
+    int plain = is_plain(lane, loss);
+    if (plain < 0) return NULL;
+    if (plain && address_of(loss, &place) == 0) return PyFloat_FromDouble(*(float *)(uintptr_t)place);
+    if (plain && !PyErr_ExceptionMatches(PyExc_RuntimeError)) return NULL;
+    PyErr_Clear(); /* a tensor without memory, as torch.func has them */
+    return PyObject_CallMethodNoArgs(loss, s_item);
+}
+
 static int gone_back(Lane *lane, PyObject *loss) {
     int is_tensor = lane->stage == FORWARDED ? PyObject_IsInstance(loss, lane->tensor) : 0;
     if (is_tensor != 1) return is_tensor;
-    PyObject *value = PyObject_CallMethodNoArgs(loss, s_item);
+    PyObject *value = value_of(lane, loss);
     if (!value) { /* not one number: Python knows what to do */
         if (!PyErr_ExceptionMatches(PyExc_RuntimeError) && !PyErr_ExceptionMatches(PyExc_ValueError)) return -1;
         PyErr_Clear();
@@ -391,9 +422,6 @@ static int take_in_all(Lane *lane, char *row, uint32_t *crc) {
         PyBuffer_Release(&view);
         if (failed) return -1;
     }
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
     return 0;
 }
 
@@ -415,6 +443,15 @@ static size_t record_bytes(Lane *lane) {
     return RECORD_HEAD + PyBytes_GET_SIZE(lane->hyper) + 8 * PyList_GET_SIZE(lane->ids) + rng + 32 * sketched;
 }
 
+static char *draft_of(Lane *lane, size_t size) {
+    if (size > lane->draft_bytes) {
+        char *draft = PyMem_Realloc(lane->draft, size);
+        if (!draft) return (char *)PyErr_NoMemory();
+        lane->draft = draft, lane->draft_bytes = size;
+    }
+    return lane->draft;
+}
+
 static int encode(Lane *lane, char *to, uint32_t crc) {
     Py_ssize_t batch = PyList_GET_SIZE(lane->ids), rng = lane->rng ? PyBytes_GET_SIZE(lane->rng) : 0;
     uint32_t words[4] = {crc, (uint32_t)lane->groups, (uint32_t)lane->names, 0};
@@ -432,6 +469,27 @@ static int encode(Lane *lane, char *to, uint32_t crc) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* Puts a record into the arena, and sums it. */
+static int send(Lane *lane, char *to, size_t size, uint32_t *crc) {
+    if (can_fold()) {
+        *crc = copy_folding(to, lane->draft, size, *crc);
+        return 0;
+    }
+    memcpy(to, lane->draft, size);
+    PyObject *data = PyMemoryView_FromMemory(lane->draft, (Py_ssize_t)size, PyBUF_READ);
+    int failed = !data || checksum(lane, data, crc) < 0;
+    Py_XDECREF(data);
+    return failed ? -1 : 0;
+}
+
+/* What was stored past the caches has arrived. */
+static void await_stores(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+    atomic_thread_fence(memory_order_release);
+}
+
 /* 1 if the record was published, 0 if there is no room for it at the arena's head. */
 static int publish(Lane *lane) {
     long long size = (long long)record_bytes(lane), place = lane->arena_head, entry = lane->entry;
@@ -442,13 +500,11 @@ static int publish(Lane *lane) {
     uint32_t weights, told = (uint32_t)(entry + 1);
     slot[0] = 0;
     atomic_thread_fence(memory_order_release);
-    if (take_in_all(lane, row, &weights) < 0 || encode(lane, record, weights) < 0) return -1;
-    PyObject *data = PyMemoryView_FromMemory(record, size, PyBUF_READ);
-    int failed = !data || checksum(lane, data, &told) < 0;
-    Py_XDECREF(data);
-    if (failed) return -1;
+    char *draft = draft_of(lane, size);
+    if (!draft || take_in_all(lane, row, &weights) < 0 || encode(lane, draft, weights) < 0) return -1;
+    if (send(lane, record, size, &told) < 0) return -1;
     slot[1] = place, slot[2] = size, slot[3] = told;
-    atomic_thread_fence(memory_order_release);
+    await_stores();
     slot[0] = entry + 1;
     lane->arena_head = place + size;
     return 1;
@@ -704,8 +760,8 @@ static PyTypeObject DrawsType = {
 
 #define OBJECTS(DO)                                                                                                        \
     DO(model) DO(optimizer) DO(loader) DO(serial) DO(modules) DO(modes) DO(optimized) DO(grads) DO(values) DO(views)        \
-    DO(pointers) DO(keys) DO(options) DO(sizes) DO(hyper) DO(get_state) DO(is_grad_enabled) DO(crc32) DO(tensor) DO(look)   \
-    DO(note) DO(summed) DO(renew) DO(onward) DO(left) DO(settled)
+    DO(pointers) DO(keys) DO(options) DO(sizes) DO(hyper) DO(get_state) DO(is_grad_enabled) DO(crc32) DO(tensor)            \
+    DO(float32) DO(look) DO(note) DO(summed) DO(renew) DO(onward) DO(left) DO(settled)
 
 static int lane_traverse(Lane *lane, visitproc visit, void *arg) {
 #define VISIT(name) Py_VISIT(lane->name);
@@ -728,6 +784,7 @@ static int lane_clear(Lane *lane) {
 static void lane_dealloc(Lane *lane) {
     PyObject_GC_UnTrack(lane);
     lane_clear(lane);
+    PyMem_Free(lane->draft);
     Py_TYPE(lane)->tp_free((PyObject *)lane);
 }
 
@@ -814,6 +871,10 @@ static int intern(void) {
     INTERN(s_requires_grad, "requires_grad")
     INTERN(s_data_ptr, "data_ptr")
     INTERN(s_item, "item")
+    INTERN(s_dtype, "dtype")
+    INTERN(s_is_cpu, "is_cpu")
+    INTERN(s_ndim, "ndim")
+    INTERN(s_is_neg, "is_neg")
     INTERN(s_params, "params")
     INTERN(s_param_groups, "param_groups")
     INTERN(s_popleft, "popleft")

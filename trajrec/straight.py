@@ -140,6 +140,7 @@ class Straight:
             crc32=crc32,
             is_grad_enabled=torch.is_grad_enabled,
             tensor=torch.Tensor,
+            float32=torch.float32,
             left=self._left,
             renew=self._renew,
             onward=self._go_on,

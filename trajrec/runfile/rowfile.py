@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from trajrec.runfile.joint import Joint
 HEAD_BYTES = 4096
 BLOCK_BYTES = 4 * 1024**2
 BLOCK_ROWS = 1024
-_PIECE = 1 << 19
+PIECE_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,13 @@ class RowFile:
         return self.path.exists() and self.path.stat().st_size >= self.place(stop)
 
     @contextlib.contextmanager
-    def restored(self, unless: Path | None = None) -> Iterator[None]:
-        """Cuts the file back to its present length if what is done meanwhile fails, unless that file is there then."""
+    def restored(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Cuts the file back to its present length if what is done meanwhile fails, unless that holds then."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             yield
         except BaseException:
-            if unless is None or not unless.exists():
+            if not unless():
                 with contextlib.suppress(FileNotFoundError):
                     os.truncate(self.path, size)
             raise
@@ -92,7 +92,7 @@ class RowFile:
             source.seek(end)
             file.truncate(end)
             file.seek(end)
-            while piece := source.read(_PIECE):
+            while piece := source.read(PIECE_BYTES):
                 crc = crc32(piece, crc)
                 file.write(piece)
             file.write(trailer.trailer(file.tell(), crc))
@@ -166,5 +166,5 @@ def _opened(path: Path) -> Iterator[int]:
 def _write_at(fd: int, data: memoryview, start: int) -> None:
     """Writes in small pieces: of a large one, what the kernel copies has left the processor's cache on its way."""
     while data:
-        count = os.pwrite(fd, data[:_PIECE], start)
+        count = os.pwrite(fd, data[:PIECE_BYTES], start)
         data, start = data[count:], start + count

@@ -32,7 +32,7 @@ from trajrec.runfile.keyfile import has_inputs, read_inputs, read_keyframe
 from trajrec.runfile.layout import Head
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
-from trajrec.runfile.rowfile import HEAD_BYTES, RowFile
+from trajrec.runfile.rowfile import HEAD_BYTES, PIECE_BYTES, RowFile
 from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.table import table_of
 
@@ -41,27 +41,35 @@ _ENTRIES = 4096
 
 def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> int:
     """Seals entries [first, stop) of the ring, as far as they are intact, and returns where it stopped."""
-    records = list(_intact(folder, manifest, ring, first, stop))
-    if not records:
-        return first
-    stop = first + len(records)
+    with _undone(folder, manifest, first):
+        records: list[StepRecord] = []
+        intact = _intact(folder, manifest, ring, first, stop)
+        if manifest.plain_rows:
+            row_file(folder, manifest).write(first, _rows_of(intact, ring, first, records))
+        else:
+            records.extend(intact)
+        if not records:
+            return first
+        stop = first + len(records)
+        _write_segment(folder, manifest, ring, records)
+    folder.drop_sealed(stop)
+    return stop
+
+
+def _write_segment(folder: Folder, manifest: Manifest, ring: Ring, records: Sequence[StepRecord]) -> None:
+    first, stop = records[0].step, records[-1].step + 1
     table = table_of(records, [ring.record_crc32(entry) for entry in range(first, stop)])
-    segment = folder.segment(first, stop)
-    with _undone(folder, manifest, segment), durable(segment) as tmp:
+    with durable(folder.segment(first, stop)) as tmp:
         inside = ring.geometry.row_length and not manifest.plain_rows
         head = _head(manifest, "recording", first)
         file = layout.begin(tmp, head, manifest.spec, len(records) if inside else 0, cache=0)
         if inside:
             layout.write_rows(file, _blocks(ring, first, stop))
-        elif manifest.plain_rows:
-            row_file(folder, manifest).write(first, _blocks(ring, first, stop))
         columns = Columns(file, ColumnSizes.of(table), table.hyper.shape[1:], manifest.compression)
         columns.append(table)
         _take_in_inputs(file, folder, manifest, range(first, stop))
         file.close()
         trailer.append(tmp)
-    folder.drop_sealed(stop)
-    return stop
 
 
 def row_file(folder: Folder, manifest: Manifest) -> RowFile:
@@ -70,9 +78,11 @@ def row_file(folder: Folder, manifest: Manifest) -> RowFile:
     return RowFile(folder.rows, spec.row_length * np.dtype(spec.dtype).itemsize)
 
 
-def _undone(folder: Folder, manifest: Manifest, segment: Path) -> AbstractContextManager[None]:
-    """Takes back what was appended to the row file, if there is one, where the segment does not appear after all."""
-    return row_file(folder, manifest).restored(unless=segment) if manifest.plain_rows else nullcontext()
+def _undone(folder: Folder, manifest: Manifest, first: int) -> AbstractContextManager[None]:
+    """Takes back what was appended to the row file, if there is one, where its segment does not appear after all."""
+    if not manifest.plain_rows:
+        return nullcontext()
+    return row_file(folder, manifest).restored(unless=lambda: any(s.first == first for s in folder.segments()))
 
 
 def _intact(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> Iterator[StepRecord]:
@@ -90,6 +100,22 @@ def _take_in_inputs(file: h5py.File, folder: Folder, manifest: Manifest, steps: 
     for step in steps[steps.start == 0 :]:
         arrays = read_inputs(folder.inputs(step)).arrays
         layout.write_arrays(file, layout.inputs_name(step), arrays, manifest.compression)
+
+
+def _rows_of(intact: Iterator[StepRecord], ring: Ring, first: int, records: list[StepRecord]) -> Iterator[Row]:
+    """The rows of intact entries from `first` on, which `records` is given meanwhile.
+
+    A few at a time: checking has brought them near to the processor.
+    """
+    few = max(1, PIECE_BYTES // ring.geometry.row_bytes)
+    start = first
+    for record in intact:
+        records.append(record)
+        if record.step + 1 - start == few:
+            yield ring.rows(start, record.step + 1)
+            start = record.step + 1
+    if start < first + len(records):
+        yield ring.rows(start, first + len(records))
 
 
 def _blocks(ring: Ring, first: int, stop: int) -> Iterator[Row]:
