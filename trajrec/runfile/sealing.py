@@ -107,7 +107,7 @@ def _rows_of(intact: Iterator[StepRecord], ring: Ring, first: int, records: list
 
     A few at a time: checking has brought them near to the processor.
     """
-    few = max(1, PIECE_BYTES // ring.geometry.row_bytes)
+    few = max(1, PIECE_BYTES // max(1, ring.geometry.row_bytes))
     start = first
     for record in intact:
         records.append(record)
