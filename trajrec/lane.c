@@ -17,9 +17,11 @@
 #include <string.h>
 #include <structmember.h>
 #include <time.h>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+
+/* trajrec/folding.c */
+int can_fold(void);
+uint32_t copy_folding(char *to, const char *from, size_t size, uint32_t crc);
+void await_stores(void);
 
 enum { OFF, READY, DRAWN, FORWARDED, BACKWARD, PREPARED };
 enum { RECORD_HEAD = 64, SLOT_BYTES = 64, LONG_COPY = 1 << 20, OTHER_PARAMETERS = 2 };
@@ -311,101 +313,13 @@ static int checksum(Lane *lane, PyObject *data, uint32_t *crc) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
-#if defined(__SSE2__)
-/* Bytes up to the next multiple of 16, of those that there are. */
-static size_t up_to_aligned(const char *to, size_t size) {
-    size_t head = -(uintptr_t)to & 15;
-    return head < size ? head : size;
-}
-
-/* Stores that go past the caches: a row is not looked at again by this thread, and would only push out what the next step
-   needs. */
-static void copy_past_caches(char *to, const char *from, size_t size) {
-    size_t head = up_to_aligned(to, size);
-    memcpy(to, from, head);
-    to += head, from += head, size -= head;
-    for (; size >= 64; to += 64, from += 64, size -= 64)
-        for (int k = 0; k < 64; k += 16) _mm_stream_si128((__m128i *)(to + k), _mm_loadu_si128((const __m128i *)(from + k)));
-    memcpy(to, from, size);
-}
-#else
-#define copy_past_caches memcpy
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <smmintrin.h>
-#include <wmmintrin.h>
-
-static int can_fold(void) { return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1"); }
-
-/* The register of a CRC-32 (zlib's, before its last inversion) after some bytes more, bit by bit. */
-static uint32_t register_after(uint32_t r, const unsigned char *data, size_t size) {
-    for (; size; data++, size--) {
-        r ^= *data;
-        for (int k = 0; k < 8; k++) r = r >> 1 ^ (0xEDB88320u & -(r & 1));
-    }
-    return r;
-}
-
-#define FOLD __attribute__((target("pclmul,sse4.1")))
-
-/* 128 bits moved on by the distance that `by` stands for, modulo the polynomial, and added to what is there. */
-FOLD static inline __m128i fold(__m128i x, __m128i by, __m128i there) {
-    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(x, by, 0x00), _mm_clmulepi64_si128(x, by, 0x11)), there);
-}
-
-static inline __m128i load(const char *from) { return _mm_loadu_si128((const __m128i *)from); }
-
-/* Copies and sums what it copies in one go, so that the sum is that of the copy also where another thread changes the
-   source. Folding by carry-less products: Gopal et al., Fast CRC Computation for Generic Polynomials Using PCLMULQDQ
-   Instruction, Intel 2009; its constants for reflected CRC-32. */
-FOLD static uint32_t copy_folding(char *to, const char *from, size_t size, uint32_t crc) {
-    const __m128i by_512 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), by_128 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
-    size_t head = up_to_aligned(to, size);
-    memcpy(to, from, head);
-    uint32_t r = register_after(~crc, (unsigned char *)to, head);
-    to += head, from += head, size -= head;
-    if (size >= 64) {
-        __m128i x[4], sum = _mm_cvtsi32_si128((int)r);
-        for (int k = 0; k < 4; k++) {
-            x[k] = load(from + 16 * k);
-            _mm_stream_si128((__m128i *)to + k, x[k]);
-        }
-        x[0] = _mm_xor_si128(x[0], sum);
-        for (to += 64, from += 64, size -= 64; size >= 64; to += 64, from += 64, size -= 64) {
-            _mm_prefetch(from + 512, _MM_HINT_T0);
-            for (int k = 0; k < 4; k++) {
-                __m128i y = load(from + 16 * k);
-                _mm_stream_si128((__m128i *)to + k, y);
-                x[k] = fold(x[k], by_512, y);
-            }
-        }
-        sum = fold(fold(fold(x[0], by_128, x[1]), by_128, x[2]), by_128, x[3]);
-        for (; size >= 16; to += 16, from += 16, size -= 16) {
-            __m128i y = load(from);
-            _mm_stream_si128((__m128i *)to, y);
-            sum = fold(sum, by_128, y);
-        }
-        unsigned char folded[16];
-        _mm_storeu_si128((__m128i *)folded, sum);
-        r = register_after(0, folded, 16);
-    }
-    memcpy(to, from, size);
-    return ~register_after(r, (unsigned char *)to, size);
-}
-#else
-static int can_fold(void) { return 0; }
-static uint32_t copy_folding(char *to, const char *from, size_t size, uint32_t crc) { return 0; }
-#endif
-
 /* Sums a parameter, and copies it where there is a place for it. */
 static int take_in(Lane *lane, PyObject *parameter, const Py_buffer *view, char *to, uint32_t *crc) {
-    int folds = to && can_fold();
+    int folds = can_fold();
     if (!folds && checksum(lane, parameter, crc) < 0) return -1;
-    if (!to) return 0;
     PyThreadState *released = view->len > LONG_COPY ? PyEval_SaveThread() : NULL;
     if (folds) *crc = copy_folding(to, view->buf, view->len, *crc);
-    else copy_past_caches(to, view->buf, view->len);
+    else if (to) memcpy(to, view->buf, view->len);
     if (released) PyEval_RestoreThread(released);
     return 0;
 }
@@ -480,14 +394,6 @@ static int send(Lane *lane, char *to, size_t size, uint32_t *crc) {
     int failed = !data || checksum(lane, data, crc) < 0;
     Py_XDECREF(data);
     return failed ? -1 : 0;
-}
-
-/* What was stored past the caches has arrived. */
-static void await_stores(void) {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-    atomic_thread_fence(memory_order_release);
 }
 
 /* 1 if the record was published, 0 if there is no room for it at the arena's head. */
@@ -861,6 +767,25 @@ static PyTypeObject LaneType = {
     .tp_members = lane_members,
 };
 
+static PyObject *copy_crc32(PyObject *module, PyObject *args) {
+    Py_buffer to, from;
+    unsigned int crc = 0;
+    if (!PyArg_ParseTuple(args, "w*y*|I:copy_crc32", &to, &from, &crc)) return NULL;
+    int fits = to.len == from.len;
+    if (fits) {
+        PyThreadState *released = from.len > LONG_COPY ? PyEval_SaveThread() : NULL;
+        crc = copy_folding(to.buf, from.buf, (size_t)from.len, crc);
+        await_stores();
+        if (released) PyEval_RestoreThread(released);
+    } else PyErr_Format(PyExc_ValueError, "%zd bytes do not fit a place of %zd", from.len, to.len);
+    PyBuffer_Release(&to);
+    PyBuffer_Release(&from);
+    return fits ? PyLong_FromUnsignedLong(crc) : NULL;
+}
+
+/* Only where the processor can. */
+static PyMethodDef copying[] = {{"copy_crc32", copy_crc32, METH_VARARGS, "Copies bytes; the CRC-32 of the copy."}, {NULL}};
+
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "trajrec.lane", "The straight way of a step.", -1, NULL};
 
 static int intern(void) {
@@ -889,5 +814,6 @@ PyMODINIT_FUNC PyInit_lane(void) {
     if (PyModule_AddObjectRef(module, "Lane", (PyObject *)&LaneType) < 0) return NULL;
     if (PyModule_AddObjectRef(module, "Hook", (PyObject *)&HookType) < 0) return NULL;
     if (PyModule_AddObjectRef(module, "Draws", (PyObject *)&DrawsType) < 0) return NULL;
+    if (can_fold() && PyModule_AddFunctions(module, copying) < 0) return NULL;
     return module;
 }

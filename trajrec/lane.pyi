@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
+def copy_crc32(to: Any, source: Any, crc: int = 0, /) -> int: ...
+
 class Lane:
     stage: int
     loader: Any

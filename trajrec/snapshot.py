@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import trajrec
-from trajrec.checksum import crc32
+from trajrec.checksum import copy_crc32, crc32
 from trajrec.devicecopy import DeviceCopy, RowCopy
 from trajrec.errors import HalfPrecisionError, RecordingError
 from trajrec.generators import AllStates, Generators
@@ -246,14 +246,11 @@ class Snapshot:
 
     def copy(self, row: npt.NDArray[Any] | None) -> int:
         """Copies the weights into a row, if there is one. Returns their CRC-32."""
-        views = self._memory()
-        if row is None:
-            crc = 0
-            for view in views:
-                crc = crc32(view.data, crc)
-            return crc
-        np.concatenate(views, out=row)
-        return crc32(row)
+        crc = at = 0
+        for view in self._memory():
+            crc = crc32(view.data, crc) if row is None else copy_crc32(row[at : at + view.size], view, crc)
+            at += view.size
+        return crc
 
     def flat(self) -> list[Tensor]:
         """The parameters as flat tensors, where they are."""
@@ -445,6 +442,4 @@ def _number(group: dict[str, Any], key: str, place: str) -> float:
 
 def copy_row(source: npt.NDArray[Any], row: Row | None) -> int:
     """Copies a row into another, if there is one. Returns its CRC-32."""
-    if row is not None:
-        row[:] = source
-    return crc32(source.data)
+    return crc32(source.data) if row is None else copy_crc32(row, source)

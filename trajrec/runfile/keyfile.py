@@ -4,10 +4,10 @@ It is folded into the run file later.
 
     "TRAJKEY1" | uint32 length of the header | uint32 CRC-32 of the header | header | arrays
 
-The header is JSON: {"step": t, "arrays": [[path, dtype, shape, start, bytes, CRC-32], ...]} with starts counted from
-the end of the header. Arrays are C-contiguous and little-endian, of booleans and numbers only. A file is
-written under another name and renamed, so one that has its name is whole, unless power was cut: the writer fsyncs
-keyframes later, and takes inputs into its next segment; the checksums tell.
+The header is JSON: {"step": t, "arrays": [[path, dtype, shape, start, bytes, CRC-32], ...]}, maybe with spaces behind
+it, with starts counted from the end of the header. Arrays are C-contiguous and little-endian, of booleans and numbers
+only. A file is written under another name and renamed, so one that has its name is whole, unless power was cut: the
+writer fsyncs keyframes later, and takes inputs into its next segment; the checksums tell.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import json
 import os
 import struct
 from collections.abc import Sequence
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trajrec.checksum import crc32
+from trajrec.checksum import copy_crc32, crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Inputs, Keyframe, LiveKeyframe, Parts, RunSpec
 
 MAGIC = b"TRAJKEY1"
 _HEAD = struct.Struct("<8sII")
+_LARGEST_SUM = 2**32 - 1  # no other has more digits
 
 
 _Arrays = dict[str, npt.NDArray[Any]]
@@ -44,16 +47,38 @@ def write_arrays(path: Path, value: Keyframe | Inputs) -> int:
     return write_pieces(path, pieces_of(value))
 
 
-def pieces_of(value: Keyframe | LiveKeyframe | Inputs) -> list[Piece]:
+def pieces_of(value: LiveKeyframe | Inputs) -> list[Piece]:
     """What the file of a step consists of: its head and the arrays, where they are.
 
     Raises:
         TypeError: an array of objects.
     """
-    found = {name: array.parts if isinstance(array, Parts) else [array] for name, array in value.arrays.items()}
-    arrays = {name: [_plain(name, part) for part in parts] for name, parts in found.items()}
-    bodies = (part.data.cast("B") for parts in arrays.values() for part in parts if part.size)
-    return [_header(value.step, arrays), *bodies]
+    arrays = _parts_of(value)
+    bodies = [[part.data.cast("B") for part in parts if part.size] for parts in arrays.values()]
+    sums = [reduce(lambda crc, part: crc32(part, crc), parts, 0) for parts in bodies]
+    return [_head(value.step, arrays, sums), *chain(*bodies)]
+
+
+def put_pieces(value: LiveKeyframe, place: memoryview) -> int:
+    """Makes the file in memory, and returns its size in bytes; 0 where it does not fit.
+
+    What is summed is what lies there in the end, also where another thread changes an array meanwhile.
+
+    Raises:
+        TypeError: an array of objects.
+    """
+    arrays, sums = _parts_of(value), []
+    start = at = len(_head(value.step, arrays, [_LARGEST_SUM] * len(arrays)))
+    if start + sum(part.nbytes for parts in arrays.values() for part in parts) > len(place):
+        return 0
+    for parts in arrays.values():
+        crc = 0
+        for part in parts:
+            crc = copy_crc32(place[at : at + part.nbytes], part, crc)
+            at += part.nbytes
+        sums.append(crc)
+    place[:start] = _head(value.step, arrays, sums, start)
+    return at
 
 
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> int:
@@ -133,16 +158,20 @@ def _plain(name: str, value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def _header(step: int, arrays: dict[str, list[npt.NDArray[Any]]]) -> bytes:
+def _parts_of(value: LiveKeyframe | Inputs) -> dict[str, list[npt.NDArray[Any]]]:
+    parts = {name: array.parts if isinstance(array, Parts) else [array] for name, array in value.arrays.items()}
+    return {name: [_plain(name, part) for part in found] for name, found in parts.items()}
+
+
+def _head(step: int, arrays: dict[str, list[npt.NDArray[Any]]], sums: Sequence[int], size: int = 0) -> bytes:
+    """The file up to the arrays; at least `size` bytes."""
     entries, start = [], 0
-    for name, parts in arrays.items():
+    for (name, parts), crc in zip(arrays.items(), sums, strict=True):
         shape = parts[0].shape if len(parts) == 1 else (sum(part.size for part in parts),)
-        size, crc = sum(part.nbytes for part in parts), 0
-        for part in parts:
-            crc = crc32(part.data, crc)
-        entries.append([name, parts[0].dtype.str, shape, start, size, crc])
-        start += size
-    body = json.dumps({"step": step, "arrays": entries}).encode()
+        length = sum(part.nbytes for part in parts)
+        entries.append([name, parts[0].dtype.str, shape, start, length, crc])
+        start += length
+    body = json.dumps({"step": step, "arrays": entries}).encode().ljust(size - _HEAD.size)
     return _HEAD.pack(MAGIC, len(body), crc32(body)) + body
 
 

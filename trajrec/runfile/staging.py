@@ -20,7 +20,7 @@ from pathlib import Path
 from trajrec.records import LiveKeyframe
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.geometry import PAGE
-from trajrec.runfile.keyfile import is_whole, pieces_of, write_pieces
+from trajrec.runfile.keyfile import is_whole, put_pieces, write_pieces
 from trajrec.runfile.ring import allocate
 
 LARGEST = 16 * 1024**2  # a keyframe that is staged; copying a larger one takes longer than making a file
@@ -48,24 +48,13 @@ class Staging:
         self._next = 0
 
     def put(self, keyframe: LiveKeyframe) -> bool:
-        """Takes a keyframe.
-
-        Returns:
-            False where there is no place for it, or where an array has changed since it was summed: arrays may lie
-            where another thread trains, too.
-        """
+        """Takes a keyframe; False where there is no place for it."""
         place = self._next
         if self._heads[2 * place]:
             return False
-        pieces = pieces_of(keyframe)
-        size = sum(map(len, pieces))
-        if size > self._size:
-            return False
-        start = at = PAGE + place * self._size
-        for piece in pieces:
-            self._map[at : at + len(piece)] = piece
-            at += len(piece)
-        if not is_whole(self._view[start:at], keyframe.step):
+        start = PAGE + place * self._size
+        size = put_pieces(keyframe, self._view[start : start + self._size])
+        if not size:
             return False
         self._heads[2 * place + 1] = size
         self._heads[2 * place] = keyframe.step + 1
