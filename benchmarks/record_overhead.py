@@ -257,12 +257,14 @@ def main():
         result = json.loads(options.out.read_text()) | result
     result["load_average_at_start"] = round(os.getloadavg()[0], 1)
     for name in options.models:
-        for variant in options.variants:
-            row = summary([run(variant, name, options) for _ in range(options.trials)])
-            result.setdefault(name, {})[variant] = row
-            print(name, variant, {k: v["median"] if isinstance(v, dict) else v for k, v in row.items()}, flush=True)
-            options.out.parent.mkdir(exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        trials = {variant: [] for variant in options.variants}
+        for _ in range(options.trials):  # in turn, so that a busy time of the machine does not fall on one variant
+            for variant in options.variants:
+                trials[variant].append(run(variant, name, options))
+                print(name, variant, trials[variant][-1], flush=True)
+        result[name] = result.get(name, {}) | {variant: summary(done) for variant, done in trials.items()}
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
