@@ -27,7 +27,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -289,17 +288,12 @@ class Ring:
             return self._rows[start : start + count]
         return np.concatenate([self._rows[start:], self._rows[: start + count - slots]])
 
-    def intact(self, entry: int, copy: Callable[[Row], int] = lambda row: crc32(row.data)) -> StepRecord | None:
-        """The record of an entry whose record and row both pass their checks, or None.
-
-        Args:
-            entry: which.
-            copy: takes the row [1, P] and returns the CRC-32 of what it has made of it.
-        """
+    def intact(self, entry: int) -> StepRecord | None:
+        """The record of an entry whose record and row both pass their checks, or None."""
         record = self.record(entry)
         if record is None or not self.geometry.row_length:
             return record
-        fits = copy(self.rows(entry, entry + 1)) == record.crc32
+        fits = crc32(self.rows(entry, entry + 1).data) == record.crc32
         return record if fits and self.published(entry) else None
 
 

@@ -22,7 +22,6 @@ from trajrec.checksum import crc32
 from trajrec.records import Row
 from trajrec.runfile import trailer
 from trajrec.runfile.joint import Joint
-from trajrec.runfile.uncached import Uncached
 
 HEAD_BYTES = 4096
 BLOCK_BYTES = 4 * 1024**2
@@ -52,15 +51,14 @@ class RowFile:
             if os.fstat(fd).st_size > self.place(stop):
                 os.ftruncate(fd, self.place(stop))
 
-    @contextlib.contextmanager
-    def appending(self, first: int) -> Iterator[Callable[[Row], int]]:
-        """A function that writes rows [P] or [n, P] in their places from step `first` on; synced when that is over.
-
-        It returns the CRC-32 of what it was given, as it goes into the file.
-        """
+    def write(self, first: int, blocks: Iterable[Row]) -> None:
+        """Writes blocks of rows [n, P] in their places from step `first` on, and syncs them."""
         with _opened(self.path) as fd:
-            with Uncached(self.path, fd, self.place(first)) as out:
-                yield lambda rows: out.write(_bytes_of(rows))
+            at = self.place(first)
+            for block in blocks:
+                data = block.astype(block.dtype.newbyteorder("<"), order="C", copy=False).data.cast("B")
+                _write_at(fd, data, at)
+                at += len(data)
             os.fsync(fd)
 
     def has(self, stop: int) -> bool:
@@ -148,10 +146,6 @@ def read_at(fd: int, start: int, out: Row) -> None:
         view, start = view[count:], start + count
 
 
-def _bytes_of(rows: Row) -> memoryview:
-    return rows.astype(rows.dtype.newbyteorder("<"), order="C", copy=False).data.cast("B")
-
-
 def rows_at_once(row_bytes: int) -> int:
     """How many rows are best read together."""
     return max(1, min(BLOCK_ROWS, BLOCK_BYTES // max(1, row_bytes)))
@@ -163,7 +157,14 @@ def _opened(path: Path) -> Iterator[int]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if os.fstat(fd).st_size < HEAD_BYTES:
-            os.pwrite(fd, bytes(HEAD_BYTES), 0)
+            _write_at(fd, memoryview(bytes(HEAD_BYTES)), 0)
         yield fd
     finally:
         os.close(fd)
+
+
+def _write_at(fd: int, data: memoryview, start: int) -> None:
+    """Writes in small pieces: of a large one, what the kernel copies has left the processor's cache on its way."""
+    while data:
+        count = os.pwrite(fd, data[:PIECE_BYTES], start)
+        data, start = data[count:], start + count

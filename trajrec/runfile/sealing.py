@@ -15,7 +15,7 @@ closing after an I/O error crashes the HDF5 library; the process ends instead (s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 
 from trajrec.errors import DamagedRunError
-from trajrec.records import Row, RunSpec, StepRecord
+from trajrec.records import Row, StepRecord
 from trajrec.runfile import layout, trailer
 from trajrec.runfile.columns import Columns, ColumnSizes
 from trajrec.runfile.folder import Folder, Manifest, durable, sync
@@ -32,7 +32,7 @@ from trajrec.runfile.keyfile import has_inputs, read_inputs, read_keyframe
 from trajrec.runfile.layout import Head
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
-from trajrec.runfile.rowfile import HEAD_BYTES, RowFile
+from trajrec.runfile.rowfile import HEAD_BYTES, PIECE_BYTES, RowFile
 from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.table import table_of
 
@@ -41,17 +41,17 @@ _ENTRIES = 4096
 
 def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> int:
     """Seals entries [first, stop) of the ring, as far as they are intact, and returns where it stopped."""
-    entries, spec = range(first, stop), manifest.spec
     with _undone(folder, manifest, first):
+        records: list[StepRecord] = []
+        intact = _intact(folder, manifest, ring, first, stop)
         if manifest.plain_rows:
-            with row_file(folder, manifest).appending(first) as append:
-                records = _records(folder, spec, entries, lambda entry: ring.intact(entry, append))
+            row_file(folder, manifest).write(first, _rows_of(intact, ring, first, records))
         else:
-            records = _records(folder, spec, entries, ring.intact)
+            records.extend(intact)
         if not records:
             return first
+        stop = first + len(records)
         _write_segment(folder, manifest, ring, records)
-    stop = first + len(records)
     folder.drop_sealed(stop)
     return stop
 
@@ -85,17 +85,13 @@ def _undone(folder: Folder, manifest: Manifest, first: int) -> AbstractContextMa
     return row_file(folder, manifest).restored(unless=lambda: any(s.first == first for s in folder.segments()))
 
 
-def _records(
-    folder: Folder, spec: RunSpec, entries: Iterable[int], intact: Callable[[int], StepRecord | None]
-) -> list[StepRecord]:
-    """The records of entries as far as they, and the inputs that belong to them, are intact."""
-    records: list[StepRecord] = []
-    for entry in entries:
-        record = intact(entry)
-        if record is None or (spec.inputs == "store" and not has_inputs(folder.inputs(entry), spec, entry)):
-            break
-        records.append(record)
-    return records
+def _intact(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> Iterator[StepRecord]:
+    stored = manifest.spec.inputs == "store"
+    for entry in range(first, stop):
+        record = ring.intact(entry)
+        if record is None or (stored and not has_inputs(folder.inputs(entry), manifest.spec, entry)):
+            return
+        yield record
 
 
 def _take_in_inputs(file: h5py.File, folder: Folder, manifest: Manifest, steps: range) -> None:
@@ -104,6 +100,22 @@ def _take_in_inputs(file: h5py.File, folder: Folder, manifest: Manifest, steps: 
     for step in steps[steps.start == 0 :]:
         arrays = read_inputs(folder.inputs(step)).arrays
         layout.write_arrays(file, layout.inputs_name(step), arrays, manifest.compression)
+
+
+def _rows_of(intact: Iterator[StepRecord], ring: Ring, first: int, records: list[StepRecord]) -> Iterator[Row]:
+    """The rows of intact entries from `first` on, which `records` is given meanwhile.
+
+    A few at a time: checking has brought them near to the processor.
+    """
+    few = max(1, PIECE_BYTES // max(1, ring.geometry.row_bytes))
+    start = first
+    for record in intact:
+        records.append(record)
+        if record.step + 1 - start == few:
+            yield ring.rows(start, record.step + 1)
+            start = record.step + 1
+    if start < first + len(records):
+        yield ring.rows(start, first + len(records))
 
 
 def _blocks(ring: Ring, first: int, stop: int) -> Iterator[Row]:
@@ -174,9 +186,8 @@ def _gather_rows(rows: RowFile, piece: StoredRun, first: int, stop: int) -> None
         DamagedRunError: the row file lacks rows that should be there.
     """
     if not piece.in_folder:
-        with rows.restored(), rows.appending(first) as append:
-            for block in _read_in_blocks(piece, first, stop):
-                append(block)
+        with rows.restored():
+            rows.write(first, _read_in_blocks(piece, first, stop))
     elif not rows.has(stop):
         raise DamagedRunError(f"{rows.path}: rows before step {stop} are missing; the file was cut off.")
 
