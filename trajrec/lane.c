@@ -40,7 +40,10 @@ typedef struct {
     char *draft; /* the record, before it goes into the arena */
     size_t draft_bytes;
     /* what was seen of the step */
-    PyObject *ids, *content, *inputs, *before, *sketch, *loss, *rng;
+    PyObject *content, *inputs, *before, *sketch, *loss, *rng;
+    char *before_at; /* the bytes of `before` */
+    int64_t *ids;    /* as numbers: a sampler may use its list again, and Python's integers are far apart later on */
+    Py_ssize_t batch, ids_room;
     /* for trajrec/stopwatch.py; all but the first two since Python was last told */
     long long time_every, watched, counted, looked;
     double seconds;
@@ -50,7 +53,6 @@ static PyObject *s_training, *s_grad, *s_requires_grad, *s_data_ptr, *s_item, *s
     *s_param_groups, *s_popleft, *s_receive;
 
 static void forget_step(Lane *lane) {
-    Py_CLEAR(lane->ids);
     Py_CLEAR(lane->content);
     Py_CLEAR(lane->inputs);
     Py_CLEAR(lane->before);
@@ -98,6 +100,13 @@ static int leave(Lane *lane) {
     int failed = called(PyObject_CallFunction(lane->left, "i", stage)) < 0;
     forget_step(lane);
     return failed ? -1 : 0;
+}
+
+/* Asks for memory that will be read in a moment: the step has pushed it out of the caches. */
+static void ask_for(const char *from, long long size) {
+#ifdef __GNUC__
+    for (long long k = 0; k < size; k += 64) __builtin_prefetch(from + k);
+#endif
 }
 
 /* ---- what is looked at: 1 if as expected, 0 if not, -1 with an exception ---- */
@@ -177,10 +186,10 @@ static int same_places(Lane *lane) {
 static int compare_states(Lane *lane) {
     PyObject *after = PyObject_CallNoArgs(lane->get_state);
     if (!after) return -1;
-    unsigned long long a, b;
-    int failed = address_of(lane->before, &a) < 0 || address_of(after, &b) < 0;
-    if (!failed && memcmp((void *)(uintptr_t)a, (void *)(uintptr_t)b, lane->state_bytes))
-        failed = !(lane->rng = PyBytes_FromStringAndSize((char *)(uintptr_t)a, lane->state_bytes));
+    unsigned long long place;
+    int failed = address_of(after, &place) < 0;
+    if (!failed && memcmp(lane->before_at, (void *)(uintptr_t)place, lane->state_bytes))
+        failed = !(lane->rng = PyBytes_FromStringAndSize(lane->before_at, lane->state_bytes));
     Py_DECREF(after);
     return failed ? -1 : 1;
 }
@@ -189,26 +198,42 @@ static int compare_states(Lane *lane) {
 
 static int wants_look(Lane *lane, long long step) { return lane->summed == Py_False || step % lane->look_every < 2; }
 
-static int are_integers(PyObject *ids) {
-    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(ids); k++) {
+/* Keeps ids that are 64-bit integers. */
+static int keep_ids(Lane *lane, PyObject *ids) {
+    lane->batch = PyList_GET_SIZE(ids);
+    if (lane->batch > lane->ids_room) {
+        int64_t *room = PyMem_Realloc(lane->ids, lane->batch * sizeof *room);
+        if (!room) return PyErr_NoMemory(), -1;
+        lane->ids = room, lane->ids_room = lane->batch;
+    }
+    for (Py_ssize_t k = 0; k < lane->batch; k++) {
         int overflow = !PyLong_CheckExact(PyList_GET_ITEM(ids, k));
-        if (!overflow && PyLong_AsLongLongAndOverflow(PyList_GET_ITEM(ids, k), &overflow) == -1 && PyErr_Occurred()) return -1;
+        if (!overflow) lane->ids[k] = PyLong_AsLongLongAndOverflow(PyList_GET_ITEM(ids, k), &overflow);
         if (overflow) return 0;
     }
     return 1;
+}
+
+static PyObject *list_of_ids(Lane *lane, void *unused) {
+    PyObject *ids = PyList_New(lane->batch);
+    for (Py_ssize_t k = 0; ids && k < lane->batch; k++) {
+        PyObject *id = PyLong_FromLongLong(lane->ids[k]);
+        if (!id) Py_CLEAR(ids);
+        else PyList_SET_ITEM(ids, k, id);
+    }
+    return ids;
 }
 
 static int drawn(Lane *lane, PyObject *loader, PyObject *ids, PyObject *content, PyObject *serial) {
     if (loader != lane->loader || !PyList_CheckExact(ids) || !PyList_GET_SIZE(ids)) return 0;
     int same = PyObject_RichCompareBool(serial, lane->serial, Py_EQ);
     if (same != 1) return same;
-    PyObject *own = PyList_GetSlice(ids, 0, PyList_GET_SIZE(ids)); /* a sampler may use its list again */
-    if (!own) return -1;
-    Py_XSETREF(lane->ids, own);
-    if ((same = are_integers(own)) != 1) return same;
+    if ((same = keep_ids(lane, ids)) != 1) return same;
     long long step = lane->entry - lane->before_us;
     if (wants_look(lane, step)) {
-        PyObject *sketch = PyObject_CallFunction(lane->look, "OOL", own, content, step);
+        PyObject *own = list_of_ids(lane, NULL);
+        PyObject *sketch = own ? PyObject_CallFunction(lane->look, "OOL", own, content, step) : NULL;
+        Py_XDECREF(own);
         if (!sketch) return -1;
         Py_XSETREF(lane->sketch, sketch);
     }
@@ -224,7 +249,9 @@ static int forwarded(Lane *lane, PyObject *inputs, PyObject *named) {
     int taken = gradients == Py_True ? is_attribute(lane->model, s_training, Py_True) : 0;
     Py_DECREF(gradients);
     if (taken != 1) return taken;
-    if (!(lane->before = PyObject_CallNoArgs(lane->get_state))) return -1;
+    unsigned long long place;
+    if (!(lane->before = PyObject_CallNoArgs(lane->get_state)) || address_of(lane->before, &place) < 0) return -1;
+    lane->before_at = (char *)(uintptr_t)place;
     lane->inputs = Py_NewRef(inputs);
     lane->stage = FORWARDED;
     return 1;
@@ -291,6 +318,7 @@ static int renewed(Lane *lane) {
 
 static int prepared(Lane *lane, PyObject *arguments, PyObject *options) {
     if (lane->stage != BACKWARD || PyObject_Size(options) || PyObject_Size(arguments) != 1) return 0;
+    ask_for(lane->before_at, lane->state_bytes);
     int same = same_modes(lane);
     if (same == 1) same = same_grads(lane);
     if (same == 1) {
@@ -354,7 +382,7 @@ static char *put_integer(char *to, int64_t value) { return put(to, &value, 8); }
 
 static size_t record_bytes(Lane *lane) {
     size_t rng = lane->rng ? (size_t)PyBytes_GET_SIZE(lane->rng) : 0, sketched = lane->sketch && lane->sketch != Py_None;
-    return RECORD_HEAD + PyBytes_GET_SIZE(lane->hyper) + 8 * PyList_GET_SIZE(lane->ids) + rng + 32 * sketched;
+    return RECORD_HEAD + PyBytes_GET_SIZE(lane->hyper) + 8 * lane->batch + rng + 32 * sketched;
 }
 
 static char *draft_of(Lane *lane, size_t size) {
@@ -367,14 +395,14 @@ static char *draft_of(Lane *lane, size_t size) {
 }
 
 static int encode(Lane *lane, char *to, uint32_t crc) {
-    Py_ssize_t batch = PyList_GET_SIZE(lane->ids), rng = lane->rng ? PyBytes_GET_SIZE(lane->rng) : 0;
+    Py_ssize_t rng = lane->rng ? PyBytes_GET_SIZE(lane->rng) : 0;
     uint32_t words[4] = {crc, (uint32_t)lane->groups, (uint32_t)lane->names, 0};
     double numbers[2] = {PyFloat_AS_DOUBLE(lane->loss), now()};
     to = put_integer(put_integer(to, lane->entry), lane->epoch);
     to = put(put(to, numbers, sizeof numbers), words, sizeof words);
-    to = put_integer(put_integer(to, batch), rng);
+    to = put_integer(put_integer(to, lane->batch), rng);
     to = put(to, PyBytes_AS_STRING(lane->hyper), PyBytes_GET_SIZE(lane->hyper));
-    for (Py_ssize_t k = 0; k < batch; k++) to = put_integer(to, PyLong_AsLongLong(PyList_GET_ITEM(lane->ids, k)));
+    to = put(to, lane->ids, 8 * lane->batch);
     if (rng) to = put(to, PyBytes_AS_STRING(lane->rng), rng);
     if (lane->sketch && lane->sketch != Py_None) {
         to = put_integer(put_integer(put_integer(to, 0), 1), 0); /* no parts, one digest, no changes */
@@ -418,7 +446,10 @@ static int publish(Lane *lane) {
 
 static int noted(Lane *lane) {
     if (!lane->sketch || lane->sketch == Py_None) return 0;
-    return called(PyObject_CallOneArg(lane->note, lane->ids));
+    PyObject *ids = list_of_ids(lane, NULL);
+    int failed = !ids || called(PyObject_CallOneArg(lane->note, ids)) < 0;
+    Py_XDECREF(ids);
+    return failed ? -1 : 0;
 }
 
 /* The end of a stretch: Python looks after what is due, and arms the lane again, or leaves it. */
@@ -691,6 +722,7 @@ static void lane_dealloc(Lane *lane) {
     PyObject_GC_UnTrack(lane);
     lane_clear(lane);
     PyMem_Free(lane->draft);
+    PyMem_Free(lane->ids);
     Py_TYPE(lane)->tp_free((PyObject *)lane);
 }
 
@@ -739,12 +771,14 @@ static PyObject *lane_detach(Lane *lane, PyObject *unused) {
 #define SEEN(name) {#name, T_OBJECT, offsetof(Lane, name), READONLY, NULL},
 #define NUMBER(name) {#name, T_LONGLONG, offsetof(Lane, name), 0, NULL},
 static PyMemberDef lane_members[] = {
-    OBJECTS(MEMBER) SEEN(ids) SEEN(content) SEEN(inputs) SEEN(before) SEEN(sketch) SEEN(loss) SEEN(rng)
+    OBJECTS(MEMBER) SEEN(content) SEEN(inputs) SEEN(before) SEEN(sketch) SEEN(loss) SEEN(rng)
     NUMBER(entry) NUMBER(before_us) NUMBER(stop) NUMBER(epoch) NUMBER(groups) NUMBER(names) NUMBER(look_every) NUMBER(state_bytes)
     NUMBER(slots) NUMBER(slots_at) NUMBER(arena_at) NUMBER(arena_bytes) NUMBER(arena_head) NUMBER(arena_until)
     NUMBER(rows_at) NUMBER(row_bytes) NUMBER(time_every) NUMBER(watched) NUMBER(counted) NUMBER(looked)
     {"seconds", T_DOUBLE, offsetof(Lane, seconds), READONLY, NULL}, {"cleared", T_INT, offsetof(Lane, cleared), 0, NULL},
     {"stage", T_INT, offsetof(Lane, stage), READONLY, NULL}, {NULL}};
+
+static PyGetSetDef lane_properties[] = {{"ids", (getter)list_of_ids, NULL, NULL, NULL}, {NULL}};
 
 static PyMethodDef lane_methods[] = {
     {"leave", (PyCFunction)lane_leave, METH_NOARGS, "Leaves the straight way; Python takes over what was seen."},
@@ -765,6 +799,7 @@ static PyTypeObject LaneType = {
     .tp_clear = (inquiry)lane_clear,
     .tp_methods = lane_methods,
     .tp_members = lane_members,
+    .tp_getset = lane_properties,
 };
 
 static PyObject *copy_crc32(PyObject *module, PyObject *args) {
