@@ -27,6 +27,11 @@ enum { OFF, READY, DRAWN, FORWARDED, BACKWARD, PREPARED };
 enum { RECORD_HEAD = 64, SLOT_BYTES = 64, LONG_COPY = 1 << 20, OTHER_PARAMETERS = 2 };
 
 typedef struct {
+    const char *from;
+    Py_ssize_t size;
+} Memory;
+
+typedef struct {
     PyObject_HEAD
     int stage, busy, cleared;
     unsigned long holder;
@@ -35,6 +40,7 @@ typedef struct {
     PyObject *keys, *options, *sizes, *hyper;
     PyObject *get_state, *is_grad_enabled, *crc32, *tensor, *float32, *look, *note, *summed, *renew, *onward, *left, *settled;
     long long entry, before_us, stop, epoch, groups, names, look_every, state_bytes;
+    Memory *weights; /* where the values of `views` are */
     Py_buffer map;
     long long slots, slots_at, arena_at, arena_bytes, arena_head, arena_until, rows_at, row_bytes;
     char *draft; /* the record, before it goes into the arena */
@@ -342,12 +348,12 @@ static int checksum(Lane *lane, PyObject *data, uint32_t *crc) {
 }
 
 /* Sums a parameter, and copies it where there is a place for it. */
-static int take_in(Lane *lane, PyObject *parameter, const Py_buffer *view, char *to, uint32_t *crc) {
+static int take_in(Lane *lane, PyObject *parameter, Memory memory, char *to, uint32_t *crc) {
     int folds = can_fold();
     if (!folds && checksum(lane, parameter, crc) < 0) return -1;
-    PyThreadState *released = view->len > LONG_COPY ? PyEval_SaveThread() : NULL;
-    if (folds) *crc = copy_folding(to, view->buf, view->len, *crc);
-    else if (to) memcpy(to, view->buf, view->len);
+    PyThreadState *released = memory.size > LONG_COPY ? PyEval_SaveThread() : NULL;
+    if (folds) *crc = copy_folding(to, memory.from, memory.size, *crc);
+    else if (to) memcpy(to, memory.from, memory.size);
     if (released) PyEval_RestoreThread(released);
     return 0;
 }
@@ -356,13 +362,8 @@ static int take_in(Lane *lane, PyObject *parameter, const Py_buffer *view, char 
 static int take_in_all(Lane *lane, char *row, uint32_t *crc) {
     *crc = 0;
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(lane->views); k++) {
-        Py_buffer view;
-        PyObject *parameter = PyTuple_GET_ITEM(lane->views, k);
-        if (PyObject_GetBuffer(parameter, &view, PyBUF_SIMPLE) < 0) return -1;
-        int failed = take_in(lane, parameter, &view, row, crc) < 0;
-        row = row ? row + view.len : NULL;
-        PyBuffer_Release(&view);
-        if (failed) return -1;
+        if (take_in(lane, PyTuple_GET_ITEM(lane->views, k), lane->weights[k], row, crc) < 0) return -1;
+        row = row ? row + lane->weights[k].size : NULL;
     }
     return 0;
 }
@@ -723,6 +724,7 @@ static void lane_dealloc(Lane *lane) {
     lane_clear(lane);
     PyMem_Free(lane->draft);
     PyMem_Free(lane->ids);
+    PyMem_Free(lane->weights);
     Py_TYPE(lane)->tp_free((PyObject *)lane);
 }
 
@@ -742,6 +744,21 @@ static PyObject *lane_settle(Lane *lane, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+/* Asked once for many steps: an array stays where it is, and that the parameters do is looked at in every step. */
+static int find_weights(Lane *lane) {
+    Py_ssize_t count = PyTuple_GET_SIZE(lane->views);
+    Memory *weights = PyMem_Realloc(lane->weights, (count ? count : 1) * sizeof *weights);
+    if (!weights) return PyErr_NoMemory(), -1;
+    lane->weights = weights;
+    for (Py_ssize_t k = 0; k < count; k++) {
+        Py_buffer view;
+        if (PyObject_GetBuffer(PyTuple_GET_ITEM(lane->views, k), &view, PyBUF_SIMPLE) < 0) return -1;
+        weights[k] = (Memory){view.buf, view.len};
+        PyBuffer_Release(&view);
+    }
+    return 0;
+}
+
 /* All fields by name, those that are not given stay; then READY for step `entry`. */
 static PyObject *lane_arm(Lane *lane, PyObject *args, PyObject *kwargs) {
     PyObject *key, *value;
@@ -752,6 +769,7 @@ static PyObject *lane_arm(Lane *lane, PyObject *args, PyObject *kwargs) {
     if (!lane->name) return PyErr_Format(PyExc_TypeError, "the lane has no %s", #name);
     OBJECTS(CHECK)
     if (lane->time_every < 1 || lane->slots < 1 || lane->arena_bytes < 1) return PyErr_Format(PyExc_ValueError, "the lane has no ring");
+    if (find_weights(lane) < 0) return NULL;
     lane->stage = READY;
     Py_RETURN_NONE;
 }
