@@ -45,7 +45,7 @@ def overhead():
         noise, p99 = percent(rows["none"]["thread"], "+"), percent(rows["none"]["p99"], "+")
         size = next(iter(rows.values()))["parameters"]
         head = ["what saves the weights", "training thread", "all turns", "inside the hooks"]
-        head += ["other threads and processes", "p99 of a step's time", "bytes a step", "steps"]
+        head += ["other threads and processes", "p99 of a step's time", "bytes a step", "steps", "processes"]
         cells = [
             [
                 name,
@@ -56,6 +56,7 @@ def overhead():
                 percent(rows[key]["p99"], "+"),
                 f"{rows[key]['bytes_a_step']:,}",
                 rows[key].get("steps", ""),
+                rows[key].get("trials", ""),
             ]
             for key, name in NAMES.items()
             if key in rows
@@ -64,7 +65,7 @@ def overhead():
             f"**{title}**, {size:,} parameters. CPU time of the thread (median over turns of 16 steps, and all turns "
             "together), of the hooks and of everything else, and the "
             "99th percentile of a step's wall time, over an unrecorded training that takes turns with the recorded one "
-            f"in the same process: median, and range over {rows['none']['trials']} trials. Two unrecorded trainings "
+            "in the same process: median, and range over the processes. Two unrecorded trainings "
             f"differ by {noise} in CPU time and by {p99} in that percentile.\n\n" + table(head, cells)
         )
     return "\n\n".join(parts)
