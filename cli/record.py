@@ -18,6 +18,8 @@ from trajrec.errors import TrajrecError
 if TYPE_CHECKING:
     from trajrec.recorder import Recorder
 
+NOT_RECORDED = 5
+
 
 class RecordCommand(TyperCommand):
     """Like Python itself: everything after SCRIPT or `-m MODULE` belongs to the script."""
@@ -65,31 +67,67 @@ def record(
     ] = "digest",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out names.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing run.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="End the training with an error where it cannot be recorded (else: exit code 5)."
+        ),
+    ] = False,
 ) -> int:
     """Run a training script and record every optimizer step. The script needs no change.
+
+    What cannot be recorded does not end the training: it goes on unrecorded, that is said, and the exit code is 5.
 
     Example: [bold]trajrec record --out runs/mnist.h5 train.py --epochs 5[/bold]
     """
     from trajrec.api import record as make_recorder
     from trajrec.cli.runs import new_run
+    from trajrec.recorder import processes
 
     script, rest = _script(arguments or [], module)
-    path = out or new_run(script.stem if module is None else module.rpartition(".")[2])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    start = Path.cwd()  # the script may go elsewhere
+    path = start / (out or new_run(script.stem if module is None else module.rpartition(".")[2]))
+    if processes() == 1:
+        _make_folder(path.parent)
     reference = _task_reference(task, script if module is None else None)
     options: dict[str, Any] = {"keep": _keep(keep), "compression": compression, "budget": budget, "on_full": on_full}
-    options["inputs"] = inputs
+    options |= {"inputs": inputs, "strict": strict}
     try:
         recorder: Recorder = make_recorder(path, task=reference, force=force, resume=resume, **options)
     except ValueError as error:
         raise TrajrecError(str(error)) from None
     code = _run(recorder, script, module, rest)
-    if recorder.summary is None:
-        if code == 0:
-            raise TrajrecError(f"No optimizer step was seen in {module or script}: there is nothing to record.")
-        return code
-    _say(recorder, module or script.name, reference)
-    return code
+    if recorder.is_abandoned:
+        return code  # a child that the script has forked ends here, too
+    if recorder.summary is not None:
+        _say(recorder, module or script.name, reference, start)
+    elif code == 0 and recorder.problem is None:
+        raise TrajrecError(
+            f"No optimizer step was seen in {module or script}: there is nothing to record. (Steps of processes that "
+            "the script starts are not seen.)"
+        )
+    return code or _unrecorded(recorder)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrajrecError(f"The run cannot be written into {folder}: {error.strerror}.") from None
+
+
+def _unrecorded(recorder: Recorder) -> int:
+    """The exit code of a training that ended well: 5 if it was not recorded to its end, which is said again.
+
+    Where several processes train it is 0 all the same: their launcher would end the others.
+    """
+    from trajrec.recorder import processes
+
+    problem = recorder.problem or (recorder.summary.stopped if recorder.summary is not None else None)
+    if problem is None or processes() > 1:
+        return 0
+    typer.echo(f"NOT WHOLLY RECORDED: {problem}", err=True)
+    return NOT_RECORDED
 
 
 def _keep(value: str) -> str | int:
@@ -173,16 +211,17 @@ def _show_traceback(error: Exception) -> None:
     traceback.print_exception(type(error), error, trace)
 
 
-def _say(recorder: Recorder, name: str, reference: str | None) -> None:
-    """One line: what was recorded, and what to type next."""
-    from trajrec.cli.runs import RUNS, find_run, size_text
+def _say(recorder: Recorder, name: str, reference: str | None, start: Path) -> None:
+    """One line: what was recorded, and what to type next, as seen from the folder where the command was given."""
+    from trajrec.cli.runs import RUNS, newest_run, size_text
 
     summary = recorder.summary
     assert summary is not None
     assert summary.path is not None
     cost = recorder.seconds / max(recorder.training_seconds, 1e-9)
     path = summary.path
-    newest = path.parent == RUNS and find_run(None) == path
+    newest = path.parent == start / RUNS and newest_run(start / RUNS) == path
+    path = path.relative_to(start) if path.is_relative_to(start) else path
     command = (
         "trajrec replay"
         + ("" if newest else f" {shlex.quote(str(path))}")

@@ -25,10 +25,16 @@ def find_run(run: Path | None) -> Path:
         if run.exists() or run.with_name(run.name + ".rec").exists():
             return run
         raise TrajrecError(f"There is no run {run}. `trajrec record SCRIPT.py` makes one under ./{RUNS}.")
-    found = [*RUNS.glob("*.h5"), *RUNS.glob("*.h5.rec")]
-    if not found:
+    newest = newest_run(RUNS)
+    if newest is None:
         raise TrajrecError(f"There is no run under ./{RUNS}. Name one, or make one with `trajrec record SCRIPT.py`.")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return newest
+
+
+def newest_run(folder: Path) -> Path | None:
+    """The newest run in a folder."""
+    found = [*folder.glob("*.h5"), *folder.glob("*.h5.rec")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def replay_folder(run: Path) -> Path:

@@ -301,9 +301,9 @@ def test_workers_that_were_at_work_before_the_recording():
     assert loader._iterator._index_sampler is loader.batch_sampler
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_two_loaders_side_by_side_over_the_same_data(copied):
-    """Batches are told apart by the tensors that the model is called on; where these are copies, nobody can."""
+@pytest.mark.parametrize("how", ["as it is", "copied", "made anew"])
+def test_two_loaders_side_by_side_over_the_same_data(how):
+    """Batches are told apart by what the model is called on; where that is neither they nor copies, nobody can."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
     loaders = [DataLoader(data, batch_size=4, shuffle=True) for _ in range(2)]
@@ -311,16 +311,17 @@ def test_two_loaders_side_by_side_over_the_same_data(copied):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def train():
-        with Recorder(sink, model=model, optimizer=optimizer):
+        with Recorder(sink, model=model, optimizer=optimizer, strict=True):
             for (x, y), (u, v) in zip(*loaders, strict=True):
                 optimizer.zero_grad()
-                first, second = (x.clone(), u.clone()) if copied else (x, u.flatten(1))
+                first, second = (2 * x, 2 * u) if how == "made anew" else (x, u.flatten(1))
+                first, second = (x.clone(), u.double().float()) if how == "copied" else (first, second)
                 (cross_entropy(model(first), y) + cross_entropy(model(second), v)).backward()
                 optimizer.step()
                 seen.append([(x, data.tensors[0]), (u, data.tensors[0])])
 
     seen = []
-    if copied:
+    if how == "made anew":
         with pytest.raises(UnknownBatchError, match=r"Two loaders.*set_batch"):
             train()
         return

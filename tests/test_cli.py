@@ -188,7 +188,7 @@ BAD = [
     (["verify", "empty.h5"], 4, "empty.h5"),
     (["replay", "RUN", "--device", "foo"], 2, "Device foo cannot be used"),
     (["replay", "RUN", "--samples", "none-given.npy"], 2, "No training ids were given"),
-    (["record", "--budget", "1", "--out", "k.h5", "train.py"], 2, "budget"),
+    (["record", "--strict", "--budget", "1", "--out", "k.h5", "train.py"], 2, "budget"),
     (["pack", "task.py"], 4, "task.py"),
     (["replay", "--no-such-option"], 2, "No such option"),
 ]

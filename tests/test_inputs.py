@@ -176,13 +176,17 @@ def test_batches_that_came_from_no_loader_are_an_error():
             yield pairs()[ids]
 
     with pytest.raises(RecordingError, match="those of step 1 came from none"):
-        training(named())
+        training(named(), strict=True)
 
 
 def test_batches_that_cannot_be_kept_are_an_error():
     loader = DataLoader(pairs(), 5, collate_fn=lambda items: Fixed(items))
     with pytest.raises(RecordingError, match=r"this batch holds a .*Fixed.*collate_fn"):
-        training(loader, lambda *items: [torch.stack([i[0] for i in items]), torch.stack([i[1] for i in items])])
+        training(
+            loader,
+            lambda *items: [torch.stack([i[0] for i in items]), torch.stack([i[1] for i in items])],
+            strict=True,
+        )
 
 
 def test_other_words_are_refused():

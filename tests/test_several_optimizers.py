@@ -96,12 +96,13 @@ def data():
     return TensorDataset(torch.randn(24, 4), torch.randint(0, 3, (24,)))
 
 
-def record(make, steps, recorder=None, model=None):
+def record(make, steps, recorder=None, model=None, strict=False):
     """A loop that calls `steps(optimizers, loss)` on every batch."""
     torch.manual_seed(0)
     model, sink = model or loops.mlp(), MemorySink(4)
     optimizers = make(model)
-    with Recorder(sink, **({"model": model, "optimizer": optimizers} if recorder is None else recorder)):
+    given = {"model": model, "optimizer": optimizers} if recorder is None else recorder
+    with Recorder(sink, **given, strict=strict):
         for x, y in DataLoader(data(), 6, shuffle=True):
             for optimizer in optimizers:
                 optimizer.zero_grad()
@@ -189,7 +190,7 @@ def only_at_first(optimizers, loss, turns=[0]):  # noqa: B006
 def test_steps_that_do_not_go_together_are_refused(steps, message, recorder):
     steps.__defaults__ = None if steps is two_losses else ([0],)
     with pytest.raises(RecordingError, match=rf"{message}.*each of them steps once after every backward pass"):
-        record(sgd_and_adam, steps, recorder)
+        record(sgd_and_adam, steps, recorder, strict=True)
 
 
 def test_shared_parameters_are_refused():
@@ -207,7 +208,7 @@ def test_a_group_added_later_to_one_of_them_is_refused():
             optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
     with pytest.raises(RecordingError, match="Before step 2 one of several optimizers was given or lost parameters"):
-        record(two_sgd, steps)
+        record(two_sgd, steps, strict=True)
 
 
 def test_an_adversary_of_another_model_is_ignored():

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from trajrec.recorder import Recorder
+from trajrec.recorder import Recorder, processes
 from trajrec.runfile.recording import RunFileSink
+from trajrec.sink import MemorySink, Sink
 
 
 def record(
@@ -28,6 +29,7 @@ def record(
     resume: bool = False,
     keyframe_every: int = 64,
     inputs: Literal["digest", "store"] = "digest",
+    strict: bool = False,
 ) -> Recorder:
     """A recorder, to be used as a context manager around a training loop.
 
@@ -50,19 +52,25 @@ def record(
         keyframe_every: steps between keyframes with keep="steps".
         inputs: "digest" keeps a checksum of every batch, "store" the batches themselves, as the loader yielded them:
             then a replay needs no data set but for its length, and random augmentation comes back as it was.
+        strict: raise a RecordingError into the training where it cannot be recorded. Otherwise that is logged once as
+            an error, recording stops there, the training goes on to its end with the same bits, and the recorder's
+            `problem` says why; the steps that are missing are noted in the run as a gap.
 
     Raises:
         OutputExistsError: if the output exists and `force` is False.
-        RecordingError: if this training cannot be recorded (see `trajrec.errors`).
+        RecordingError: if `loader` or `optimizer` is none; with `strict`, if this training cannot be recorded (see
+            `trajrec.errors`).
     """
-    sink = RunFileSink(
-        Path(path),
-        keep=keep,
-        compression=compression,
-        on_full=on_full,
-        force=force,
-        resume=resume,
-        budget=budget,
-        keyframe_every=keyframe_every,
-    )
-    return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task, inputs=inputs)
+    sink: Sink = MemorySink()
+    if processes() == 1:  # of several none records, so that none stands in the way of another
+        sink = RunFileSink(
+            Path(path),
+            keep=keep,
+            compression=compression,
+            on_full=on_full,
+            force=force,
+            resume=resume,
+            budget=budget,
+            keyframe_every=keyframe_every,
+        )
+    return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task, inputs=inputs, strict=strict)

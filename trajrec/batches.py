@@ -8,12 +8,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 from weakref import ref
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from trajrec.contents import Contents
 from trajrec.errors import RecordingError, UnknownBatchError
@@ -22,7 +24,26 @@ from trajrec.records import FloatArray, IntArray
 States = tuple[Tensor, ...]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A batch as a loader handed it to the loop.
+
+    Attributes:
+        loader: the loader that made it.
+        ids: what its sampler drew, or None if that is not known.
+        content: as the loop received it.
+        about: the pass over the loader that it came from.
+        made: as the loader made it, where the loop received something else.
+    """
+
+    loader: Any
+    ids: Any
+    content: Any
+    about: Any = None
+    made: Any = None
+
+
+@dataclass(slots=True, eq=False)
 class MicroBatch:
     """A batch that the loop received from a loader, or whose samples the user has named, and how it was used.
 
@@ -33,15 +54,16 @@ class MicroBatch:
         contents: a copy of the batch, where it is kept, or why there can be none.
         digest: checksum of the whole content, made until the first step.
         sketch: checksum of a sample of the content, or None.
-        used_in_training_mode: None if no forward pass with gradients was seen.
         evaluated: a forward pass without gradients was seen.
-        passes: sizes of what went into the model's forward passes with gradients, and generator states before them.
-        spent: how many of the passes were made before the last backward pass.
+        is_used: a forward pass with gradients was seen.
+        is_known: the inputs of one of these were seen to be its tensors, or copies of them.
+        passes: sizes of what went into the forward passes that led to the step, and generator states before them.
         serial: of the pass over a loader that it came from.
+        number: how many batches were drawn before it.
+        thread: that drew it.
         seeded_pass: the epoch that seeded data were told when the batch was handed out; None for other data.
-        content: the batch as the loader yielded it, until it is let go of.
-        tensors: of that batch, not kept alive, from then on.
-        is_fed: a forward pass with gradients was called on one of them.
+        content: the batch as the loop received it, until it is let go of.
+        traces: of its tensors, from then on.
     """
 
     ids: IntArray | None
@@ -50,31 +72,25 @@ class MicroBatch:
     contents: Contents | RecordingError | None = None
     digest: int | None = None
     sketch: int | None = None
-    used_in_training_mode: bool | None = None
     evaluated: bool = False
+    is_used: bool = False
+    is_known: bool = False
     passes: list[tuple[int, States]] = field(default_factory=list)
-    spent: int = 0
     serial: int = 0
+    number: int = 0
+    thread: int = 0
     seeded_pass: int | None = None
     content: Any = None
-    tensors: Sequence[ref[Tensor]] = ()
-    is_fed: bool = False
+    traces: Sequence[Trace] = ()
 
     def let_go(self) -> None:
         """Keeps the batch's tensors alive no longer: another one was drawn, and this one may wait for long."""
         if self.content is not None:
-            self.tensors, self.content = references(self.content), None
+            self.traces, self.content = traces_of(self.content, keeps=True), None
 
-    def holds(self, inputs: tuple[Any, ...]) -> bool:
-        """Whether one of these tensors, or what it is a view of, is in the batch."""
-        places = {tensor.untyped_storage().data_ptr() for tensor in self.alive()} - {0}
-        return any(tensor.untyped_storage().data_ptr() in places for tensor in tensors_in(inputs))
-
-    def alive(self) -> list[Tensor]:
-        """The tensors of the batch that the loop still has."""
-        if self.content is not None:
-            return list(tensors_in(self.content))
-        return [tensor for reference in self.tensors if (tensor := reference()) is not None]
+    def traces_now(self) -> Sequence[Trace]:
+        """Traces of the tensors of the batch."""
+        return self.traces if self.content is None else traces_of(self.content)
 
     def cut(self) -> list[tuple[int, States | None]]:
         """Sizes and generator states of the pieces that went through the model one by one; most often only one."""
@@ -210,17 +226,99 @@ def samples_in(inputs: tuple[Any, ...]) -> int:
     return len(tensor) if tensor is not None and tensor.dim() else 0
 
 
-def references(content: Any) -> list[ref[Tensor]]:
-    """The tensors of a batch."""
-    if type(content) in (list, tuple) and {*map(type, content)} == {Tensor}:
-        return [*map(ref, content)]
-    return [ref(tensor) for tensor in tensors_in(content)]
-
-
-def tensors_in(content: Any) -> Iterator[Tensor]:
-    """The tensors in lists, tuples and dictionaries, nested or not."""
+def tensors_in(content: Any, depth: int = 6) -> Iterator[Tensor]:
+    """The tensors in lists, tuples, dictionaries and attributes of objects, nested or not; arrays as tensors."""
     if isinstance(content, Tensor):
         yield content
-    elif isinstance(content, list | tuple | Mapping):
+    elif isinstance(content, np.ndarray) and content.dtype.kind in "biuf" and content.flags.writeable:
+        yield torch.from_numpy(content)
+    elif depth and isinstance(content, list | tuple | Mapping):
         for value in content.values() if isinstance(content, Mapping) else content:
-            yield from tensors_in(value)
+            yield from tensors_in(value, depth - 1)
+    elif depth and hasattr(content, "__dict__") and not isinstance(content, type | nn.Module):
+        yield from tensors_in(list(vars(content).values()), depth - 2)
+
+
+# ---- which batch a forward pass was called on
+
+_COMPARED = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What is kept of a tensor of a batch, so that it, a view of it or a copy is known again.
+
+    Attributes:
+        tensor: not kept alive.
+        shape: of the tensor.
+        kept: some of its values, where the tensor may be gone by the time they are asked for.
+    """
+
+    tensor: ref[Tensor]
+    shape: torch.Size
+    kept: Tensor | None
+
+    def values(self) -> Tensor | None:
+        """Some of its values, at `_places`; None where it is gone."""
+        own = self.tensor()
+        return self.kept if self.kept is not None or own is None else _some_of(own)
+
+
+def traces_of(content: Any, keeps: bool = False) -> list[Trace]:
+    """Traces of the tensors in a batch; with `keeps` they outlive the tensors."""
+    found = [tensor for tensor in tensors_in(content) if tensor.layout is torch.strided]
+    return [Trace(ref(tensor), tensor.shape, _some_of(tensor) if keeps else None) for tensor in found]
+
+
+def _some_of(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[_places(tensor.numel()).to(flat.device)]
+
+
+@lru_cache(maxsize=64)
+def _places(count: int) -> Tensor:
+    """Up to 512 places among `count` values, the same ones each time, without drawing from torch's generators."""
+    if count <= _COMPARED:
+        return torch.arange(count)
+    return torch.from_numpy(np.sort(np.random.Generator(np.random.PCG64(count)).integers(count, size=_COMPARED)))
+
+
+def which_holds(candidates: Sequence[Sequence[Trace]], inputs: Any) -> int | None:
+    """Which of several batches these inputs are taken from; None if that is not to be told.
+
+    They are of the batch whose tensors they are, or are views of; or else copies of, by their values. Where two batches
+    fit equally well it is neither.
+    """
+    given = [tensor for tensor in tensors_in(inputs) if tensor.layout is torch.strided and tensor.numel()]
+    for fits in (_is_part, _is_copy):
+        counts = [sum(any(fits(trace, tensor) for trace in traces) for tensor in given) for traces in candidates]
+        most = max(counts, default=0)
+        if most:
+            return counts.index(most) if counts.count(most) == 1 else None
+    return None
+
+
+def _is_part(trace: Trace, tensor: Tensor) -> bool:
+    """Whether a tensor is that of a batch, or shares its memory."""
+    own = trace.tensor()
+    if own is None or own.device != tensor.device:
+        return False
+    if own is tensor:
+        return True
+    first, second = _span(own), _span(tensor)
+    return first[0] < second[1] and second[0] < first[1]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where in memory a tensor's values lie: from this byte to before that one."""
+    start = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size() if tensor.numel() else start
+
+
+def _is_copy(trace: Trace, tensor: Tensor) -> bool:
+    """Whether a tensor has the values of one of a batch, as far as they are kept, on any device and in any dtype."""
+    if tensor.shape != trace.shape or (kept := trace.values()) is None:
+        return False
+    values = _some_of(tensor)
+    return bool(torch.equal(kept.to(values.device, values.dtype), values))

@@ -10,14 +10,23 @@ Three things are watched while a recording is on:
                                 loss is the tensor it was called on.
 
 and `zero_grad`, which tells gradients that were thrown away from those that add up. `trajrec.ledger` keeps the books.
+
+A loader class with an `__iter__` of its own (accelerate's are one batch ahead of the loop) is watched there, too: what
+it draws from an inner loader waits, and is handed over when the loop receives it (`OuterIterator`).
+
+The watching is there once in a process, for all recorders: the first puts it in place, the last takes it out. Each of
+them hears what its `Listener` says. A forked child has no recorder.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,10 +34,33 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from trajrec.batches import as_ids
+from trajrec.batches import Handed, as_ids, traces_of, which_holds
 from trajrec.errors import UnknownBatchError
-from trajrec.ledger import BatchLedger
-from trajrec.straight import HAS_LANE, Kind, Straight
+
+
+class Listener(Protocol):
+    """What a recorder hears of the loop; none of it may raise."""
+
+    def begin_pass(self, loader: Any, around: Sequence[Any]) -> int | None:
+        """A pass over a loader begins, which others draw from: its number, or None if the training has none of it."""
+
+    def draw(self, handed: Handed, serial: int) -> None:
+        """The loop has received a batch."""
+
+    def backward(self, tensors: Any) -> None:
+        """A backward pass begins."""
+
+    def cleared(self, by: Any) -> None:
+        """An optimizer or a module is about to set its gradients to zero."""
+
+    def give(self, ids: Any, weights: Any) -> None:
+        """The user has named samples."""
+
+    def failed(self, error: Exception) -> None:
+        """The watching itself has failed."""
+
+    def abandon(self) -> None:
+        """This process is a forked child, which has no recorder."""
 
 
 class SamplerTap:
@@ -51,148 +83,348 @@ class SamplerTap:
         return len(self.sampler)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "sampler":
+            raise AttributeError(name)  # not there yet while it is copied or unpickled
         return getattr(self.sampler, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """That of the sampler: who asks what kind of sampler a loader has is told the same as without a recorder."""
+        return type(self.sampler)
 
-class WatchedIterator:
+
+@dataclass(slots=True, weakref_slot=True)
+class Pass:
+    """One pass over a loader.
+
+    Attributes:
+        loader: the loader.
+        serials: number of the pass, by the listener that hears of it.
+        outer: the iterator of another loader that draws from this one, if one does.
+        is_over: whether it came to its end.
+    """
+
+    loader: Any
+    serials: dict[int, int]
+    outer: OuterIterator | None = None
+    is_over: bool = False
+
+
+class _Iterator:
+    """Stands in for a loader's iterator."""
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_iterator":
+            raise AttributeError(name)
+        return getattr(self._iterator, name)
+
+
+class WatchedIterator(_Iterator):
     """A loader's iterator that reports each batch when the loop receives it."""
 
-    def __init__(self, iterator: Any, ledger: BatchLedger, loader: Any, drawn: deque[Any] | None, serial: int) -> None:
-        self._iterator = iterator
+    def __init__(self, iterator: Any, about: Pass, drawn: deque[Any] | None) -> None:
+        super().__init__(iterator)
         self._next = iterator.__next__
-        self._ledger = ledger
-        self._loader = loader
+        self._about = about
         self._drawn = drawn
-        self._serial = serial
 
     def __iter__(self) -> WatchedIterator:
         return self
 
-    def __next__(self) -> Any:
-        content = self._next()
-        self.receive(self._drawn.popleft() if self._drawn else None, content)
-        return content
-
-    def receive(self, ids: Any, content: Any) -> None:
-        """The loop receives a batch."""
-        ledger = self._ledger
-        began = ledger.watch.start()
-        ledger.draw(self._loader, ids, content, self._serial)
-        ledger.watch.stop(began)
-
     def __len__(self) -> int:
         return len(self._iterator)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._iterator, name)
+    def belongs_to(self, outer: OuterIterator) -> bool:
+        """Whether what it draws waits in another iterator."""
+        return self._about.outer is outer
+
+    def is_received(self) -> None:
+        """The loop draws from it itself."""
+        self._about.outer = None
+
+    def __next__(self) -> Any:
+        try:
+            content = self._next()
+        except StopIteration:
+            self._about.is_over = True
+            raise
+        handed = Handed(self._about.loader, self._drawn.popleft() if self._drawn else None, content, self._about)
+        outer = self._about.outer
+        if outer is None:
+            _tell(handed)
+        else:
+            outer.take(handed)
+        return content
 
 
-if HAS_LANE:
-    from trajrec.lane import Draws, Lane
+class OuterIterator(_Iterator):
+    """The iterator of a loader that draws from another one.
 
-    class StraightIterator(Draws, WatchedIterator):
-        """The same, by way of the lane: it has a `__next__` of its own."""
+    What it has drawn waits here until the loop receives it: as the batch itself, or a copy with the same values. Where
+    only one batch waits it is that one. Else the ids are unknown.
+    """
 
-        def __init__(self, lane: Lane, *watched: Any) -> None:
-            WatchedIterator.__init__(self, *watched)
-            Draws.__init__(self, lane, self._iterator, self._loader, self._drawn, self._serial)
+    def __init__(self, iterator: Any, loader: Any) -> None:
+        super().__init__(iterator)
+        self.loader = loader
+        self._waiting: list[Handed] = []
+
+    def begin(self, iterator: Any) -> None:
+        """Hands out from now on what this iterator does."""
+        self._iterator = iterator
+
+    def __iter__(self) -> OuterIterator:
+        return self
+
+    def __next__(self) -> Any:
+        _stack().append(self)
+        try:
+            content = next(self._iterator)
+        finally:
+            _stack().pop()
+        _safely(self._hand_over, content)
+        return content
+
+    def take(self, handed: Handed) -> None:
+        """An inner loader has handed out a batch, to be received by the loop later."""
+        self._waiting.append(handed)
+
+    def _hand_over(self, content: Any) -> None:
+        waiting = self._waiting
+        if not waiting:
+            return  # made of nothing that was seen
+        found = which_holds([traces_of(handed.content) for handed in waiting], content)
+        if found is None and len(waiting) == 1:
+            found = 0
+        if found is None:
+            _tell(Handed(waiting[-1].loader, None, content, waiting[-1].about))
+            return
+        handed = waiting[found]
+        del waiting[: found + 1]  # what comes before it was passed over: loaders yield in the order drawn
+        outer = _stack()[-1] if _stack() else None
+        handed = Handed(handed.loader, handed.ids, content, handed.about, handed.content)
+        if outer is None:
+            _tell(handed)
+        else:
+            outer.take(handed)
 
 
-class Capture:
-    """Installs the watching of loaders and backward passes, and takes it out again."""
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.outer: list[OuterIterator] = []
 
-    def __init__(self, ledger: BatchLedger, straight: Straight) -> None:
-        self.ledger = ledger
-        self._straight = straight
-        self._taps: list[tuple[Any, str, SamplerTap]] = []
-        self._original_iter: Any = None
-        self._original_backward: Any = None
-        self._original_clearing: list[tuple[Any, Any]] = []
 
-    def _watch_clearing(self, owner: Any) -> None:
-        """Watches `zero_grad` of all optimizers or modules."""
-        original, ledger = owner.zero_grad, self.ledger
-        self._original_clearing.append((owner, original))
+_running = _Stack()
 
-        def clear(cleared: Any, *args: Any, **kwargs: Any) -> None:
-            ledger.cleared(cleared)
-            original(cleared, *args, **kwargs)
 
-        hook = self._straight.hook(Kind.CLEARING, clear, original)
+def _stack() -> list[OuterIterator]:
+    """The outer iterators that are being asked for a batch in this thread."""
+    return _running.outer
 
-        @wraps(original)
-        def watched(cleared: Any, *args: Any, **kwargs: Any) -> None:
-            hook(cleared, *args, **kwargs)  # which is no function, and a compiled step takes only these for methods
 
-        owner.zero_grad = watched
+class _Watching:
+    """What is put in place of torch's own, and taken out again."""
 
-    def install(self) -> None:
-        """Starts watching."""
-        self._original_iter = DataLoader.__iter__
-        original = self._original_backward = torch.autograd.backward
-        capture, ledger, watch = self, self.ledger, self.ledger.watch
+    def __init__(self) -> None:
+        self.listeners: tuple[Listener, ...] = ()
+        self.taps: list[tuple[Any, str, SamplerTap]] = []
+        self._undo: list[Callable[[], None]] = []
 
-        def watched_iter(loader: Any) -> Any:
-            if not capture.ledger.watches(loader):
-                return capture._original_iter(loader)
-            return capture._watch(loader)
+    def add(self, listener: Listener) -> None:
+        """From now on the listener hears what happens."""
+        if not self.listeners:
+            self._install()
+        self.listeners = (*self.listeners, listener)
 
-        def watched_backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            began = watch.start()
-            ledger.backward(tensors)
-            watch.stop(began)
-            return original(tensors, *args, **kwargs)
+    def remove(self, listener: Listener) -> None:
+        """The listener hears no more; after the last one everything is as it was."""
+        left = tuple(other for other in self.listeners if other is not listener)
+        if self.listeners and not left:
+            self._uninstall()
+        self.listeners = left
 
-        DataLoader.__iter__ = watched_iter  # type: ignore[method-assign]
-        torch.autograd.backward = self._straight.hook(Kind.BACKWARD, watched_backward, original)
+    def _install(self) -> None:
+        self._replace(torch.autograd, "backward", _watched_backward)
         for owner in (Optimizer, nn.Module):
-            self._watch_clearing(owner)
-        _active.append(self.ledger)
+            self._replace(owner, "zero_grad", _watched_clearing)
+        self._watch_class(DataLoader)
+        for kind in _subclasses(DataLoader):
+            self._watch_class(kind)
+        self._watch_new_classes()
 
-    def remove(self) -> None:
-        """Stops watching; loaders get their own samplers back."""
-        DataLoader.__iter__ = self._original_iter  # type: ignore[method-assign]
-        torch.autograd.backward = self._original_backward
-        for owner, original in self._original_clearing:
-            owner.zero_grad = original
-        self._original_clearing.clear()
-        _active.remove(self.ledger)
-        for owner, attribute, tap in self._taps:
+    def _uninstall(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        for owner, attribute, tap in self.taps:
             object.__setattr__(owner, attribute, tap.sampler)
-        self._taps.clear()
+        self.taps.clear()
 
-    def _watch(self, loader: Any) -> WatchedIterator:
-        tap = self._tap(loader)
-        serial = self.ledger.begin_pass(loader)
-        iterator = self._original_iter(loader)
+    def _replace(self, owner: Any, name: str, watched: Callable[[Any], Any]) -> None:
+        """Puts `watched(original)` in the place of an attribute."""
+        own, original = name in vars(owner), getattr(owner, name)
+        setattr(owner, name, watched(original))
+        self._undo.append(lambda: setattr(owner, name, original) if own else delattr(owner, name))
+
+    def _watch_class(self, kind: type) -> None:
+        """Watches the `__iter__` that a class of loaders has of its own."""
+        if kind is DataLoader:
+            self._replace(kind, "__iter__", _watched_iter)
+        elif not getattr(vars(kind).get("__iter__", getattr(kind, "__iter__", None)), "is_watched", False):
+            self._replace(kind, "__iter__", _watched_outer_iter)
+
+    def _watch_new_classes(self) -> None:
+        """Watches classes of loaders that come into being while a recording is on."""
+        before = DataLoader.__dict__.get("__init_subclass__")
+        watching = self
+
+        def made(kind: Any, /, **named: Any) -> None:
+            super(DataLoader, kind).__init_subclass__(**named)  # type: ignore[misc]
+            _safely(watching._watch_class, kind)
+
+        DataLoader.__init_subclass__ = classmethod(made)  # type: ignore[method-assign, assignment]
+
+        def undo() -> None:
+            if before is None:
+                del DataLoader.__init_subclass__
+            else:
+                DataLoader.__init_subclass__ = before  # type: ignore[method-assign]
+
+        self._undo.append(undo)
+
+
+_watching = _Watching()
+
+
+def watch(listener: Listener) -> None:
+    """Tells the listener from now on what happens in the loop."""
+    _watching.add(listener)
+
+
+def unwatch(listener: Listener) -> None:
+    """Tells the listener no more."""
+    _watching.remove(listener)
+
+
+def _in_child() -> None:
+    """After a fork: the child trains, ends or loads data as if nothing were recorded."""
+    for listener in _watching.listeners:
+        listener.abandon()
+        _watching.remove(listener)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
+def _safely(call: Callable[..., Any], *args: Any) -> Any:
+    """What the call returns; None, and all listeners know of it, where it fails."""
+    try:
+        return call(*args)
+    except Exception as error:
+        for listener in _watching.listeners:
+            listener.failed(error)
+
+
+def _tell(handed: Handed) -> None:
+    """The loop has received a batch."""
+    for listener in _watching.listeners:
+        serial = handed.about.serials.get(id(listener))
+        if serial is not None:
+            listener.draw(handed, serial)
+
+
+def _watched_backward(original: Any) -> Any:
+    @wraps(original)
+    def watched(tensors: Any, *args: Any, **named: Any) -> Any:
+        for listener in _watching.listeners:
+            listener.backward(tensors)
+        return original(tensors, *args, **named)
+
+    return watched
+
+
+def _watched_clearing(original: Any) -> Any:
+    @wraps(original)
+    def watched(cleared: Any, *args: Any, **named: Any) -> Any:
+        for listener in _watching.listeners:
+            listener.cleared(cleared)
+        return original(cleared, *args, **named)
+
+    return watched
+
+
+def _watched_iter(original: Any) -> Any:
+    @wraps(original)
+    def watched(loader: Any) -> Any:
+        about, tap = _safely(_begin_pass, loader) or (None, None)
+        iterator = original(loader)
+        if about is None:
+            return iterator
         # Read after the iterator exists: making it is what starts the sampler anew.
-        drawn = tap.drawn if tap is not None else None
-        watched = iterator, self.ledger, loader, drawn, serial
-        lane = self._straight.lane
-        return WatchedIterator(*watched) if lane is None else StraightIterator(lane, *watched)
+        return WatchedIterator(iterator, about, tap.drawn if tap is not None else None)
 
-    def _tap(self, loader: Any) -> SamplerTap | None:
-        """The stand-in of this loader's sampler, put in place on the first pass."""
-        if isinstance(loader.dataset, IterableDataset) or not getattr(loader, "in_order", True):
-            return None
-        attribute = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        sampler = getattr(loader, attribute)
-        if isinstance(sampler, SamplerTap):
-            return sampler
-        tap = SamplerTap(sampler)
-        # DataLoader forbids to set its sampler later, to keep it consistent; a stand-in that draws the same is.
-        self._replace(loader, attribute, tap)
-        kept = getattr(loader, "_iterator", None)
-        if kept is not None:  # workers that live on: their iterator has the sampler at hand
-            self._replace(kept, "_index_sampler", tap)
-        return tap
-
-    def _replace(self, owner: Any, attribute: str, tap: SamplerTap) -> None:
-        object.__setattr__(owner, attribute, tap)
-        self._taps.append((owner, attribute, tap))
+    watched.is_watched = True  # type: ignore[attr-defined]
+    return watched
 
 
-_active: list[BatchLedger] = []
+def _watched_outer_iter(original: Any) -> Any:
+    @wraps(original)
+    def watched(loader: Any) -> Any:
+        outer = OuterIterator(None, loader)
+        _stack().append(outer)
+        try:
+            iterator = original(loader)
+        finally:
+            _stack().pop()
+        if isinstance(iterator, WatchedIterator) and iterator.belongs_to(outer):
+            iterator.is_received()  # the class only does something beside what DataLoader itself does
+            return iterator
+        outer.begin(iterator)
+        return outer
+
+    watched.is_watched = True  # type: ignore[attr-defined]
+    return watched
+
+
+def _begin_pass(loader: Any) -> tuple[Pass | None, SamplerTap | None]:
+    around = [outer.loader for outer in _stack()]
+    numbers = {id(listener): listener.begin_pass(loader, around) for listener in _watching.listeners}
+    serials = {key: number for key, number in numbers.items() if number is not None}
+    if not serials:
+        return None, None
+    return Pass(loader, serials, _stack()[-1] if _stack() else None), _tap(loader)
+
+
+def _tap(loader: Any) -> SamplerTap | None:
+    """The stand-in of this loader's sampler, put in place on the first pass."""
+    if isinstance(loader.dataset, IterableDataset) or not getattr(loader, "in_order", True):
+        return None
+    attribute = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+    sampler = getattr(loader, attribute)
+    if type(sampler) is SamplerTap:
+        return sampler
+    tap = SamplerTap(sampler)
+    # DataLoader forbids to set its sampler later, to keep it consistent; a stand-in that draws the same is.
+    _put(loader, attribute, tap)
+    kept = getattr(loader, "_iterator", None)
+    if kept is not None:  # workers that live on: their iterator has the sampler at hand
+        _put(kept, "_index_sampler", tap)
+    return tap
+
+
+def _put(owner: Any, attribute: str, tap: SamplerTap) -> None:
+    object.__setattr__(owner, attribute, tap)
+    _watching.taps.append((owner, attribute, tap))
+
+
+def _subclasses(kind: type) -> list[type]:
+    """All classes below a class, nearest first."""
+    below: list[type] = kind.__subclasses__()
+    return below + [deeper for child in below for deeper in _subclasses(child)]
 
 
 def set_batch(ids: Any, weights: Any = None) -> None:
@@ -214,5 +446,5 @@ def set_batch(ids: Any, weights: Any = None) -> None:
     shares = None if weights is None else np.asarray(weights, dtype=np.float64).reshape(-1)
     if shares is not None and len(shares) != len(named):
         raise UnknownBatchError(f"trajrec.set_batch got {len(named)} ids but {len(shares)} weights.")
-    for ledger in _active:
-        ledger.give(named, shares)
+    for listener in _watching.listeners:
+        listener.give(named, shares)

@@ -11,19 +11,16 @@ try:
 except ImportError:
     from zlib import crc32
 
-try:
-    from trajrec.lane import copy_crc32
-except ImportError:
 
-    def copy_crc32(to: Any, source: Any, crc: int = 0, /) -> int:
-        """Copies bytes from one contiguous buffer to another of the same size.
+def copy_crc32(to: Any, source: Any, crc: int = 0, /) -> int:
+    """Copies bytes from one contiguous buffer to another of the same size.
 
-        Returns:
-            The CRC-32 of the copy, begun with `crc`.
-        """
-        if memoryview(source).nbytes:
-            memoryview(to).cast("B")[:] = memoryview(source).cast("B")
-        return crc32(to, crc)
+    Returns:
+        The CRC-32 of the copy, begun with `crc`.
+    """
+    if memoryview(source).nbytes:
+        memoryview(to).cast("B")[:] = memoryview(source).cast("B")
+    return crc32(to, crc)
 
 
 __all__ = ["copy_crc32", "crc32"]

@@ -10,11 +10,14 @@ step together with the first one. One of another model, as in adversarial traini
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as library
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 
@@ -28,6 +31,18 @@ def _states_for(module: nn.Module) -> Callable[[], States]:
     """Reads the generators that this module's forward pass may use."""
     parameter = next(module.parameters(), None)
     return Generators(torch.device("cpu") if parameter is None else parameter.device).states
+
+
+def _named_inputs() -> dict[str, Any]:
+    """What the module that is being called was given by name.
+
+    Torch's hooks of all modules are not told. The hook was called by `Module._call_impl`, where it stands.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != library.__file__:
+        frame = frame.f_back
+    named = {} if frame is None else frame.f_locals.get("kwargs", {})
+    return named if isinstance(named, dict) else {}
 
 
 def companions(optimizer: Optimizer, model: nn.Module) -> list[Optimizer]:
@@ -55,13 +70,14 @@ class Discovery:
         self.ledger = ledger
         self._called: dict[int, nn.Module] = {}
         self._depth = 0
+        self._outermost: nn.Module | None = None
         self._handles: list[Any] = []
 
-    def install(self) -> None:
-        """Watches every module until the first optimizer step."""
+    def install(self, guarded: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Watches every module until the first optimizer step, with hooks that `guarded` makes harmless."""
         self._handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
+            register_module_forward_pre_hook(guarded(self._enter)),
+            register_module_forward_hook(guarded(self._leave), always_call=True),
         ]
 
     def remove(self) -> None:
@@ -75,12 +91,18 @@ class Discovery:
         if self._depth > 1 or isinstance(module, nn.modules.loss._Loss):
             return
         gradients = torch.is_grad_enabled()
-        self.ledger.forward(gradients, module.training, inputs, _states_for(module))
+        named = _named_inputs()
+        given = (*inputs, named) if named else inputs
+        self.ledger.forward(gradients, module.training, given, _states_for(module))
         if gradients:
             self._called[id(module)] = module
+            self._outermost = module
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, outputs: Any) -> None:
         self._depth -= 1
+        if self._depth == 0 and module is self._outermost:
+            self._outermost = None
+            self.ledger.forwarded(outputs)
 
     def model_of(self, *optimizers: Optimizer) -> nn.Module:
         """The called module that holds all parameters of the optimizers.

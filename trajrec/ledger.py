@@ -1,20 +1,41 @@
 """Which samples made this optimizer step: the books that are kept of what is seen (see `trajrec.capture`).
 
+    draw        a batch is drawn, and waits
+    forward     with gradients: a `Use` of one of the batches that wait, or of the last one again. It is the batch whose
+                tensors the model was called on, or copies of them; or the only one there is; or the newest, in a
+                loop that has been seen to use its batches as it draws them. Otherwise it is not known
+    backward    the uses that the gradient comes from belong to the next step: autograd's graph says which these are
+    take        the step is made: their samples
+
 A batch that was drawn but never went through a forward pass with gradients and a backward pass is no training
 batch: validation passes between steps drop out. What this cannot tell (iterable data sets, ids that are no
-integers, loops without a DataLoader) is an error that says to call `trajrec.set_batch(ids)` before each step.
+integers, loops without a DataLoader, two batches that could be meant) is an error that says to call
+`trajrec.set_batch(ids)` before each step. Ids are right or absent, never wrong.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ref
 
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from trajrec import sums
-from trajrec.batches import MicroBatch, States, StepBatch, alone, as_ids, samples_in, step_of
+from trajrec.batches import (
+    Handed,
+    MicroBatch,
+    States,
+    StepBatch,
+    alone,
+    as_ids,
+    samples_in,
+    step_of,
+    tensors_in,
+    which_holds,
+)
 from trajrec.contents import contents_of
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.records import FloatArray, IntArray
@@ -23,11 +44,58 @@ from trajrec.stopwatch import Stopwatch
 from trajrec.sums import Sums
 from trajrec.task import digest, sketch
 
-if TYPE_CHECKING:
-    from trajrec.lane import Lane
-
 _MOST_DRAWN = 64
+_MOST_EVALUATED = 16  # without a word which they are
 _HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
+_MARK = "trajrec"
+
+
+class _Token:
+    """Lives as long as the node of autograd's graph that it was given to."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(slots=True, eq=False)
+class Use:
+    """A forward pass with gradients.
+
+    Attributes:
+        batch: that it was called on; None if that cannot be told.
+        why: the reason, then.
+        training: whether the model was in training mode.
+        size: samples that went in.
+        states: of the generators before it.
+        marks: of its outputs in autograd's graph; none if they are not known.
+        is_guess: no pass was seen: the batch is thought to have been used because it was there.
+    """
+
+    batch: MicroBatch | None
+    why: str = ""
+    training: bool = True
+    size: int = 0
+    states: States | None = None
+    marks: list[ref[_Token]] = field(default_factory=list)
+    is_guess: bool = False
+
+    def mark(self, outputs: Any) -> None:
+        """Marks the outputs in autograd's graph, so that a backward pass can be seen to come from them."""
+        token = _Token()
+        nodes = [
+            tensor.grad_fn
+            for output in tensors_in(outputs)
+            for tensor in (output, output._base)
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None
+        ]
+        for node in nodes:
+            _metadata(node).setdefault(_MARK, []).append(token)
+        if nodes:
+            self.marks.append(ref(token))
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its graph is gone, so that no backward pass can come from it any more."""
+        return bool(self.marks) and all(mark() is None for mark in self.marks)
 
 
 class BatchLedger:
@@ -46,15 +114,18 @@ class BatchLedger:
         self.epochs = 0
         self.watch = Stopwatch()
         self.backwards = 0  # backward passes seen
+        self._lock = threading.RLock()
+        self._thread = 0  # that calls the model
         self._steps = 0
         self._sums = Sums(lambda: len(self.dataset) if hasattr(self.dataset, "__len__") else 0)
-        self._drawn: list[MicroBatch] = []
-        self._ahead: list[MicroBatch] = []  # drawn before the last backward pass, and not used yet
-        self._left: MicroBatch | None = None  # the last that went through the model before another was drawn
+        self._waiting: list[MicroBatch] = []
         self._lone: MicroBatch | None = None  # the batch in use, while there is no other
-        self._last: MicroBatch | None = None  # of the last step, if that was such a batch
-        self.lane: Lane | None = None  # where steps like the last one are taken (trajrec.straight)
-        self._made_step: list[MicroBatch] = []
+        self._number = 0
+        self._uses: list[Use] = []  # no backward pass has come from them yet
+        self._made: list[Use] = []  # of the coming step
+        self._forwards: list[Use] = []  # whose outputs are not there yet
+        self._uses_newest = False  # the loop has used a batch while it was the newest of its loader
+        self._draws_ahead = False  # or an older one
         self._given: list[MicroBatch] = []
         self._given_is_open = False
         self._losses: list[Tensor | float] = []
@@ -64,8 +135,6 @@ class BatchLedger:
         self.passes_before = 0  # over the training data, before the one that the first step was in
         self.seeded_pass: int | None = None  # that the last step's items were made for
         self._seeded: dict[int, Seeded | None] = {}  # by data set
-        self._loose_rng: States | None = None
-        self._is_unclear = False
         self._first = True
         self._cleared = False
         self.owners: list[Any] = []  # of the gradients: the model, its optimizers
@@ -75,54 +144,60 @@ class BatchLedger:
         """Gives the ledger a way to know whether gradients of an earlier backward pass are still there."""
         self._accumulates = accumulates
 
+    # ---- batches
+
     def watches(self, loader: Any) -> bool:
         """Whether batches of this loader can be training batches."""
         return self.loaders is None or any(loader is known for known in self.loaders)
 
-    def begin_pass(self, loader: Any) -> int:
-        """A new pass over a loader has begun. Returns its serial number."""
-        key = id(loader.dataset)
-        self._passes[key] = self._passes.get(key, 0) + 1
-        seeded = find_seeded(loader.dataset)
-        # Another loader over the same items (validation, say) does not tell the epoch of the training.
-        if seeded is not None and self.dataset in (None, loader.dataset):
-            seeded.set_epoch(self._passes[key] - 1)
-        self._seeded[key] = seeded
-        self._serial += 1
-        return self._serial
+    def begin_pass(self, loader: Any, around: Sequence[Any] = ()) -> int | None:
+        """A new pass over a loader has begun, for those `around` it. Returns its number; None if none is watched."""
+        if not any(map(self.watches, (loader, *around))):
+            return None
+        with self._lock:
+            key = id(loader.dataset)
+            self._passes[key] = self._passes.get(key, 0) + 1
+            seeded = find_seeded(loader.dataset)
+            # Another loader over the same items (validation, say) does not tell the epoch of the training.
+            if seeded is not None and self.dataset in (None, loader.dataset):
+                seeded.set_epoch(self._passes[key] - 1)
+            self._seeded[key] = seeded
+            self._serial += 1
+            return self._serial
 
-    def draw(self, loader: Any, ids: Any, content: Any, serial: int = 0) -> None:
+    def draw(self, handed: Handed, serial: int = 0) -> None:
         """The loop has received a batch."""
-        if self._drawn or self._made_step:
-            self._put_away(loader)
-        dataset = loader.dataset
-        seeded = self._seeded.get(id(dataset))
-        # As it is now: a pass over the same data in between (an evaluation) has told another one.
-        made_for = None if seeded is None else seeded.epoch
-        batch = MicroBatch(as_ids(ids), loader, serial=serial, seeded_pass=made_for, content=content)
-        if self.dataset is None or dataset is self.dataset:
-            self._look_at(batch, content)
-        self._drawn.append(batch)
-        self._lone = batch if self._is_alone() else None
+        with self._lock:
+            if self._waiting or self._made or self._uses:
+                self._put_away(handed.loader)
+            dataset = handed.loader.dataset
+            seeded = self._seeded.get(id(dataset))
+            # As it is now: a pass over the same data in between (an evaluation) has told another one.
+            made_for = None if seeded is None else seeded.epoch
+            self._number += 1
+            batch = MicroBatch(
+                as_ids(handed.ids),
+                handed.loader,
+                serial=serial,
+                number=self._number,
+                thread=threading.get_ident(),
+                seeded_pass=made_for,
+            )
+            made = handed.content if handed.made is None else handed.made
+            if self.dataset is None or dataset is self.dataset:
+                self._look_at(batch, made)
+            batch.content = made if handed.made is None else (handed.content, made)
+            self._lone = None if self._waiting or self._made or self._uses else batch
+            self._waiting.append(batch)
 
     def _put_away(self, loader: Any) -> None:
         """What this loader handed out before is done with, if it has been used; and there is an end to waiting."""
-        for batch in (*self._made_step, *self._drawn):
+        for batch in (*self._waiting, *(use.batch for use in (*self._uses, *self._made) if use.batch is not None)):
             batch.let_go()
-        over = [self._is_over(batch, loader) for batch in self._drawn]
-        left = [batch for batch, is_over in zip(self._drawn, over, strict=True) if is_over and not batch.evaluated]
-        self._left = left[-1] if left else self._left
-        self._drawn = [batch for batch, is_over in zip(self._drawn, over, strict=True) if not is_over]
-        del self._drawn[: 1 - _MOST_DRAWN], self._ahead[:-_MOST_DRAWN]
-
-    def _is_over(self, batch: MicroBatch, loader: Any) -> bool:
-        """Whether a batch is done with now that its loader has handed out the next one.
-
-        It was evaluated; or it went through the model and the loop went on without a backward pass: skipped, unless a
-        backward pass comes before the next one through the model. (Losses of several batches of one loader that are
-        added up before one backward pass look the same: they need `set_batch`.)
-        """
-        return batch.loader is loader and (batch.evaluated or batch.used_in_training_mode is not None)
+        self._waiting = [batch for batch in self._waiting if not (batch.loader is loader and batch.is_known)]
+        looked_at = [batch for batch in self._waiting if batch.evaluated][:-_MOST_EVALUATED]
+        self._waiting = [batch for batch in self._waiting if batch not in looked_at][-_MOST_DRAWN:]
+        self._uses = [use for use in self._uses if not use.is_gone]
 
     def _look_at(self, batch: MicroBatch, content: Any) -> None:
         """Sums, and copies if that is wanted, what is in a batch: now, because loops change batches in place."""
@@ -141,12 +216,13 @@ class BatchLedger:
 
     def give(self, ids: IntArray, weights: FloatArray | None) -> None:
         """The user has named the samples of the next step, or of its next micro-batch."""
-        if self.lane is not None:
-            self.lane.leave()
-        if self._given_is_open:
-            del self._given[-1]
-        self._given.append(MicroBatch(ids, weights=weights))
-        self._given_is_open = True
+        with self._lock:
+            if self._given_is_open:
+                del self._given[-1]
+            self._given.append(MicroBatch(ids, weights=weights))
+            self._given_is_open = True
+
+    # ---- forward passes
 
     def forward(self, gradients: bool, training: bool, inputs: tuple[Any, ...], states: Callable[[], States]) -> None:
         """The model is being called, with or without gradients, in training mode or not.
@@ -154,53 +230,79 @@ class BatchLedger:
         `states` reads the generators: their states belong to the batch that is used, so that other random numbers drawn
         before it (shuffling, an evaluation) do not count.
         """
-        if not gradients:
-            if self._drawn and self._drawn[-1].used_in_training_mode is None:
-                self._drawn[-1].evaluated = True
-            return
-        size = samples_in(inputs)
-        if self._given_is_open:
-            self._given[-1].passes.append((size, states()))
-        used = self._used(training, inputs)
-        if used is None:
-            self._loose_rng = self._loose_rng or states()
-            return
-        used.used_in_training_mode = training
-        used.passes.append((size, states()))
+        with self._lock:
+            if not gradients:
+                self._evaluated(inputs)
+                return
+            size = samples_in(inputs)
+            if self._given_is_open:
+                self._given[-1].passes.append((size, states()))
+            batch, why = self._used(inputs)
+            if batch is not None:
+                batch.is_used = True
+            use = Use(batch, why, training, size, states())
+            self._uses.append(use)
+            self._forwards.append(use)
 
-    def _used(self, training: bool, inputs: tuple[Any, ...]) -> MicroBatch | None:
-        """The batch that a forward pass with gradients is about: the newest of the training set that fits.
+    def forwarded(self, outputs: Any) -> None:
+        """The forward pass with gradients that began last has ended with these outputs."""
+        with self._lock:
+            if self._forwards:
+                self._forwards.pop().mark(outputs)
 
-        Where several were drawn, one that holds the inputs comes first; nothing is known of inputs that were made anew
-        from a batch (sent to a device, say).
-        """
-        if self._lone is not None:
-            return self._lone
-        if self._ahead and not any(batch.holds(inputs) for batch in (*self._made_step, *self._drawn)):
-            self._drawn, self._ahead = [*self._ahead, *self._drawn], []
-        if not self._drawn:
-            return self._made_step[-1] if self._made_step else None
-        own = [batch for batch in self._drawn if self.dataset in (None, batch.loader.dataset)] or self._drawn
-        fitting = [b for b in own if not b.evaluated and b.used_in_training_mode in (None, training)]
-        if len(self._made_step) + len(own) > 1:
-            fed = [batch for batch in (*self._made_step, *own) if batch.holds(inputs)]
-            if fed:
-                fed[-1].is_fed = True
-                return fed[-1]
-        if len(self._made_step) + len(fitting) > 1:
-            self._is_unclear |= self._looks_like_two(fitting, samples_in(inputs))
-        return (fitting or own)[-1]
+    def _evaluated(self, inputs: tuple[Any, ...]) -> None:
+        """The model was called without gradients: on the batch that was drawn last, if nothing else is known."""
+        found = which_holds([batch.traces_now() for batch in self._waiting], inputs)
+        batch = self._waiting[-1 if found is None else found] if self._waiting else None
+        if batch is not None and not batch.is_used:
+            batch.evaluated, batch.is_known = True, found is not None
 
-    def _is_alone(self) -> bool:
-        """Whether the batch that was drawn last is the only one, as in most loops always. Every step pays for this."""
-        return len(self._drawn) == 1 and not self._ahead and not self._made_step
+    def _used(self, inputs: tuple[Any, ...]) -> tuple[MicroBatch | None, str]:
+        """The batch that a forward pass with gradients is about; None and why, if that cannot be told."""
+        thread = threading.get_ident()
+        if self._thread not in (0, thread):
+            return None, (
+                f"More than one thread calls the model, and it cannot be told which of them makes a step. {_HINT}"
+            )
+        self._thread = thread
+        if self._lone is not None and not (self._lone.evaluated and self.dataset is None):
+            self._learn(self._lone)
+            return self._lone, ""
+        before = [use.batch for use in (*self._made, *self._uses) if use.batch is not None]
+        known = list({id(batch): batch for batch in (*before, *self._waiting)}.values())
+        is_plain = len(known) == 1 and not known[0].evaluated
+        found = None if is_plain else which_holds([batch.traces_now() for batch in known], inputs)
+        if found is not None:
+            self._learn(known[found])
+            known[found].is_known = True
+            return known[found], ""
+        return self._only(before)
 
-    def _looks_like_two(self, fitting: Sequence[MicroBatch], size: int) -> bool:
-        """Whether the newest batch has been through the model, and now it may be the turn of another loader's."""
-        if not any(batch.loader is not fitting[-1].loader for batch in fitting):
-            return False
-        ids, sizes = fitting[-1].ids, [size for size, _ in fitting[-1].passes]
-        return ids is not None and sum(sizes) + size > len(ids)
+    def _learn(self, batch: MicroBatch) -> None:
+        """Notes whether the loop uses batches as it draws them, or draws some ahead of those that it uses."""
+        newest = all(other.number <= batch.number for other in self._waiting if other.loader is batch.loader)
+        self._uses_newest |= newest
+        self._draws_ahead |= not newest or batch.thread != self._thread
+
+    def _only(self, before: Sequence[MicroBatch]) -> tuple[MicroBatch | None, str]:
+        """The batch that nothing but its being there speaks for."""
+        waiting = [b for b in self._own(self._waiting) if not b.evaluated]
+        # One that was used waits no longer, unless nothing came of it.
+        fitting = [b for b in waiting if not b.is_used] or [b for b in waiting if b not in before]
+        if not fitting:
+            last = before[-1] if before else None
+            return last, "" if last is not None else _why_none()
+        if len(fitting) == 1:
+            return fitting[0], ""
+        if len({id(batch.loader) for batch in fitting}) == 1 and self._uses_newest and not self._draws_ahead:
+            return fitting[-1], ""
+        return None, _why_several(fitting)
+
+    def _own(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """Those of the training set, where it is known and there are any."""
+        return [batch for batch in batches if self.dataset in (None, batch.loader.dataset)] or batches
+
+    # ---- backward passes
 
     def cleared(self, by: Any) -> None:
         """An optimizer or a module has set its gradients to zero."""
@@ -209,85 +311,71 @@ class BatchLedger:
                 self._cleared = True
 
     def backward(self, loss: Any) -> None:
-        """A backward pass has begun: what was used so far belongs to the next step."""
-        self.backwards += 1
-        lone, self._lone = self._lone, None
-        if lone is not None and lone.used_in_training_mode and self.dataset in (None, lone.loader.dataset):
-            lone.spent = len(lone.passes)
-            self._made_step, self._drawn, self._left = [lone], [], None
-        else:
-            self._book()
-        self._cleared = self._given_is_open = False
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            # A number that is at hand is read at once; from another device it is fetched with the weights.
-            self._losses.append(loss.item() if loss.is_cpu else loss.detach())
+        """A backward pass has begun: what it comes from belongs to the next step."""
+        thread = threading.get_ident()
+        if self._thread not in (0, thread):
+            return  # of another training
+        with self._lock:
+            self.backwards += 1
+            self._lone = None
+            self._book(loss)
+            self._cleared = self._given_is_open = False
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                # A number that is at hand is read at once; from another device it is fetched with the weights.
+                self._losses.append(loss.item() if loss.is_cpu else loss.detach())
 
-    def _book(self) -> None:
-        if self._made_step and (self._cleared or not self._accumulates()):
+    def _book(self, loss: Any) -> None:
+        if self._made and (self._cleared or not self._accumulates()):
             self._start_anew()
-        self._take_back_guesses()
-        self._made_step += self._training_batches()
-        for batch in self._made_step:
-            batch.spent = len(batch.passes)
+        pending = [use for use in self._uses if not use.is_gone]
+        reached = _reached(pending, loss)
+        known = [use for use in pending if use.marks]
+        if not known:
+            # Nothing is known of their outputs.
+            reached = [use for use in pending if use.training] or pending
+        self._uses = [use for use in pending if use not in reached]
+        if not pending and not any(not use.is_guess for use in self._made):
+            reached = self._guessed()
+        self._made += reached
         self._lay_aside()
-
-    def _lay_aside(self) -> None:
-        """Done with what was drawn, but for the batches that wait for their turn."""
-        waiting = (*self._ahead, *self._drawn_ahead())
-        for batch in waiting:
-            batch.let_go()
-        self._ahead = [batch for batch in waiting if not batch.evaluated or batch.alive()]
-        self._drawn, self._left = [], None
-
-    def _drawn_ahead(self) -> list[MicroBatch]:
-        """The batches that were drawn after the last one in use, and wait for their turn."""
-        used = [batch.used_in_training_mode is not None for batch in self._drawn]
-        if any(used):
-            return self._drawn[len(used) - used[::-1].index(True) :]
-        return self._drawn if self._calls_model() else self._drawn[:-1]
-
-    def _calls_model(self) -> bool:
-        """Whether the loop is known to call the model as a whole, so that a batch without a pass is not in use."""
-        return any(batch.passes for batch in self._made_step)
-
-    def _take_back_guesses(self) -> None:
-        """A pass on inputs of no batch (noise, say) counts for the newest; not beside one that was fed itself."""
-        known = [batch.loader for batch in (*self._made_step, *self._drawn) if batch.is_fed]
-        for batch in self._drawn if known else ():
-            if not batch.is_fed and any(batch.loader is loader for loader in known):
-                batch.used_in_training_mode, batch.passes = None, []
 
     def _start_anew(self) -> None:
         """The gradients of earlier backward passes were thrown away without a step.
 
-        A scaler skipped it, say: then a newer batch was drawn. Otherwise the pass was for something else (the gradient
-        of the inputs, another model), and the batch is still in use.
+        A scaler skipped it, or the pass was for something else (the gradient of the inputs, another model): then there
+        may be another one from the same outputs, or the batch that was thought to be used still waits.
         """
         self._losses = []
         self._given = self._given[-1:] if self._given_is_open else []
-        if self._drawn:
-            # What was in use only because it was drawn last may still be waiting.
-            self._ahead += [batch for batch in self._made_step if not batch.passes]
-            self._made_step = [batch for batch in self._made_step if len(batch.passes) > batch.spent]
-        for batch in self._made_step:
-            batch.passes = batch.passes[batch.spent :] or batch.passes
+        self._uses = [use for use in self._made if use.marks and not use.is_gone] + self._uses
+        guessed = [use.batch for use in self._made if use.is_guess and use.batch is not None]
+        for batch in guessed:
+            batch.is_used = False
+        self._waiting = sorted([*guessed, *self._waiting], key=lambda batch: batch.number)
+        self._made = []
 
-    def _training_batches(self) -> list[MicroBatch]:
-        """Of the batches used with gradients, those of the training set and, if any, in training mode.
-
-        Where no forward pass was seen (the loop calls parts of the model), the batch drawn last counts as used.
-        """
-        used = [batch for batch in self._drawn if batch.used_in_training_mode is not None]
-        if not used and self._left is not None:
-            used = [self._left]
-        if not used and not self._calls_model():
-            used = self._drawn[-1:]
-        if not used:
+    def _guessed(self) -> list[Use]:
+        """Where no forward pass was seen (the loop calls parts of the model), the batch that is there is used."""
+        there = [batch for batch in self._own(self._waiting) if not batch.is_used]
+        fitting = [batch for batch in there if not batch.evaluated] or list(there)
+        if len(fitting) > 1 and not (self._uses_newest and not self._draws_ahead):
+            return [Use(None, _why_several(fitting), is_guess=True)]
+        if not fitting:
             return []
-        dataset = self.dataset if self.dataset is not None else used[-1].loader.dataset
-        own = [batch for batch in used if batch.loader.dataset is dataset]
-        in_training_mode = [batch for batch in own if batch.used_in_training_mode]
-        return in_training_mode or own
+        self._thread = threading.get_ident()
+        self._learn(fitting[-1])
+        fitting[-1].is_used = True
+        return [Use(fitting[-1], is_guess=True)]
+
+    def _lay_aside(self) -> None:
+        """Done with what was drawn, but for the batches that wait for their turn: those after the last in use."""
+        last = max((use.batch.number for use in self._made if use.batch is not None), default=0)
+        unused = [batch for batch in self._waiting if not batch.is_used]
+        self._waiting = [batch for batch in unused if batch.number > last] if last else unused
+        for batch in self._waiting:
+            batch.let_go()
+
+    # ---- the step
 
     def take(self) -> StepBatch:
         """The samples of the step that is about to be made; forgets them.
@@ -295,90 +383,99 @@ class BatchLedger:
         Raises:
             UnknownBatchError: if they cannot be told.
         """
-        self._steps += 1
-        if (step := self._take_lone()) is not None:
-            return step
-        self._lone = self._last = None
-        batches: Sequence[MicroBatch] = self._made_step or self._training_batches()
-        loose, losses, given, is_unclear = self._loose_rng, self._losses, self._given, self._is_unclear
-        if self._drawn or self._ahead:
-            self._lay_aside()
-        self._left = None
-        self._made_step, self._losses, self._loose_rng, self._is_unclear = [], [], None, False
-        self._given, self._given_is_open = [], False
+        with self._lock:
+            if self._thread not in (0, threading.get_ident()):
+                raise UnknownBatchError(
+                    "The optimizer steps in another thread than the one that calls the model, so it cannot be told "
+                    f"which batches made the step. {_HINT}"
+                )
+            self._steps += 1
+            self._forwards.clear()
+            return self._take_lone() or self._take_all()
+
+    def _take_all(self) -> StepBatch:
+        made, losses, given = self._made, self._losses, self._given
+        self._made, self._losses, self._given, self._given_is_open = [], [], [], False
         if given:
-            if len(given) == len(batches):
-                for named, drawn in zip(given, batches, strict=True):
-                    named.contents = drawn.contents
-            if batches:
-                self._count_epoch(batches[-1])
-            self._first = False
-            return step_of(given, losses, loose)
-        self._check_known(batches)
-        if is_unclear:
-            raise UnknownBatchError(
-                "Two loaders over the same data handed out a batch before this step, and it cannot be told which of "
-                f"them the model was called on. {_HINT}"
-            )
+            return self._take_given(given, made, losses)
+        batches = self._batches_of(made)
         self._count_epoch(batches[-1])
         self._first = False
         for batch in batches:
             if batch.sketch is not None:
                 self._sums.note(batch.ids)
-        return step_of(batches, losses, loose)
+        return step_of(batches, losses, None)
+
+    def _take_given(self, given: list[MicroBatch], made: list[Use], losses: list[Tensor | float]) -> StepBatch:
+        """The step whose samples the user has named."""
+        batches = list({id(use.batch): use.batch for use in made if use.batch is not None}.values())
+        if len(given) == len(batches):
+            for named, drawn in zip(given, batches, strict=True):
+                named.contents = drawn.contents
+        if batches:
+            self._count_epoch(batches[-1])
+        self._first = False
+        return step_of(given, losses, next((use.states for use in made if use.states is not None), None))
+
+    def _batches_of(self, made: list[Use]) -> list[MicroBatch]:
+        """The batches of these uses in the order they were drawn, each with its passes.
+
+        Raises:
+            UnknownBatchError: one of them cannot be told, or they are of two data sets.
+        """
+        if not made:
+            raise UnknownBatchError(_why_none())
+        for use in made:
+            if use.batch is None:
+                raise UnknownBatchError(use.why)
+        made = self._of_one_set(made)
+        batches = {id(use.batch): use.batch for use in made if use.batch is not None}
+        for batch in batches.values():
+            if batch.ids is None:
+                raise UnknownBatchError(_why_unknown(batch.loader))
+            batch.passes = [(use.size, use.states) for use in made if use.batch is batch and use.states is not None]
+        return sorted(batches.values(), key=lambda batch: batch.number)
+
+    def _of_one_set(self, made: list[Use]) -> list[Use]:
+        """These uses, if they are of one data set.
+
+        Raises:
+            UnknownBatchError: they are of two.
+        """
+        known = {id(use.batch.loader.dataset): use.batch.loader.dataset for use in made if use.batch is not None}
+        if len(known) > 1:
+            names = " and ".join(type(dataset).__name__ for dataset in known.values())
+            raise UnknownBatchError(
+                f"This step was made of batches of {len(known)} data sets ({names}), and a recording has the samples "
+                "of one. Name its loader, trajrec.record(loader=...), if the other one is no training data, or "
+                f"train on one data set that holds both (torch.utils.data.ConcatDataset). {_HINT}"
+            )
+        if self.dataset is not None and id(self.dataset) not in known:
+            raise UnknownBatchError(
+                f"This step was made of a batch of another data set ({type(next(iter(known.values()))).__name__}) than "
+                f"the steps before it ({type(self.dataset).__name__}). {_HINT}"
+            )
+        return made
 
     def _take_lone(self) -> StepBatch | None:
         """The step where all of it is one batch that went through the model once, as most do; else None."""
-        if len(self._made_step) != 1 or self._drawn or self._ahead or self._given or self._is_unclear:
+        if len(self._made) != 1 or self._waiting or self._given or self.dataset is None:
             return None
-        batch = self._made_step[0]
-        if batch.ids is None or len(batch.passes) != 1:
+        use = self._made[0]
+        batch = use.batch
+        if batch is None or batch.ids is None or use.states is None or batch.loader.dataset is not self.dataset:
             return None
         losses = self._losses
-        self._made_step, self._losses, self._loose_rng = [], [], None
+        self._made, self._losses = [], []
+        batch.passes = [(use.size, use.states)]
         if batch.serial != self._last_serial or self._first:
             self._count_epoch(batch)
             self._first = False
         self.seeded_pass = batch.seeded_pass
         if batch.sketch is not None:
             self._sums.note(batch.ids)
-        self._last, batch.content = batch, None
+        batch.content = None
         return alone(batch, losses)
-
-    # ---- the straight way
-
-    def straight(self) -> dict[str, Any] | None:
-        """What the next batch must be like to go through the lane, as fields of it; None if it must not."""
-        last = self._last
-        is_busy = self._drawn or self._ahead or self._made_step or self._given
-        if last is None or is_busy or self.keeps_contents or last.seeded_pass is not None or len(self._losses):
-            return None
-        return {
-            "cleared": self._cleared,
-            "loader": last.loader,
-            "serial": last.serial,
-            "look": self._look_again,
-            "note": self._sums.note,
-            # Python sums every batch of the first epoch.
-            "summed": self._sums.is_whole and (self.epochs > 1 or last.serial != self._last_serial),
-            "look_every": sums.EVERY,
-            "steps": self._steps,
-        }
-
-    def _look_again(self, ids: list[int], content: Any, step: int) -> int | None:
-        return self._sum(ids, content, self._last_serial, step)
-
-    def went_straight(self, steps: int, cleared: bool) -> None:
-        """Takes over from the lane how many steps there were, and whether gradients were set to zero since the last."""
-        self._steps, self._cleared = steps, cleared
-
-    def take_over(self, batch: MicroBatch, loss: float | None) -> None:
-        """Goes on with a batch that the lane has seen drawn, and used in a backward pass if there is a loss."""
-        if loss is None:
-            self._drawn, self._lone = [batch], batch
-        else:
-            batch.spent = len(batch.passes)
-            self._made_step, self._losses = [batch], [loss]
 
     def _count_epoch(self, batch: MicroBatch) -> None:
         self.dataset = batch.loader.dataset if self.dataset is None else self.dataset
@@ -391,15 +488,48 @@ class BatchLedger:
             self._last_serial = batch.serial
             self.epochs += 1
 
-    def _check_known(self, batches: Sequence[MicroBatch]) -> None:
-        if not batches:
-            raise UnknownBatchError(
-                "No batch of a DataLoader was seen that this optimizer step could have been made of: none was drawn, "
-                f"or another step has used it. {_HINT}"
-            )
-        for batch in batches:
-            if batch.ids is None:
-                raise UnknownBatchError(_why_unknown(batch.loader))
+
+def _reached(uses: Sequence[Use], loss: Any) -> list[Use]:
+    """The uses that a gradient comes from, found in autograd's graph from the loss on, nearest nodes first."""
+    sought = {id(token): use for use in uses for mark in use.marks if (token := mark()) is not None}
+    nodes = [tensor.grad_fn for tensor in tensors_in(loss) if tensor.grad_fn is not None]
+    found: dict[int, Use] = {}
+    seen = set(nodes)
+    for node in nodes:  # which grows meanwhile
+        for token in _metadata(node).get(_MARK, ()):
+            if id(token) in sought:
+                found[id(sought[id(token)])] = sought[id(token)]
+        if len(found) == len(sought):
+            break
+        further = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= further
+        nodes.extend(further)
+    return [use for use in uses if id(use) in found]
+
+
+def _metadata(node: Any) -> dict[str, Any]:
+    """A dictionary that lives as long as a node of autograd's graph (torch's stubs take it for a method)."""
+    found: dict[str, Any] = node.metadata
+    return found
+
+
+def _why_none() -> str:
+    return (
+        "No batch of a DataLoader was seen that this optimizer step could have been made of: none was drawn, or "
+        f"another step has used it. {_HINT}"
+    )
+
+
+def _why_several(batches: Sequence[MicroBatch]) -> str:
+    if len({id(batch.loader) for batch in batches}) > 1:
+        return (
+            "Two loaders handed out a batch before this step, and it cannot be told which of them the model was called "
+            f"on: its inputs are neither. {_HINT}"
+        )
+    return (
+        f"{len(batches)} batches were drawn before the model was called, and it cannot be told which of them it was "
+        f"called on: its inputs are none of them. {_HINT}"
+    )
 
 
 def _why_unknown(loader: Any) -> str:

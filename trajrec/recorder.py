@@ -9,14 +9,20 @@
 Everything is read, nothing is written: the training and its random numbers are the same to the bit with and
 without a recorder. Random generator states are compared before the first forward pass and before the step, and
 recorded only for steps that consumed randomness. What the recorder itself cost is timed and reported.
+
+The recorder never ends a training. All its hooks are behind one guard (`trajrec.guard`): what it cannot follow, or
+fails at, is said once, recording stops there, and the steps that follow are counted as a gap. `strict` raises it.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,13 +31,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
-from trajrec.batches import MicroBatch, StepBatch
-from trajrec.capture import Capture
+from trajrec import capture
+from trajrec.batches import StepBatch
 from trajrec.contents import arrays_of
 from trajrec.devicecopy import RowCopy
 from trajrec.discovery import Discovery, companions, parameters_of
-from trajrec.errors import RecordingError
+from trajrec.errors import RecordingError, TrajrecError
 from trajrec.generators import Generators, consumed
+from trajrec.guard import Guard
 from trajrec.ledger import BatchLedger
 from trajrec.nesting import is_within_step
 from trajrec.records import NO_IDS, FloatArray, Inputs, LiveKeyframe, StepRecord
@@ -40,11 +47,9 @@ from trajrec.rules import check_recordable, rehearse
 from trajrec.seeding import find_seeded
 from trajrec.sink import Sink, Summary
 from trajrec.snapshot import Snapshot, copy_row
-from trajrec.straight import Kind, Stage, Straight
 from trajrec.task import file_sha256, task_file
 
-if TYPE_CHECKING:
-    from trajrec.lane import Lane
+logger = logging.getLogger("trajrec")
 
 
 @dataclass(slots=True)
@@ -55,6 +60,24 @@ class Pending:
     hyper: FloatArray
     rng: bytes = b""
     changes: bytes = b""
+
+
+class ModelHook:
+    """Stands in the model's hooks; copies and pickles of the model do not take the recorder along."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        """Before or after a forward pass."""
+        self._call(*args)
+
+    def __deepcopy__(self, _: Any) -> ModelHook:
+        return self
+
+    def __reduce__(self) -> Any:
+        # A hook that hands everything on as it is, and needs nothing of ours where the model is loaded.
+        return getattr, (nullcontext(), "__exit__")
 
 
 class Recorder:
@@ -68,6 +91,12 @@ class Recorder:
         loader: the training loader or loaders; None to watch all.
         task: "FILE.py:ATTR" to be noted in the recording.
         inputs: "store" to keep what the loader yielded, "digest" to keep checksums of it.
+        strict: raise what cannot be recorded into the training, instead of going on without recording.
+
+    Attributes:
+        problem: why recording has stopped, in words; None as long as it has not.
+        summary: what was written, once the recording has ended.
+        is_abandoned: whether this is the copy in a forked child, which records nothing.
     """
 
     def __init__(
@@ -79,6 +108,7 @@ class Recorder:
         loader: Any = None,
         task: str | None = None,
         inputs: Literal["digest", "store"] = "digest",
+        strict: bool = False,
     ) -> None:
         if inputs not in ("digest", "store"):
             raise ValueError(f'inputs is "digest" or "store"; found {inputs!r}.')
@@ -89,15 +119,17 @@ class Recorder:
         self._round = Round(self.optimizers)
         self.task = task
         self.summary: Summary | None = None
+        self.problem: str | None = None
+        self.is_abandoned = False
+        self._strict = strict
+        self._guard = Guard(self._fail, strict)
         loaders = None if loader is None else list(loader) if isinstance(loader, list | tuple) else [loader]
         for given in loaders or ():
             if not isinstance(given, DataLoader):
                 raise RecordingError(f"loader= takes the DataLoader of the training, not {type(given).__name__}.")
         self.ledger = BatchLedger(loaders, keeps_contents=inputs == "store")
         self._watch = self.ledger.watch
-        self._straight = Straight(self._take_over, self._renew, self._onward, self._settle)
-        self.ledger.lane = self._straight.lane
-        self._capture = Capture(self.ledger, self._straight)
+        self._ear = Ear(self)
         self._discovery = Discovery(self.ledger) if model is None else None
         self._handles: list[Any] = []
         self._snapshot: Snapshot | None = None
@@ -106,6 +138,9 @@ class Recorder:
         self._began = self._ended = 0.0
         self._last_keyframe = -1
         self._inner_steps = 0
+        self._is_made = False  # the present step has changed the weights, and is not recorded yet
+        self._last_crc32 = 0
+        self._prepared_at = 0  # backward passes seen by then
         self._rates: list[float] = []
         self._hyper: FloatArray | None = None
         self._first_batch: StepBatch | None = None
@@ -116,7 +151,6 @@ class Recorder:
     @property
     def seconds(self) -> float:
         """CPU seconds that recording has taken from the training thread, since the second step."""
-        self._straight.settle()
         return self._watch.seconds
 
     @property
@@ -125,73 +159,115 @@ class Recorder:
         return (self._ended or time.thread_time()) - self._began
 
     def __enter__(self) -> Recorder:
+        self._guard.run(self._install)
+        return self
+
+    def _install(self) -> None:
+        _refuse_several_processes()
         for optimizer in self.optimizers:
             check_recordable(optimizer)
-        self._capture.install()
+        capture.watch(self._ear)
+        guarded = self._guard.around
         if self._discovery is not None:
-            self._discovery.install()
+            self._discovery.install(guarded)
         if self.model is not None:
             self._watch_model(self.model)
-        before = self._straight.hook(Kind.BEFORE, self._before_step)
-        after = self._straight.hook(Kind.AFTER, self._after_step)
+        before, after = guarded(self._before_step), self._after_step_or_gap
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(before))
             self._handles.append(optimizer.register_step_post_hook(after))
         if not self.optimizers:
             self._handles.append(register_optimizer_step_pre_hook(before))
             self._handles.append(register_optimizer_step_post_hook(after))
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        self._detach()
+        if self.is_abandoned:
+            return
         self._ended = time.thread_time()
         # `sys.exit(main())` is how many a script ends well.
         complete = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
-        if self.close(complete) is None and complete and self.optimizers:
+        with suppress(Exception) if error is not None else nullcontext():  # the script's own error is the one to show
+            self._guard.run(self._detach)
+            if complete:
+                self._guard.run(self._check_whole)
+            self._guard.run(self.close, complete)
+
+    def _check_whole(self) -> None:
+        """Checks that what was made was recorded.
+
+        Raises:
+            RecordingError: it was not.
+        """
+        if self._guard.is_open and self._snapshot is None and self.optimizers:
             raise RecordingError(
                 f"The {type(self.optimizers[0]).__name__} optimizer that was given made no step: nothing was recorded. "
                 "Pass the optimizer that the loop steps: trajrec.record(optimizer=...)."
             )
-        if complete:
+        if self._guard.is_open:
             self._round.check_complete()
+            self._check_pending()
 
     def _detach(self) -> None:
-        try:
-            self._straight.end()
-        finally:
-            self._unhook()
-
-    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._capture.remove()
+        capture.unwatch(self._ear)
         if self._discovery is not None:
             self._discovery.remove()
+
+    def abandon(self) -> None:
+        """Makes this the recorder of a forked child: it hears nothing, writes nothing and ends nothing."""
+        self.is_abandoned, self._guard.is_open = True, False
+        with suppress(Exception):
+            self.sink.abandon()
+
+    def _fail(self, error: Exception) -> None:
+        """Says what recording has failed at, and stops it there; the steps from here on are a gap."""
+        if self.is_abandoned:
+            return
+        known = isinstance(error, TrajrecError)
+        self.problem = str(error) if known else f"The recorder failed: {type(error).__name__}: {error}"
+        first = self._step if self._is_made else self._step + 1
+        kept = f"The {first - 1:,} steps before are kept. " if first > 1 and self._snapshot is not None else ""
+        logger.log(
+            logging.ERROR if _speaks() else logging.DEBUG,
+            "trajrec: %s\nThe training goes on WITHOUT RECORDING from step %s on. %s(strict=True, or --strict, raises "
+            "this instead.)",
+            *(self.problem, f"{first:,}", kept),
+        )
+        logger.debug("Where it came from:", exc_info=error)
+        with suppress(Exception):
+            self.sink.stop(self.problem)
+            if self._is_made and self._snapshot is not None:
+                self.sink.note_gap(self._step)
+        self._pending = self._first_batch = self._travelling = None
+        self._is_made = False
 
     def close(self, complete: bool) -> Summary | None:
         """Ends the recording. Returns what was written, or None if there was no step."""
         if self._snapshot is None:
             return None
-        self._flush()
-        if self._last_keyframe != self._step:
+        if self.problem is None:
+            self._flush()
+        if self.problem is None and self._last_keyframe != self._step:
             # Timed like one within a hook: what is rare is taken out of the hook that it happens in.
             began = self._watch.start()
             self._keyframe()
             self._watch.stop(began)
-        self.summary = self.sink.close(complete)
+        self.summary = self.sink.close(complete and self.problem is None)
         return self.summary
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def _watch_model(self, model: nn.Module) -> None:
         self._generators = Generators(next(model.parameters()).device)
-        call, is_compiled = self._on_forward, getattr(model, "_compiled_call_impl", None) is not None
-        if is_compiled:
-            # Compiled in place: the compiler would look into the hook, which is no part of the model.
-            call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        hook = self._straight.forward_hook(call, is_compiled)
-        self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+        enter, leave = self._guard.around(self._on_forward), self._guard.around(self._on_forwarded)
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            # Compiled in place: the compiler would look into the hooks, which are no part of the model.
+            enter = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
+            leave = torch.compiler.disable(leave)  # type: ignore[no-untyped-call]
+        self._handles.append(model.register_forward_pre_hook(ModelHook(enter), with_kwargs=True))
+        self._handles.append(model.register_forward_hook(ModelHook(leave)))
         self.ledger.owners += [model, *self.optimizers]
         self.ledger.ask_for_gradients(self._has_gradients)
 
@@ -208,6 +284,12 @@ class Recorder:
         self.ledger.forward(torch.is_grad_enabled(), module.training, given, self._generators.states)
         self._watch.stop(began)
 
+    def _on_forwarded(self, module: nn.Module, _: Any, outputs: Any) -> None:
+        if module is self.model and torch.is_grad_enabled():
+            began = self._watch.start()
+            self.ledger.forwarded(outputs)
+            self._watch.stop(began)
+
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if self.optimizers and not self._is_ours(optimizer):
             self._refuse_second(optimizer)
@@ -222,6 +304,8 @@ class Recorder:
                 "yourself and then optimizer.step() without a closure."
             )
         began = self._watch.start()
+        if not self._round.is_open:
+            self._check_pending()
         if self._snapshot is None:
             self._begin(optimizer)
         if self._round.begin(optimizer, self.ledger.backwards):
@@ -230,12 +314,35 @@ class Recorder:
             self._pending = self._with_hyper_of(optimizer)
         self._watch.stop(began)
 
+    def _check_pending(self) -> None:
+        """Checks that the step before has come to its end.
+
+        Raises:
+            RecordingError: it was made, but an error came out of it before it could be recorded.
+        """
+        if self._pending is None or self._snapshot is None:
+            return
+        pending, self._pending = self._pending, None
+        self._flush()
+        is_still = self._snapshot.copy(None) == self._last_crc32
+        if is_still and all(self._snapshot.rates(pending.hyper) or [0.0]):
+            # It failed before it had changed anything, and may be tried again.
+            self._first_batch = pending.batch if self.ledger.backwards == self._prepared_at else None
+            return
+        self._step += 1
+        self._is_made = True
+        raise RecordingError(
+            f"Step {self._step} changed the weights, but an error in optimizer.step(), or in a hook of yours on it, "
+            "kept it from being recorded. Let hooks on the optimizer's step not raise."
+        )
+
     def _is_ours(self, optimizer: Optimizer) -> bool:
         return optimizer is self.optimizers[0] or any(optimizer is known for known in self.optimizers[1:])
 
     def _prepare(self) -> Pending:
         """What the coming step uses."""
         assert self._snapshot is not None
+        self._prepared_at = self.ledger.backwards
         batch = self._first_batch or self.ledger.take()
         self._first_batch = None
         made_for = self.ledger.seeded_pass
@@ -257,6 +364,15 @@ class Recorder:
         hyper[rows] = self._snapshot.hyper()[rows]
         return replace(self._pending, hyper=hyper)
 
+    def _after_step_or_gap(self, optimizer: Optimizer, *rest: Any) -> None:
+        if self._guard.is_open:
+            self._guard.run(self._after_step, optimizer, *rest)
+        elif not self.is_abandoned and optimizer is (self.optimizers or [optimizer])[-1]:
+            self._step += 1
+            if self._snapshot is not None:
+                with suppress(Exception):
+                    self.sink.note_gap(self._step)
+
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if self._pending is None or self._snapshot is None or not self._is_ours(optimizer):
             return
@@ -268,7 +384,9 @@ class Recorder:
         began = self._watch.start()
         pending, self._pending = self._pending, None
         self._step += 1
+        self._is_made = True
         self._commit(pending)
+        self._is_made = False
         if self.sink.wants_keyframe(self._step):
             self._keyframe()
         self._watch.stop(began)
@@ -277,62 +395,12 @@ class Recorder:
             # Starting (a process, a file) is not what recording costs a step: the clocks begin with the second one.
             self._watch.reset()
             self._began = time.thread_time()
-        if self._straight.is_open(self._step):
-            self._go_straight()
-
-    # -- the straight way ------------------------------------------------------------------------------------------
-
-    def _go_straight(self) -> None:
-        """Leaves the next step to the lane, if it may be like the last one."""
-        assert self._snapshot is not None
-        if len(self.optimizers) > 1 or self._transfer is not None or self._snapshot.model is not self.model:
-            return
-        books, ring = self.ledger.straight(), self.sink.straight(self._step + 1)
-        state = None if books is None or ring is None else self._snapshot.straight()
-        if books is None or ring is None or state is None:
-            return
-        around = {"model": self.model, "optimizer": self.optimizers[0], "watched": self._watch.steps}
-        before_us = self._step - books.pop("steps")
-        fields = {**books, **ring, **state, **around, "epoch": self._epoch(), "before_us": before_us}
-        self._straight.enter(self._step, fields.pop("map"), fields)
-
-    def _renew(self) -> tuple[Any, bytes] | None:
-        """An option has changed since the last step, as a schedule does it."""
-        assert self._snapshot is not None
-        if self._hides_state(self._snapshot.hyper()):
-            self._keyframe()
-        if self.sink.straight(self._step + 1) is None:
-            return None
-        return self._snapshot.straight_options()
-
-    def _onward(self) -> dict[str, Any] | None:
-        """What is due after the step at which a stretch of the ring ends; the fields of the next stretch."""
-        if self.sink.wants_keyframe(self._step):
-            self._keyframe()
-        ring = self.sink.straight(self._step + 1)
-        return None if ring is None else {name: ring[name] for name in ("stop", "arena_until")}
-
-    def _settle(self, lane: Lane) -> None:
-        """Takes over what the lane has counted; steps only as long as it goes on, because then Python counts itself."""
-        self._watch.catch_up(lane.counted, lane.looked, lane.seconds)
-        if lane.stage != Stage.OFF:
-            self._step = lane.entry - 1
-            self.ledger.went_straight(self._step - lane.before_us, bool(lane.cleared))
-            self.sink.went_straight(self._step, lane.arena_head)
-
-    def _take_over(self, stage: Stage, batch: MicroBatch, lane: Lane) -> None:
-        """Goes on with a step that began in the lane."""
-        assert self._snapshot is not None
-        self.ledger.take_over(batch, lane.loss if stage in (Stage.BACKWARD, Stage.PREPARED) else None)
-        if stage is Stage.PREPARED:
-            # As it was before the step, which may have changed it.
-            hyper = np.frombuffer(lane.hyper, dtype=np.float64).reshape(lane.groups, lane.names)
-            self._pending = Pending(self.ledger.take(), hyper, lane.rng or b"")
 
     # -- the first step ------------------------------------------------------------------------------------------
 
     def _begin(self, optimizer: Optimizer) -> None:
         self._began = time.thread_time()
+        _refuse_several_processes()
         check_recordable(optimizer)
         if self.model is None:
             assert self._discovery is not None
@@ -399,7 +467,8 @@ class Recorder:
             self._store_inputs(pending.batch)
             row = self.sink.reserve()
             self._keeps_rows = row is not None
-            self.sink.commit(self._record(pending, pending.batch.loss, self._snapshot.copy(row)))
+            self._last_crc32 = self._snapshot.copy(row)
+            self.sink.commit(self._record(pending, pending.batch.loss, self._last_crc32))
             return
         self._flush()
         self._store_inputs(pending.batch)
@@ -445,7 +514,8 @@ class Recorder:
         record, self._travelling = self._travelling, None
         row = self.sink.reserve()
         self._keeps_rows = row is not None
-        self.sink.commit(replace(record, loss=loss, crc32=copy_row(source, row)))
+        self._last_crc32 = copy_row(source, row)
+        self.sink.commit(replace(record, loss=loss, crc32=self._last_crc32))
 
     def _hides_state(self, hyper: FloatArray) -> bool:
         """Whether a learning rate has just risen from zero.
@@ -481,3 +551,56 @@ def _listed(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     if len(optimizers) > 1 and len(set(held)) < len(held):
         raise RecordingError("Two of the optimizers hold the same parameter: only one may step it.")
     return optimizers
+
+
+class Ear:
+    """What a recorder hears of the loop (`trajrec.capture.Listener`), behind its guard."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        ledger, watch, guarded = recorder.ledger, recorder.ledger.watch, recorder._guard.around
+        self.abandon, self.failed = recorder.abandon, recorder._guard.give
+        self.begin_pass = guarded(ledger.begin_pass)
+        self.give = guarded(ledger.give)
+        self.cleared = guarded(ledger.cleared)
+        self.draw = guarded(_timed(watch, ledger.draw))
+        self.backward = guarded(_timed(watch, ledger.backward))
+
+
+def _timed(watch: Any, call: Callable[..., None]) -> Callable[..., None]:
+    def timed(*args: Any) -> None:
+        began = watch.start()
+        call(*args)
+        watch.stop(began)
+
+    return timed
+
+
+def _refuse_several_processes() -> None:
+    """Refuses a training by several processes.
+
+    Raises:
+        RecordingError: this is one of several.
+    """
+    count = processes()
+    if count > 1:
+        raise RecordingError(SEVERAL_PROCESSES.format(count=count))
+
+
+SEVERAL_PROCESSES = (
+    "This training runs as {count} processes. Each step is made of the samples of all of them, and trajrec records "
+    "trainings by one process only, for now: run the script with one process to record it."
+)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one of several that says what all of them would."""
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many processes train together, as far as torch or its launcher says."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1

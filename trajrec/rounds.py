@@ -23,6 +23,11 @@ class Round:
         self._stepped: list[Optimizer] = []
         self._backwards = -1
 
+    @property
+    def is_open(self) -> bool:
+        """Whether some have stepped, and others have not."""
+        return bool(self._stepped)
+
     def begin(self, optimizer: Optimizer, backwards: int) -> bool:
         """Takes note that an optimizer is about to step, after so many backward passes. Whether it is the first to.
 

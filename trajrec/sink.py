@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -66,12 +66,6 @@ class Sink(Protocol):
         Arrays may be in `Parts`, and are good until it returns: training goes on in their memory.
         """
 
-    def straight(self, step: int) -> dict[str, Any] | None:
-        """Where the lane (`trajrec.straight`) may publish this and the next steps by itself; None if it must not."""
-
-    def went_straight(self, step: int, arena_head: int) -> None:
-        """The lane has published the steps up to this one, and records in the arena up to there."""
-
     def close(self, complete: bool) -> Summary:
         """Ends the run; `complete` is False when training was cut off."""
 
@@ -118,12 +112,6 @@ class MemorySink:
     def keyframe(self, keyframe: LiveKeyframe) -> None:
         """Takes the state after a committed step."""
         self.keyframes.append(keyframe.copied())
-
-    def straight(self, step: int) -> None:
-        """Every step is committed."""
-
-    def went_straight(self, step: int, arena_head: int) -> None:
-        """None has."""
 
     def close(self, complete: bool) -> Summary:
         """Ends the run."""

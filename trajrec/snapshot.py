@@ -65,6 +65,7 @@ class Snapshot:
         self._options: list[list[Any]] = []
         self._has_tensors = False
         self._values = list(self.parameters.values())
+        self._kinds = [(p.dtype, tuple(p.shape)) for p in self._values]
         self._places: list[int] = []
         self._views: list[npt.NDArray[Any]] = []
         self._flats: dict[tuple[str, int], tuple[Tensor, int, npt.NDArray[Any]]] = {}
@@ -269,9 +270,25 @@ class Snapshot:
         """
         places = [p.data_ptr() for p in self._values]
         if places != self._places:
+            self._check_same()
             self._places = places if all(self._is_seen(p) for p in self._values) else []
             self._views = [p.detach().to("cpu", self.dtype).reshape(-1).numpy() for p in self._values]
         return self._views
+
+    def _check_same(self) -> None:
+        """Checks that parameters are what they were at the first step, wherever they lie now.
+
+        Raises:
+            RecordingError: one has become another.
+        """
+        now = [(p.dtype, tuple(p.shape)) for p in self._values]
+        for name, before, after in zip(self.parameters, self._kinds, now, strict=True):
+            if before != after:
+                raise RecordingError(
+                    f"Parameter {name} was {_kind_name(*before)} at the first step and has become "
+                    f"{_kind_name(*after)}. Rows of one recording have one form: record the two parts of the training "
+                    "as separate runs."
+                )
 
     def _is_seen(self, p: Tensor) -> bool:
         return p.device.type == "cpu" and p.dtype == self.dtype and p.is_contiguous()
@@ -286,44 +303,6 @@ class Snapshot:
             rows = [[_number(group, key, place) for key, place in self._keys] for group in self.param_groups]
             self._hyper = np.array(rows, dtype=np.float64)
         return self._hyper
-
-    def straight(self) -> dict[str, Any] | None:
-        """What a step must find to go through the lane (`trajrec.straight`), as fields of it; None if it must not.
-
-        Only where the weights are seen in memory as they are, and everything that may draw is the CPU's generator.
-        """
-        is_plain = self._hyper is not None and not self._has_tensors and self.model.training
-        is_seen = bool(self._places) and self.generators.device.type == "cpu" and not self._is_shared()
-        if self._hyper is None or not is_plain or not is_seen:
-            return None
-        sizes, modes, grads, _ = self._seen
-        return {
-            "modules": tuple(self._modules),
-            "modes": tuple(modes),
-            "optimized": tuple(self._optimized),
-            "grads": tuple(grads),
-            "values": tuple(self._values),
-            "views": tuple(self._views),
-            "pointers": tuple(self._places),
-            "keys": tuple(self._options_read),
-            "sizes": tuple(sizes),
-            # As the last step found them: what has changed since then, a step must find changed.
-            "options": tuple(map(tuple, self._options)),
-            "hyper": self._hyper.tobytes(),
-            "groups": len(sizes),
-            "names": len(self.names),
-            "get_state": torch.default_generator.get_state,
-            "state_bytes": len(torch.default_generator.get_state()),
-        }
-
-    def _is_shared(self) -> bool:
-        """Whether other processes may be changing the weights."""
-        return any(p.is_shared() for p in self._values)  # type: ignore[no-untyped-call]
-
-    def straight_options(self) -> tuple[Any, bytes] | None:
-        """The options of all groups as they are, and the hyperparameters [G, H] as bytes; None if any is a tensor."""
-        hyper = self.hyper()
-        return None if self._has_tensors else (tuple(map(tuple, self._options)), hyper.tobytes())
 
     def rates(self, hyper: FloatArray) -> list[float]:
         """The learning rate of each group, of hyperparameters [G, H]."""
@@ -409,6 +388,10 @@ def _groups_of(groups: Sequence[dict[str, Any]]) -> dict[int, int]:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _kind_name(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{_dtype_name(dtype)} of shape {list(shape)}"
 
 
 def _is_plain(value: Any) -> bool:

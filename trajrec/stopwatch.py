@@ -31,18 +31,6 @@ class Stopwatch:
         """CPU seconds since the last reset."""
         return self._sum * (self._steps / self._looked if self._looked else 1.0) + self._rare
 
-    @property
-    def steps(self) -> int:
-        """Steps since the last reset."""
-        return self._steps
-
-    def catch_up(self, steps: int, looked: int, seconds: float) -> None:
-        """Takes over what the lane (`trajrec.straight`) has counted: some more steps, and what the timed ones took."""
-        self._steps += steps
-        self._looked += looked
-        self._sum += seconds
-        self.looks = self._steps % EVERY == 0
-
     def next_step(self) -> None:
         """A step has ended."""
         self._steps += 1

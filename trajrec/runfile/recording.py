@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -251,24 +251,6 @@ class RunFileSink:
         if not self._ring.gaps():
             self._ring.set(Control.GAP_FIRST, step)
         self._ring.set(Control.GAP_LAST, step)
-
-    def straight(self, step: int) -> dict[str, Any] | None:
-        """Where the lane may publish this and the next steps by itself: fields of it; None if it must not.
-
-        Up to a step after which the writer is looked after or a keyframe is due, or before which the budget is.
-        """
-        is_ready = step == self._next and not self._stopped and not self._resuming and self._spec.inputs != "store"
-        if not is_ready or (self._budget is not None and step % self._geometry.chunk_rows == 0):
-            return None
-        end = 1 + min(step + -(step + 1) % self._pause, step + -step % self._interval)
-        return self._ring.straight(end)
-
-    def went_straight(self, step: int, arena_head: int) -> None:
-        """The lane has published the steps up to this one, and records in the arena up to there."""
-        self._ring.went_straight(arena_head)
-        if step >= self._next:
-            self._next = step + 1
-            self._glance()
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""

@@ -29,7 +29,6 @@ import os
 import struct
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -181,27 +180,6 @@ class Ring:
         self._enter(entry, place, len(data), data)
         self._arena_head = place + len(data)
         return True
-
-    def straight(self, end: int) -> dict[str, Any]:
-        """What the lane (`trajrec.straight`) needs to open and publish entries before `end`, as fields of it."""
-        geometry = self.geometry
-        self._free_until = self.get(Control.TAIL) + geometry.slots
-        return {
-            "map": self._map,
-            "stop": min(end, self._free_until),
-            "slots": geometry.slots,
-            "slots_at": PAGE,
-            "arena_at": self._arena,
-            "arena_bytes": geometry.arena_bytes,
-            "arena_head": self._arena_head,
-            "arena_until": self._arena_until,
-            "rows_at": _rows_at(geometry),
-            "row_bytes": geometry.row_bytes,
-        }
-
-    def went_straight(self, arena_head: int) -> None:
-        """The lane has put records into the arena up to there."""
-        self._arena_head = arena_head
 
     def pending_bytes(self, entry: int) -> int:
         """Bytes of rows and records of the entries before `entry` that are not sealed."""

@@ -1,0 +1,64 @@
+"""One guard around all hooks of a recorder: whatever happens in a hook, the training goes on as it would without it.
+
+    hook        runs; what it returns is returned
+    hook fails  strict: the error goes on into the training. Otherwise the recorder is told once, and from then on
+                every guarded hook returns at once; what the training does itself is not touched by any of it
+    forked      a child of the recorded process has no recorder: guarded hooks return at once there
+
+Ctrl-C and `sys.exit` are no failures of a hook and pass through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+
+class Guard:
+    """Keeps what hooks raise away from the training.
+
+    Args:
+        failed: called once with the error of the hook that failed.
+        strict: whether errors go on into the training instead.
+
+    Attributes:
+        is_open: whether hooks are still called.
+    """
+
+    def __init__(self, failed: Callable[[Exception], None], strict: bool = False) -> None:
+        self.is_open = True
+        self._failed = failed
+        self._strict = strict
+
+    def around(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, guarded; None is returned in its place where it fails or is not called any more."""
+
+        @wraps(hook)
+        def guarded(*args: Any, **named: Any) -> Any:
+            return self.run(hook, *args, **named) if self.is_open else None
+
+        return guarded
+
+    def run(self, hook: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Calls a hook, whether or not hooks are still called.
+
+        Raises:
+            Exception: what the hook raises, where the guard is strict.
+        """
+        try:
+            return hook(*args, **named)
+        except Exception as error:
+            self.give(error)
+
+    def give(self, error: Exception) -> None:
+        """Ends all hooks because of an error; a second one is not told.
+
+        Raises:
+            Exception: that error, where the guard is strict.
+        """
+        if self._strict:
+            raise error
+        if self.is_open:
+            self.is_open = False
+            self._failed(error)
