@@ -11,6 +11,12 @@ A sink hands out the row that the next step's weights are to be copied into, so 
     if sink.wants_keyframe(t):        # after the commit of step t
         sink.keyframe(keyframe)       # with "weights" where reserve() gives None
     summary = sink.close(complete=True)
+
+Where recording ends before the training does:
+
+    sink.stop(why)                    from now on nothing is kept; what was recorded is
+    sink.note_gap(t)                  or commit(record): step t went unrecorded
+    sink.abandon()                    in a process that was forked: it has no part in the recording
 """
 
 from __future__ import annotations
@@ -26,12 +32,21 @@ from trajrec.records import Inputs, Keyframe, LiveKeyframe, Row, RunSpec, StepRe
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a sink has written: the path, steps, size in bytes, gaps (steps that were not recorded)."""
+    """What a sink has written.
+
+    Attributes:
+        path: where it is; None if nothing was recorded, or not in a file.
+        steps: how many.
+        size: in bytes.
+        gaps: first and last step of stretches that were not recorded.
+        stopped: why recording ended before the training; None if it did not.
+    """
 
     path: Path | None
     steps: int
     size: int
     gaps: tuple[tuple[int, int], ...] = ()
+    stopped: str | None = None
 
 
 class Sink(Protocol):
@@ -66,6 +81,18 @@ class Sink(Protocol):
         Arrays may be in `Parts`, and are good until it returns: training goes on in their memory.
         """
 
+    def stop(self, reason: str) -> None:
+        """Ends recording, and not the run: what comes now is noted as a gap. Never raises, whatever state it is in."""
+
+    def note_gap(self, step: int) -> None:
+        """Notes that a step goes unrecorded; recording has stopped then, if it had not. Never raises."""
+
+    def abandon(self) -> None:
+        """Gives up the copy of this sink in a process that was forked, for which every call does nothing from now on.
+
+        The recording goes on in the process that it was forked from.
+        """
+
     def close(self, complete: bool) -> Summary:
         """Ends the run; `complete` is False when training was cut off."""
 
@@ -83,6 +110,8 @@ class MemorySink:
         self.keyframes: list[Keyframe] = []
         self.stored: dict[int, Inputs] = {}
         self.complete: bool | None = None
+        self.stopped: str | None = None
+        self.gap: tuple[int, int] | None = None
         self._row: Row | None = None
 
     def open(self, spec: RunSpec) -> None:
@@ -97,23 +126,42 @@ class MemorySink:
 
     def commit(self, record: StepRecord) -> None:
         """Publishes the reserved row together with its record."""
+        if self.stopped is not None:
+            self.note_gap(record.step)
+            return
         assert self._row is not None
         self.rows.append(self._row)
         self.records.append(record)
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""
-        return step % self.interval == 0
+        return step % self.interval == 0 and self.stopped is None
 
     def inputs(self, inputs: Inputs) -> None:
         """Takes the inputs of the step that is committed next."""
-        self.stored[inputs.step] = inputs
+        if self.stopped is None:
+            self.stored[inputs.step] = inputs
 
     def keyframe(self, keyframe: LiveKeyframe) -> None:
         """Takes the state after a committed step."""
-        self.keyframes.append(keyframe.copied())
+        if keyframe.step < len(self.records):
+            self.keyframes.append(keyframe.copied())
+
+    def stop(self, reason: str) -> None:
+        """Ends recording; what comes now is a gap."""
+        self.stopped = self.stopped or reason
+
+    def note_gap(self, step: int) -> None:
+        """Notes that a step goes unrecorded."""
+        self.stop(f"Step {step} was not recorded.")
+        if step >= max(1, len(self.records)):
+            self.gap = (step, step) if self.gap is None else (self.gap[0], max(step, self.gap[1]))
+
+    def abandon(self) -> None:
+        """The memory of a process that was forked is its own."""
 
     def close(self, complete: bool) -> Summary:
         """Ends the run."""
         self.complete = complete
-        return Summary(None, len(self.records) - 1, sum(row.nbytes for row in self.rows))
+        steps, size = max(0, len(self.records) - 1), sum(row.nbytes for row in self.rows)
+        return Summary(None, steps, size, () if self.gap is None else (self.gap,), self.stopped)

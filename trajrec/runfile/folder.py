@@ -13,6 +13,9 @@
     *.tmp, *.part                     unfinished; deleted by whoever comes next
 
 A segment's name says which steps it holds, so the state of a recording can be told without opening a file.
+
+Only files of these names are ever deleted, and only regular ones are written to (files.py): a folder may hold
+something of the user's, or come from a stranger.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from pathlib import Path
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import RunSpec
+from trajrec.runfile import files
 
 SUFFIX = ".rec"
 FORMAT = "trajrec recording"
@@ -38,6 +41,10 @@ _SEGMENT = re.compile(r"segment-(\d{10})-(\d{10})\.h5")
 _KEYFRAME = re.compile(r"keyframe-(\d{10})\.bin")
 _RECORD = re.compile(r"record-(\d{10})\.bin")
 _INPUTS = re.compile(r"inputs-(\d{10})\.bin")
+_STEP = r"(keyframe|record|inputs|staged)-\d{10}"
+_UNFINISHED = re.compile(rf"(manifest\.json|packed\.h5|ring\.bin|{_SEGMENT.pattern}|{_STEP})\.tmp|{_STEP}\.part")
+_ALONE = ("lock", "ring.bin", "staged.bin", "writer.log")  # what says nothing without a manifest
+_IN_PLACE = ("lock", "ring.bin", "staged.bin", "rows.bin", "writer.log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +185,8 @@ class Folder:
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Writes the manifest, durably."""
-        with durable(self.manifest) as tmp:
-            tmp.write_text(manifest.to_json())
+        with durable(self.manifest) as tmp, open(files.fresh(tmp), "w") as file:
+            file.write(manifest.to_json())
 
     def read_manifest(self) -> Manifest:
         """The manifest.
@@ -188,7 +195,7 @@ class Folder:
             NotARunError: there is none. DamagedRunError: its checksum does not match. NewerFormatError: as it says.
         """
         try:
-            head, _, body = self.manifest.read_text().partition("\n")
+            head, _, body = files.read(self.manifest).decode().partition("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise NotARunError(f"{self.path} is not a recording of trajrec: it has no readable manifest.") from error
         try:
@@ -196,25 +203,91 @@ class Folder:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedRunError(f"{self.manifest} is damaged ({error}).") from error
 
+    # ---- what may be written to, and deleted
+
+    def is_bare(self) -> bool:
+        """Whether nothing in the folder belongs to a recording that could be read: at most what a failed start left."""
+        return all(path.name in _ALONE or _UNFINISHED.fullmatch(path.name) for path in self._entries())
+
+    def foreign(self) -> list[Path]:
+        """What is in the folder and no file of a recording, in order."""
+        irregular = self.irregular()
+        return sorted(path for path in self._entries() if path in irregular or not _is_known(path.name))
+
+    def irregular(self) -> set[Path]:
+        """What has a name in the folder and is no regular file, or one written in place that has a second name."""
+        if not self.path.is_dir():
+            return set()
+        with os.scandir(self.path) as entries:
+            return {self.path / entry.name for entry in entries if not _is_regular(entry)}
+
+    def check_regular(self) -> None:
+        """Refuses a folder in which writing could end elsewhere.
+
+        Raises:
+            DamagedRunError: it is a link, or something in it is no regular file.
+        """
+        if files.kind(self.path) == "link":
+            raise files.refusal(self.path, "the folder itself is a link")
+        for path in sorted(self.irregular()):
+            raise files.refusal(path, f"it is {_ARTICLES[files.kind(path)]}")
+
+    def check_readable(self) -> None:
+        """Refuses a folder in which reading could end elsewhere.
+
+        Raises:
+            DamagedRunError: a file of the recording is a link, or no regular file.
+        """
+        for path in sorted(path for path in self.irregular() if _is_known(path.name)):
+            if files.kind(path) not in ("file", ""):
+                raise files.refusal(path, f"it is {_ARTICLES[files.kind(path)]}")
+
     def clear(self) -> None:
-        """Deletes everything but the lock."""
+        """Deletes the recording, but not the lock."""
         for path in self._entries():
-            if path != self.lock:
+            if path != self.lock and _is_known(path.name):
                 path.unlink()
 
     def sweep(self) -> None:
         """Deletes unfinished files of an earlier writer."""
         for path in self._entries():
-            if path.suffix == ".tmp":
+            if path.suffix == ".tmp" and _is_known(path.name):
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Deletes the folder; the manifest goes last, so that what is left of a folder says what it belonged to."""
-        for path in self._entries():
-            if path not in (self.lock, self.manifest):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Deletes the recording, and the folder unless there is something else in it.
+
+        The manifest goes last but the lock, so that what is left of a folder says what it belonged to.
+        """
+        last = (self.manifest, self.lock)
+        for path in [*(p for p in self._entries() if p not in last and _is_known(p.name)), *last]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+
+_ARTICLES = {
+    "link": "a link",
+    "folder": "a folder",
+    "other": "no file",
+    "file": "one that has a second name",
+    "": "gone",
+}
+
+
+def _is_known(name: str) -> bool:
+    """Whether a file of a recording has this name."""
+    patterns = (_SEGMENT, _KEYFRAME, _RECORD, _INPUTS, _UNFINISHED)
+    return name in (*_IN_PLACE, "manifest.json") or any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        if not entry.is_file(follow_symlinks=False):
+            return False
+        return entry.name not in _IN_PLACE or entry.stat(follow_symlinks=False).st_nlink <= 1
+    return True
 
 
 @contextlib.contextmanager
@@ -266,10 +339,19 @@ def _size(path: Path) -> int:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says that there is no room."""
+    """Whether an error, or what it came from, says that there is no room; a limit on the size of files says so, too."""
+    full = (errno.ENOSPC, errno.EDQUOT), ("No space left", "quota exceeded")
+    return _says(error, *full) or is_file_too_large(error)
+
+
+def is_file_too_large(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is a limit on the size of files (`ulimit -f`): waiting does not help."""
+    return _says(error, (errno.EFBIG,), ("File too large",))
+
+
+def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
     while error is not None:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error) or "quota exceeded" in str(error):
+        if getattr(error, "errno", None) in numbers or any(word in str(error) for word in words):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from trajrec.checksum import copy_crc32, crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Inputs, Keyframe, LiveKeyframe, Parts, RunSpec
+from trajrec.runfile import files
 
 MAGIC = b"TRAJKEY1"
 _HEAD = struct.Struct("<8sII")
@@ -89,7 +90,7 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> int:
     """
     part = path.with_suffix(".part")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        fd = files.fresh(part)
         try:
             for piece in pieces:
                 _write(fd, piece)
@@ -140,7 +141,7 @@ def has_inputs(path: Path, spec: RunSpec, step: int) -> bool:
 
 
 def _read(path: Path, what: str, only: str | None) -> tuple[int, _Arrays]:
-    return _arrays(path.read_bytes(), path, what, only)
+    return _arrays(files.read(path), path, what, only)
 
 
 def _arrays(data: bytes | memoryview, path: Path | str, what: str, only: str | None) -> tuple[int, _Arrays]:

@@ -71,7 +71,8 @@ def begin(path: Path, head: Head, spec: RunSpec, rows: int, cache: int | None = 
 
     /weights comes first: where it lies in one piece, it then begins at `HEAD_BYTES`, like the rows of a row file.
     """
-    file = h5py.File(path, "w", libver=LIBVER, locking=False, rdcc_nbytes=cache, **_alignment(head, rows))
+    path.unlink(missing_ok=True)
+    file = h5py.File(path, "x", libver=LIBVER, locking=False, rdcc_nbytes=cache, **_alignment(head, rows))
     shape, dtype = (rows, spec.row_length), np.dtype(spec.dtype).newbyteorder("<")
     hdf5.create(file, "weights", shape, dtype, _weights_plan(head), grows=head.chunks is not None)
     for name, value in _attributes(head, spec).items():

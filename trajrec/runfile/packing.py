@@ -6,11 +6,12 @@ ring and to pack. This process writes no HDF5 either, so a full disk ends in an 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
-from trajrec.errors import DamagedRunError, DiskFullError, NotARunError, OutputExistsError
+from trajrec.errors import DamagedRunError, DiskFullError, NotARunError, OutputExistsError, TrajrecError
 from trajrec.runfile.folder import SUFFIX, Folder, Manifest
 from trajrec.runfile.geometry import Geometry
 from trajrec.runfile.lock import Lock
@@ -27,16 +28,17 @@ def pack(path: str | Path) -> Path:
     Raises:
         NotARunError: there is no recording.
         RecorderBusyError: it is being recorded.
-        DamagedRunError: steps are missing.
-        DiskFullError: no room for the packed file; the folder is left as it was.
+        DamagedRunError: steps are missing or damaged, or a file of the folder is a link; it is left as it was.
+        DiskFullError: no room for the packed file, or a limit on the size of files; the folder is left as it was.
         OutputExistsError: another run has that name.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
     folder = Folder(path) if path.name.endswith(SUFFIX) else Folder.of(path)
     if not folder.path.is_dir():
         if folder.output.is_file():
             return folder.output
         raise NotARunError(f"There is no recording at {path}: neither {folder.output} nor {folder.path} exists.")
+    folder.check_regular()
     lock = Lock(folder.lock)
     try:
         if folder.output.exists():
@@ -55,12 +57,9 @@ def _remove_leftover(folder: Folder) -> Path:
 
 
 def _check_same(folder: Folder) -> None:
-    from trajrec.runfile.stored import StoredRun
+    from trajrec.runfile.stored import holds
 
-    stored = StoredRun(folder.output)
-    same = stored.spec().run_id == folder.read_manifest().spec.run_id
-    stored.close()
-    if not same:
+    if not holds(folder.output, folder.read_manifest().spec.run_id):
         raise OutputExistsError(f"{folder.output} holds another run. Move it away, then pack {folder.path} again.")
 
 
@@ -84,10 +83,24 @@ def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
             writer.wait(0.1)
     finally:
         writer.close()
-    if status is Status.DISK_FULL:
+    if status is not Status.DONE:
         folder.sweep()
-        size = f"{folder.packing_size() / 1e6:.0f} MB"
-        raise DiskFullError(
-            f"The disk is full: packing {folder.path} needs about {size}. Nothing is lost; make room and pack again."
-        )
+        raise _failure(folder, status, writer.reason())
     return folder.output
+
+
+def _failure(folder: Folder, status: Status, reason: str) -> TrajrecError:
+    """The error for a writer that could not pack."""
+    if status is Status.DAMAGED:
+        return DamagedRunError(reason)
+    if status is Status.BLOCKED:
+        return OutputExistsError(reason)
+    size = f"{folder.packing_size() / 1e6:.0f} MB"
+    if status is Status.FILE_TOO_LARGE:
+        return DiskFullError(
+            f"Packing {folder.path} takes a file larger than is allowed here (about {size}; see `ulimit -f`). Nothing "
+            "is lost; raise the limit and pack again."
+        )
+    return DiskFullError(
+        f"The disk is full: packing {folder.path} needs about {size}. Nothing is lost; make room and pack again."
+    )

@@ -3,6 +3,9 @@
 The writer gets a session of its own, so that Ctrl-C and a closed terminal reach only training; training ends the
 recording in order, and the writer follows. It inherits the lock (lock.py), so that nobody else takes the folder
 while it drains the ring of a recorder that was killed. `rework` runs what is done between two writers (rework.py).
+
+A process that was forked from training has copies of the pipe and the lock; it closes them (`WriterProcess.abandon`,
+`Lock.release`) and has no part in the recording.
 """
 
 from __future__ import annotations
@@ -11,15 +14,20 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from trajrec.errors import DiskFullError, RecordingError
+from trajrec.errors import DamagedRunError, DiskFullError, RecordingError
+from trajrec.runfile import files
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import Lock
 from trajrec.runfile.ring import Control, Ring, Status
 
 EXIT_DISK_FULL = 28
 _RESTARTS = 5
+_FINAL = (Status.DONE, Status.DISK_FULL, Status.FILE_TOO_LARGE, Status.DAMAGED, Status.BLOCKED)
+_START = 30.0
+_NAP = 0.01
 
 
 class WriterProcess:
@@ -37,7 +45,7 @@ class WriterProcess:
     def start(self) -> None:
         """Starts a writer."""
         self.ring.set(Control.STATUS, Status.STARTING)
-        with self.folder.log.open("ab") as log:
+        with open(files.in_place(self.folder.log, os.O_CREAT | os.O_APPEND), "ab") as log:
             self._process = subprocess.Popen(
                 _command("writer", self.folder),
                 stdin=subprocess.PIPE,
@@ -58,8 +66,25 @@ class WriterProcess:
         with contextlib.suppress(BrokenPipeError, BlockingIOError):
             self._process.stdin.write(b"w")
 
+    def check_started(self) -> None:
+        """Waits until the writer works; one that takes very long is trusted to.
+
+        Raises:
+            DiskFullError: no room for it.
+            RecordingError: it ended at once.
+        """
+        until = time.monotonic() + _START
+        while self.ring.get(Control.STATUS) == Status.STARTING and time.monotonic() < until:
+            if self.wait(_NAP):
+                break
+        if self.ring.get(Control.STATUS) == Status.DISK_FULL:
+            raise DiskFullError(f"The disk is full: recording cannot begin in {self.folder.path}. Make room.")
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise RecordingError(f"The writer process cannot be started. Its last words: {self.last_words()}")
+
     def status(self) -> Status:
-        """RUNNING, DONE or DISK_FULL; a writer that died otherwise is started again.
+        """RUNNING, or why the writer has ended; one that died of something unforeseen is started again.
 
         Raises:
             RecordingError: it died several times without sealing anything.
@@ -68,7 +93,7 @@ class WriterProcess:
         if self._process.poll() is None:
             return Status.RUNNING
         said = Status(self.ring.get(Control.STATUS))
-        if said in (Status.DONE, Status.DISK_FULL):
+        if said in _FINAL:
             return said
         self._revive()
         return Status.RUNNING
@@ -91,10 +116,14 @@ class WriterProcess:
 
     def last_words(self) -> str:
         """The last line of the writer's log."""
-        with contextlib.suppress(OSError):
-            lines = self.folder.log.read_text(errors="replace").strip().splitlines()
+        with contextlib.suppress(OSError, DamagedRunError):
+            lines = files.read(self.folder.log).decode(errors="replace").strip().splitlines()
             return lines[-1] if lines else "none"
         return "none"
+
+    def reason(self) -> str:
+        """The message of the error that the writer ended with."""
+        return self.last_words().partition("Error: ")[2] or self.last_words()
 
     def wait(self, seconds: float) -> bool:
         """Waits for the writer to end, at most so long; returns whether it has."""
@@ -112,16 +141,31 @@ class WriterProcess:
         self._process.stdin.close()
         self._process.wait()
 
+    def kill(self) -> None:
+        """Ends a writer that has nothing to seal."""
+        assert self._process is not None
+        self._process.kill()
+        self.close()
 
-def rework(folder: Folder, *arguments: str) -> tuple[int, ...] | None:
+    def abandon(self) -> None:
+        """Closes the pipe's copy in a process that was forked; the writer belongs to the process it was forked from."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.returncode = 0  # nobody here is to wait for it, or to be warned that nobody has
+
+
+def rework(folder: Folder, lock: Lock, *arguments: str) -> tuple[int, ...] | None:
     """Runs a command of rework.py on a folder, and returns the numbers it prints, or None for "none".
+
+    It inherits the lock, like a writer.
 
     Raises:
         DiskFullError: no room for it; the recording can still be read.
         RecordingError: it failed otherwise.
     """
     command = [*_command("rework", folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    done = subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=(lock.fd,), env=_environment())
     if done.returncode == EXIT_DISK_FULL:
         raise DiskFullError(f"The disk is full: {folder.output} cannot be changed. Make room.")
     if done.returncode:
@@ -132,7 +176,7 @@ def rework(folder: Folder, *arguments: str) -> tuple[int, ...] | None:
 
 
 def _command(module: str, folder: Folder) -> list[str]:
-    return [sys.executable, "-P", "-m", f"trajrec.runfile.{module}", str(folder.path.resolve())]
+    return [sys.executable, "-P", "-m", f"trajrec.runfile.{module}", os.path.abspath(folder.path)]
 
 
 def _environment() -> dict[str, str]:

@@ -8,30 +8,33 @@
 
 No HDF5 here: on a full disk it takes its process down with it. When the writer has no room it ends, and nothing
 happens to training until the ring is full. Then `on_full` decides: "wait" until there is room, "stop-recording" (the
-training goes on, the steps that are not recorded are noted as a gap), or "raise" `DiskFullError`.
+training goes on, the steps that are not recorded are noted as a gap), or "raise" `DiskFullError`. A limit on the size
+of files is a full disk that nobody makes room on: "wait" stops recording then.
+
+Once recording has stopped, whoever asked for it, every call is answered and nothing is kept. In a process that was
+forked (`abandon`) there is no ring and no writer any more, only that.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from trajrec.errors import DiskFullError, OutputExistsError, RecorderBusyError, RecordingError
+from trajrec.errors import DiskFullError, RecordingError
 from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.budget import Budget, parse_size
-from trajrec.runfile.folder import Folder, Manifest, is_disk_full
+from trajrec.runfile.folder import Manifest, is_disk_full, is_file_too_large
 from trajrec.runfile.geometry import PAGE, Geometry, geometry_for
 from trajrec.runfile.keyfile import Piece, pieces_of, write_pieces
-from trajrec.runfile.lock import Lock, holder
+from trajrec.runfile.place import Place
 from trajrec.runfile.process import WriterProcess, rework
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
 from trajrec.runfile.staging import LARGEST, PLACES, Staging
@@ -53,19 +56,21 @@ class RunFileSink:
     """Writes one run to `path`.
 
     Args:
-        path: the run file; it is a folder `path.rec` until the run ends.
+        path: the run file; it is a folder `path.rec` until the run ends. Made absolute here and now.
         keep: "steps" for the weights of every step, or K for keyframes every K steps and checksums between.
         compression: "zstd" or "none".
         on_full: what to do when the disk is full: "wait", "stop-recording" or "raise".
-        force: replace an existing recording.
-        resume: go on with an existing recording at the step whose weights training starts with; if there is none,
-            record a second part beside it.
+        force: replace an existing recording, once the new one has begun; nothing but a recording is replaced.
+        resume: go on with an existing recording at the step whose weights training starts with; if there is none, or
+            if that would throw away a training that is complete, or all of one, record a second part beside it.
         budget: limit on disk space ("20GB", or bytes); rows and keyframes are dropped to stay below it.
         keyframe_every: keyframe interval with keep="steps" (optimizer state is rebuilt between).
 
     Raises:
-        OutputExistsError: there is a recording already, and neither `force` nor `resume` was given.
+        OutputExistsError: there is a recording already, and neither `force` nor `resume` was given; or there is
+            something that trajrec has not made.
         RecorderBusyError: another recorder writes it.
+        RecordingError: it cannot be written there.
         ValueError: an option has none of these values.
     """
 
@@ -81,19 +86,21 @@ class RunFileSink:
         budget: str | int | None = None,
         keyframe_every: int = KEYFRAME_INTERVAL,
     ) -> None:
-        self.output = Path(path)
-        self.folder = Folder.of(self.output)
+        self._place = Place(Path(os.path.abspath(path)), force, resume)
+        self.output, self.folder = self._place.output, self._place.folder
         self.resumed_at = self.resumed_epochs = 0
         self._keep_rows = keep == "steps"
         self._interval = keyframe_every if isinstance(keep, str) else keep
         self._compression = compression
         self._on_full = on_full
-        self._force = force
-        self._resume = resume
         self._budget = None if budget is None else Budget(parse_size(budget), self.folder)
         self._next = 0
         self._resuming = False
-        self._stopped = False
+        self._is_open = False
+        self._live = False  # whether there are a ring and a writer to talk to
+        self._stopped: str | None = None  # why
+        self._gap: tuple[int, int] | None = None
+        self._unkept: Row | None = None
         self._retried_at = -1
         self._pending: deque[tuple[int, int]] = deque()
         self._largest_inputs = 0
@@ -101,33 +108,25 @@ class RunFileSink:
         self._needed: set[int] = set()  # keyframes that came unasked
         self._staging: Staging | None = None
         _check_options(keep, compression, on_full, self._interval)
-        self._check_output()
-
-    def _check_output(self) -> None:
-        pid = holder(self.folder.lock)
-        if pid is not None:
-            raise RecorderBusyError(f"{self.output} is being recorded by process {pid}. Record to another file.")
-        found = [p for p in (self.output, self.folder.path) if p.exists()]
-        if found and not self._force and not self._resume:
-            raise OutputExistsError(
-                f"{found[0]} exists already and would be overwritten. Record to another file, pass --resume "
-                "(resume=True) to go on with it, or --force (force=True) to replace it."
-            )
+        self._place.check()
 
     def open(self, spec: RunSpec) -> None:
-        """Starts the run: makes the ring and starts the writer.
+        """Starts the run: makes the ring and starts the writer. Where that fails nothing is left of it.
 
         Raises:
-            RecorderBusyError: another recorder writes it.
+            OutputExistsError, RecorderBusyError: as when the sink was made.
             DiskFullError: there is no room for the ring.
-            RecordingError: the budget is too small.
+            RecordingError: the budget is too small, or the writer cannot be started.
         """
-        self._spec = spec
+        self._spec, self._is_open = spec, True
+        if self._stopped is not None:
+            return
         self._geometry = self._measure()
         if self._budget is not None:
             self._budget.check_minimum(self._geometry)
-        self._lock_folder()
-        self._resuming = self._resume and not self._force and self._is_there()
+        self._place.claim()
+        self._lock = self._place.lock
+        self._resuming = self._place.resume and not self._place.force and self._place.is_taken()
         if not self._resuming:
             self._begin()
 
@@ -137,23 +136,28 @@ class RunFileSink:
         geometry = self._geometry
         return geometry.chunk_rows if self._budget is not None else min(geometry.segment_rows, _GLANCE_STEPS)
 
-    def _lock_folder(self) -> None:
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.folder.lock)
-
-    def _is_there(self) -> bool:
-        return self.output.exists() or self.folder.manifest.exists()
-
     def _measure(self) -> Geometry:
         spec = self._spec
         return geometry_for(spec.row_length, np.dtype(spec.dtype).itemsize, self._keep_rows)
 
     def _begin(self) -> None:
-        """Begins a new recording in the locked folder."""
-        self.folder.clear()
-        self.output.unlink(missing_ok=True)
-        keep = "steps" if self._keep_rows else "keyframes"
-        self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
+        """Begins a new recording in the place that has been claimed; only then an earlier one goes."""
+        try:
+            self._place.make_room()
+            self._lock = self._place.lock
+            keep = "steps" if self._keep_rows else "keyframes"
+            self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
+            self._writer.check_started()
+            self._place.begun()
+        except BaseException:
+            self._undo_start()
+            raise
+
+    def _undo_start(self) -> None:
+        if self._live:
+            self._writer.kill()
+        self._live = False
+        self._place.give_up()
 
     def _start_writer(self, first: int, manifest: Manifest | None = None) -> None:
         """Makes a ring for the steps from `first` on and starts a writer."""
@@ -162,10 +166,10 @@ class RunFileSink:
             self._ring = create(self.folder.ring, self._geometry, first, self._spec.dtype)
             if manifest is not None:
                 self.folder.write_manifest(manifest)
+            self._writer = WriterProcess(self.folder, self._ring, self._lock)
         except OSError as error:
-            self._lock.release()
             raise _no_room(error, self.folder.path, ring_bytes(self._geometry)) from error
-        self._writer = WriterProcess(self.folder, self._ring, self._lock)
+        self._live = True
 
     # ---- going on with an earlier recording
 
@@ -174,36 +178,44 @@ class RunFileSink:
         self._resuming = False
         keep = "any" if self._budget is not None else "steps" if self._keep_rows else "keyframes"
         try:
-            found = rework(self.folder, "resume", str(record.crc32), keep, self._spec.inputs)
+            why = self._go_on(record.crc32, keep)
         except BaseException:
-            self._lock.release()
+            self._undo_start()
             raise
+        if why:
+            self._begin_second_part(record, why)
+
+    def _go_on(self, checksum: int, keep: str) -> str:
+        """Goes on with the recording that is there; returns why not, where it is to be kept as it is."""
+        found = rework(self.folder, self._lock, "find", str(checksum), keep, self._spec.inputs)
         if found is None:
-            self._begin_second_part(record)
-            return
-        step, self.resumed_epochs = found
+            return f"No step of {self.output} has the weights that training starts with"
+        step, epochs, last, is_complete = found
+        if step < last:
+            if step == 0 or is_complete:
+                return _would_lose(self.output, step, last, bool(is_complete))
+            logger.warning(
+                "Training starts again with the weights of step %d of %s: the %d step(s) recorded after it go now.",
+                *(step, self.output, last - step),
+            )
+        rework(self.folder, self._lock, "cut", str(step))
         self._keep_rows = self.folder.read_manifest().keep == "steps"
         self._geometry = self._measure()
-        self.resumed_at = step
+        self.resumed_at, self.resumed_epochs = step, epochs
         self._needed = {t for t in self.folder.keyframes() if t % self._interval}
         self._start_writer(step + 1)
         logger.warning("Recording of %s goes on after step %d.", self.output, step)
+        return ""
 
-    def _begin_second_part(self, record: StepRecord) -> None:
-        first, row = self.output, self._scratch
-        self._lock.release()
-        if not self.folder.manifest.exists():
-            self.folder.remove()
-        self.output = next(path for path in _parts(first) if not path.exists() and not Folder.of(path).path.exists())
-        self.folder = Folder.of(self.output)
+    def _begin_second_part(self, record: StepRecord, why: str) -> None:
+        row = self._scratch
+        self._place.give_up()
+        self._place = self._place.second_part()
+        self.output, self.folder = self._place.output, self._place.folder
         if self._budget is not None:
             self._budget = Budget(self._budget.limit, self.folder)
-        logger.warning(
-            "No step of %s has the weights that training starts with: this is recorded as a second part, %s.",
-            first,
-            self.output,
-        )
-        self._lock_folder()
+        logger.warning("%s: this is recorded as a second part, %s.", why, self.output)
+        self._place.claim()
         self._begin()
         if (target := self.reserve()) is not None:
             target[:] = row
@@ -213,32 +225,52 @@ class RunFileSink:
 
     def reserve(self) -> Row | None:
         """The row [P] to fill before the next commit, or None if rows of single steps are not kept."""
+        if self._stopped is not None:
+            return self._unkept_row()
         if self._resuming:
             self._scratch = np.empty(self._spec.row_length, self._spec.dtype)
             return self._scratch if self._keep_rows else None
         if self._next % self._geometry.chunk_rows == 0:
             self._stay_in_budget()
-        while not self._stopped and not self._ring.has_slot(self._next):
+        while self._stopped is None and not self._ring.has_slot(self._next):
             self._wait_for_writer()
-        if self._stopped:
-            return np.empty(self._spec.row_length, self._spec.dtype) if self._keep_rows else None
-        return self._ring.open_slot(self._next)
+        return self._unkept_row() if self._stopped is not None else self._ring.open_slot(self._next)
+
+    def _unkept_row(self) -> Row | None:
+        """A row that may be filled, and goes nowhere."""
+        if self._unkept is None and self._keep_rows and self._is_open:
+            self._unkept = np.empty(self._spec.row_length, self._spec.dtype)
+        return self._unkept
 
     def commit(self, record: StepRecord) -> None:
         """Publishes the reserved row together with its record."""
+        if self._stopped is not None:
+            self.note_gap(record.step)
+            return
         if self._resuming:
             self._take_up(record)
             return
-        if record.step != self._next and not self._stopped:
+        if record.step != self._next:
             raise RecordingError(f"Step {self._next} was to be recorded, and step {record.step} was given.")
-        while not self._stopped and not self._ring.publish(record):
-            self._ring.set(Control.FLUSH, record.step)
-            self._wait_for_writer()
-        if self._stopped:
-            self._note_gap(record.step)
+        while self._stopped is None and not self._publish(record):
+            pass
+        if self._stopped is not None:
+            self.note_gap(record.step)
             return
         self._next = record.step + 1
         self._glance()
+
+    def _publish(self, record: StepRecord) -> bool:
+        """Publishes a record; False where there was no room, and may be now."""
+        try:
+            if self._ring.publish(record):
+                return True
+        except OSError as error:
+            self._act_on_error(error, self._geometry.arena_bytes)
+        else:
+            self._ring.set(Control.FLUSH, record.step)
+            self._wait_for_writer()
+        return False
 
     def _glance(self) -> None:
         """Looks after the writer now and then."""
@@ -247,19 +279,39 @@ class RunFileSink:
             if self._writer.status() is Status.DISK_FULL and self._free() > 2 * self._geometry.segment_bytes:
                 self._writer.restart()
 
-    def _note_gap(self, step: int) -> None:
-        if not self._ring.gaps():
-            self._ring.set(Control.GAP_FIRST, step)
-        self._ring.set(Control.GAP_LAST, step)
+    def stop(self, reason: str) -> None:
+        """Ends recording, and not the run: what comes now is noted as a gap, and nothing is kept. Says nothing."""
+        if self._stopped is None:
+            self._stopped = reason
+
+    def note_gap(self, step: int) -> None:
+        """Notes that the steps from the last recorded one up to this one go unrecorded."""
+        self.stop(f"Step {step} was not recorded.")
+        if step < max(1, self._next):
+            return
+        self._gap = max(1, self._next), step if self._gap is None else max(step, self._gap[1])
+        if self._live:
+            self._ring.set(Control.GAP_FIRST, self._gap[0])
+            self._ring.set(Control.GAP_LAST, self._gap[1])
+
+    def abandon(self) -> None:
+        """Closes a forked process's copies of lock and pipe; whatever is called here from now on does nothing."""
+        if self._live:
+            self._writer.abandon()
+        self._live = False
+        self._place.release()
+        self.stop("This process was forked from the one that is recorded.")
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""
-        wanted = step % self._interval == 0 and not self._stopped
+        wanted = step % self._interval == 0 and self._stopped is None
         self._wanted = step if wanted else -1
         return wanted
 
     def keyframe(self, keyframe: LiveKeyframe) -> None:
-        """Takes the state after a committed step."""
+        """Takes the state after a committed step; none once recording has stopped, because training has gone on."""
+        if self._stopped is not None:
+            return
         is_needed, self._wanted = keyframe.step != self._wanted, -1
         if is_needed:
             self._needed.add(keyframe.step)
@@ -282,6 +334,8 @@ class RunFileSink:
 
     def inputs(self, inputs: Inputs) -> None:
         """Takes the inputs of the step that is committed next, before its row is reserved."""
+        if self._stopped is not None:
+            return
         expected = sum(array.nbytes for array in inputs.arrays.values())
         if expected > self._largest_inputs:
             self._largest_inputs = expected
@@ -291,7 +345,7 @@ class RunFileSink:
         if self._pending_inputs() > INPUT_BYTES // 2:
             self._flush_before(inputs.step)
             self._writer.wake()
-        while not self._stopped and self._pending_inputs() > max(INPUT_BYTES, 4 * size):
+        while self._stopped is None and self._pending_inputs() > max(INPUT_BYTES, 4 * size):
             self._flush_before(inputs.step)
             self._wait_for_writer()
 
@@ -309,13 +363,11 @@ class RunFileSink:
 
     def _write(self, path: Path, pieces: list[Piece]) -> int:
         """Writes a raw file, and returns its size; 0 where recording has stopped."""
-        while not self._stopped:
+        while self._stopped is None:
             try:
                 return write_pieces(path, pieces)
             except OSError as error:
-                if not is_disk_full(error):
-                    raise
-                self._act_on_full_disk(sum(map(len, pieces)))
+                self._act_on_error(error, sum(map(len, pieces)))
         return 0
 
     # ---- the budget
@@ -325,7 +377,7 @@ class RunFileSink:
         if budget is None:
             return
         inputs = self._pending_inputs() + self._geometry.chunk_rows * self._largest_inputs
-        while not self._stopped and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next) + inputs):
+        while self._stopped is None and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next) + inputs):
             if self._keep_rows:
                 self._drop_rows(budget)
             elif (interval := budget.thin(self._interval, self._needed)) is not None:
@@ -339,7 +391,15 @@ class RunFileSink:
             self._act_on_full_disk(self._geometry.segment_bytes)
             return
         self._writer.close()
-        rework(self.folder, "drop-rows")
+        self._live = False
+        while self._stopped is None and not self._live:
+            try:
+                self._go_on_without_rows(budget)
+            except DiskFullError:
+                self._act_on_full_disk(self._geometry.segment_bytes)
+
+    def _go_on_without_rows(self, budget: Budget) -> None:
+        rework(self.folder, self._lock, "drop-rows")
         budget.forget()
         self._keep_rows = False
         self._geometry = self._measure()
@@ -355,10 +415,34 @@ class RunFileSink:
             time.sleep(_NAP)
         if self._ring.get(Control.TAIL) != tail:
             return  # what it has sealed made room here, also if there was none for more
-        if self._writer.status() is Status.DISK_FULL:
+        self._act_on(self._writer.status())
+
+    def _act_on(self, status: Status) -> None:
+        """Does what there is to do about a writer that has ended before its time."""
+        if status is Status.DISK_FULL:
             self._act_on_full_disk(self._geometry.segment_bytes // 2)
-            if not self._stopped:
+            if self._stopped is None:
                 self._writer.restart()
+        elif status is Status.FILE_TOO_LARGE:
+            self._act_on_limit()
+        elif status is not Status.RUNNING:
+            self._stop(f"The writer of {self.output} cannot go on: {self._writer.reason()}")
+
+    def _act_on_error(self, error: OSError, needed: int) -> None:
+        """Does what there is to do about a file that could not be written here."""
+        if not is_disk_full(error):
+            raise error
+        if is_file_too_large(error):
+            self._act_on_limit()
+        else:
+            self._act_on_full_disk(needed)
+
+    def _act_on_limit(self) -> None:
+        limit = "The limit on the size of files (`ulimit -f`) is reached"
+        where = f"{limit}: step {self._next} of {self.output} was not recorded."
+        if self._on_full == "raise":
+            raise DiskFullError(f"{where} Raise it; `trajrec pack {self.folder.path}` keeps the steps before it.")
+        self._stop(where)
 
     def _act_on_full_disk(self, needed: int) -> None:
         if self._retried_at != self._next and self._free() >= 2 * needed:
@@ -374,7 +458,7 @@ class RunFileSink:
 
     def _stop(self, why: str) -> None:
         logger.warning("%s Training goes on WITHOUT RECORDING; the steps before it are kept.", why)
-        self._stopped = True
+        self.stop(why)
 
     def _wait_for_room(self, where: str, needed: int) -> None:
         logger.warning("%s Training WAITS until there is room (about %d MB).", where, needed // 10**6 + 1)
@@ -390,49 +474,72 @@ class RunFileSink:
     # ---- the end
 
     def close(self, complete: bool) -> Summary:
-        """Ends the run: waits until the writer has sealed and packed everything.
+        """Ends the run: waits until the writer has sealed and packed everything, and read it back.
 
         Raises:
             RecordingError: the writer cannot finish.
         """
+        if not self._live:
+            self._place.give_up()
+            return self._unpacked() if self._next else Summary(None, 0, 0, self._gaps, self._stopped)
+        self._live = False
         try:
             status = self._end_writer(Finish.COMPLETE if complete else Finish.RECOVERED)
         finally:
             self._writer.close()
-            self._lock.release()
-        return self._summary(packed=status is Status.DONE)
+            self._place.release()
+        if status is Status.DONE:
+            return Summary(self.output, self._next - 1, self.output.stat().st_size, self._gaps, self._stopped)
+        self._say_unpacked(status)
+        return self._unpacked()
 
     def _end_writer(self, finish: Finish) -> Status:
-        """Has the writer finish and waits for it: DONE, or DISK_FULL where `on_full` is not to wait for room."""
+        """Has the writer finish and waits for it: DONE, or why it is not; waits for room where `on_full` says so."""
         self._ring.set(Control.FINISH, finish)
         self._writer.wake()
         while (status := self._writer.status()) is not Status.DONE:
             if status is Status.RUNNING:
                 self._writer.wait(_GLANCE)
-            elif self._on_full == "wait":
+            elif status is Status.DISK_FULL and self._on_full == "wait":
                 self._wait_for_room(f"The disk is full: {self.output} cannot be finished.", self.folder.packing_size())
                 self._writer.restart()
             else:
                 break
         return status
 
-    def _summary(self, packed: bool) -> Summary:
-        gaps = self._ring.gaps()
-        if packed:
-            return Summary(self.output, self._next - 1, self.output.stat().st_size, gaps)
+    @property
+    def _gaps(self) -> tuple[tuple[int, int], ...]:
+        return () if self._gap is None else (self._gap,)
+
+    def _unpacked(self) -> Summary:
+        return Summary(self.folder.path, self._next - 1, self.folder.size(), self._gaps, self._stopped)
+
+    def _say_unpacked(self, status: Status) -> None:
         self.folder.sweep()
+        folder = self.folder.path
+        if status in (Status.DAMAGED, Status.BLOCKED):
+            logger.error(
+                "%s was NOT PACKED; what was recorded is in %s. %s", self.output, folder, self._writer.reason()
+            )
+            return
+        full = status is Status.DISK_FULL
         logger.warning(
-            "The disk is full: %s was not packed. Its steps are safe in %s; make room and run `trajrec pack %s`.",
+            "%s: %s was not packed. Its steps are safe in %s; %s and run `trajrec pack %s`.",
+            "The disk is full" if full else "The limit on the size of files (`ulimit -f`) is reached",
             self.output,
-            self.folder.path,
-            self.folder.path,
+            folder,
+            "make room" if full else "raise it",
+            folder,
         )
-        return Summary(self.folder.path, self._next - 1, self.folder.size(), gaps)
 
 
-def _parts(output: Path) -> Iterator[Path]:
-    """run-part2.h5, run-part3.h5, ..."""
-    return (output.with_name(f"{output.stem}-part{k}{output.suffix}") for k in count(2))
+def _would_lose(output: Path, step: int, last: int, is_complete: bool) -> str:
+    """Why a recording is kept as it is."""
+    what = f"the {last} steps of a training that is complete" if is_complete else f"{last} steps"
+    return (
+        f"{output} holds {what}, and training starts with the weights of step {step}; going on there would throw away "
+        f"{last - step} of them, so they are kept"
+    )
 
 
 def _check_options(keep: object, compression: str, on_full: str, interval: int) -> None:
@@ -444,7 +551,14 @@ def _check_options(keep: object, compression: str, on_full: str, interval: int) 
         raise ValueError(f'on_full is "wait", "stop-recording" or "raise"; found {on_full!r}.')
 
 
-def _no_room(error: OSError, path: Path, size: int) -> Exception:
-    if not is_disk_full(error):
-        return error
-    return DiskFullError(f"The disk is full: recording needs {size / 1e6:.0f} MB in {path} to begin with. Make room.")
+def _no_room(error: OSError, path: Path, size: int) -> RecordingError:
+    if is_file_too_large(error):
+        return DiskFullError(
+            f"Recording needs a file of {size / 1e6:.0f} MB in {path} to begin with, and the limit on the size of "
+            "files (`ulimit -f`) is below that. Raise it."
+        )
+    if is_disk_full(error):
+        return DiskFullError(
+            f"The disk is full: recording needs {size / 1e6:.0f} MB in {path} to begin with. Make room."
+        )
+    return RecordingError(f"Recording cannot begin in {path}: {error.strerror or error}.")

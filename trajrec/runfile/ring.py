@@ -28,6 +28,7 @@ import mmap
 import os
 import struct
 from enum import IntEnum
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,10 @@ import numpy.typing as npt
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Row, StepRecord
+from trajrec.runfile import files
 from trajrec.runfile.codec import decode, encode
 from trajrec.runfile.geometry import GEOMETRY_BYTES, PAGE, Geometry
+from trajrec.runfile.keyfile import write_pieces
 
 MAGIC = b"TRAJRNG1"
 _CONTROL = 2048
@@ -63,8 +66,11 @@ class Status(IntEnum):
     STARTING = 0
     RUNNING = 1
     DISK_FULL = 2
-    FAILED = 3
+    FAILED = 3  # died of something unforeseen: another one may do better
     DONE = 4
+    FILE_TOO_LARGE = 5  # a limit on the size of files: there is no waiting for more room
+    DAMAGED = 6  # what it was to seal or to pack is not what was recorded
+    BLOCKED = 7  # something else has the name of the packed file
 
 
 class Finish(IntEnum):
@@ -76,22 +82,24 @@ class Finish(IntEnum):
     HAND_OVER = 3  # seal, and leave the folder to another writer
 
 
-def allocate(path: Path, size: int) -> None:
-    """Makes a file whose every byte has its place on the disk.
+def allocate(path: Path, size: int) -> FileIO:
+    """A new file whose every byte has its place on the disk; what had its name stays whole for whoever has mapped it.
 
     Raises:
         OSError: no room (ENOSPC); the file is removed.
     """
+    file = FileIO(files.fresh(path), "r+")
     try:
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                for start in range(0, size, 1 << 20):
-                    file.write(bytes(min(1 << 20, size - start)))
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for start in range(0, size, 1 << 20):
+                file.write(bytes(min(1 << 20, size - start)))
     except OSError:
+        file.close()
         path.unlink(missing_ok=True)
         raise
+    return file
 
 
 def ring_bytes(geometry: Geometry) -> int:
@@ -115,10 +123,9 @@ class Ring:
 
     def __init__(self, path: Path, writable: bool = False) -> None:
         self.path = path
-        with path.open("r+b" if writable else "rb") as file:
+        with open(files.in_place(path) if writable else files.readable(path), "r+b" if writable else "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            head = file.read(_HEAD.size)
-            self.geometry, self.first, self.dtype = _parse(head, size, path)
+            self.geometry, self.first, self.dtype = _parse(file.read(_HEAD.size + 4), size, path)
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), ring_bytes(self.geometry), access=access)
         geometry = self.geometry
@@ -201,9 +208,7 @@ class Ring:
         return place if place + size <= self._arena_until else None
 
     def _publish_overflow(self, entry: int, data: bytes) -> bool:
-        path = overflow_path(self.path.parent, entry)
-        path.with_suffix(".part").write_bytes(data)
-        path.with_suffix(".part").replace(path)
+        write_pieces(overflow_path(self.path.parent, entry), [data])
         self._enter(entry, self._arena_head, len(data) | _OVERFLOW, data)
         return True
 
@@ -251,7 +256,7 @@ class Ring:
     def _data(self, entry: int, place: int, length: int) -> bytes | None:
         if length & _OVERFLOW:
             path = overflow_path(self.path.parent, entry)
-            return path.read_bytes() if path.exists() else None
+            return files.read(path) if path.exists() else None
         arena = self.geometry.arena_bytes
         if place % arena + length > arena:
             return None
@@ -281,10 +286,10 @@ def create(path: Path, geometry: Geometry, first: int, dtype: npt.DTypeLike) -> 
     Raises:
         OSError: no room (ENOSPC).
     """
-    allocate(path, ring_bytes(geometry))
     name = np.dtype(dtype).str.encode()
     head = _HEAD.pack(MAGIC, geometry.to_bytes(), first, name)
-    with path.open("r+b") as file:
+    with allocate(path, ring_bytes(geometry)) as file:
+        file.seek(0)
         file.write(head + struct.pack("<I", crc32(head)))
     ring = Ring(path, writable=True)
     ring.touch()
@@ -297,10 +302,8 @@ def overflow_path(folder: Path, entry: int) -> Path:
     return folder / f"record-{entry:010d}.bin"
 
 
-def _parse(head: bytes, size: int, path: Path) -> tuple[Geometry, int, np.dtype[np.generic]]:
-    with path.open("rb") as file:
-        file.seek(_HEAD.size)
-        crc = file.read(4)
+def _parse(start: bytes, size: int, path: Path) -> tuple[Geometry, int, np.dtype[np.generic]]:
+    head, crc = start[: _HEAD.size], start[_HEAD.size :]
     if len(head) < _HEAD.size or crc != struct.pack("<I", crc32(head)):
         raise DamagedRunError(f"{path}: the ring's header is damaged; unsealed steps cannot be read from it.")
     _, packed, first, dtype = _HEAD.unpack(head)

@@ -16,11 +16,12 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 
 from trajrec.checksum import crc32
 from trajrec.records import Row
-from trajrec.runfile import trailer
+from trajrec.runfile import files, trailer
 from trajrec.runfile.joint import Joint
 
 HEAD_BYTES = 4096
@@ -73,9 +74,12 @@ class RowFile:
             yield
         except BaseException:
             if not unless():
-                with contextlib.suppress(FileNotFoundError):
-                    os.truncate(self.path, size)
+                with contextlib.suppress(FileNotFoundError), self._open() as file:
+                    file.truncate(size)
             raise
+
+    def _open(self) -> BufferedRandom:
+        return open(files.in_place(self.path), "r+b")
 
     def wrap(self, skeleton: Path, crc32s: Iterable[int], stop: int) -> None:
         """Makes the file an HDF5 file: everything but the rows comes from `skeleton`, which lacks only them.
@@ -86,7 +90,7 @@ class RowFile:
             stop: the step after the last.
         """
         end = self.place(stop)
-        with self.restored(), skeleton.open("rb") as source, self.path.open("r+b") as file:
+        with self.restored(), skeleton.open("rb") as source, self._open() as file:
             head = source.read(HEAD_BYTES)
             crc = Joint(self.row_bytes).extend(crc32(head), crc32s)
             source.seek(end)
@@ -119,7 +123,7 @@ class SharedRows:
         if self._closed:
             raise ValueError("it is closed")
         if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDONLY)
+            self._fd = files.readable(self.path)
         return self._fd
 
     def close(self) -> None:
@@ -154,7 +158,7 @@ def rows_at_once(row_bytes: int) -> int:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
     """The file, with its head, which takes up its room from the beginning."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = files.in_place(path, os.O_CREAT)
     try:
         if os.fstat(fd).st_size < HEAD_BYTES:
             _write_at(fd, memoryview(bytes(HEAD_BYTES)), 0)

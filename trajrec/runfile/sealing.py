@@ -15,6 +15,7 @@ closing after an I/O error crashes the HDF5 library; the process ends instead (s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from trajrec.errors import DamagedRunError
+from trajrec.errors import DamagedRunError, OutputExistsError
 from trajrec.records import Row, StepRecord
 from trajrec.runfile import layout, trailer
 from trajrec.runfile.columns import Columns, ColumnSizes
@@ -35,6 +36,7 @@ from trajrec.runfile.ring import Ring
 from trajrec.runfile.rowfile import HEAD_BYTES, PIECE_BYTES, RowFile
 from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.table import table_of
+from trajrec.runfile.verify import check_made
 
 _ENTRIES = 4096
 
@@ -131,7 +133,13 @@ def _head(manifest: Manifest, state: str, first: int, gaps: Sequence[tuple[int, 
 
 
 def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[int, int]]) -> Path:
-    """Packs the sealed segments and keyframes of a folder into its output and removes the folder."""
+    """Packs the sealed segments and keyframes of a folder into its output and removes the folder.
+
+    Raises:
+        DamagedRunError: steps are missing, or do not match their checksums; the folder stays.
+        OutputExistsError: something has the output's name; the folder stays.
+    """
+    _check_free(folder)
     pieces = Pieces(folder.segments(), folder.rows)
     if not pieces.segments or pieces.segments[0].first != 0:
         raise DamagedRunError(f"{folder.path}: nothing to pack: its first steps were not recorded, or are missing.")
@@ -151,10 +159,21 @@ def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[in
             trailer.append(tmp)
             sync(tmp)
         pieces.close()
-        (folder.rows if around else tmp).replace(folder.output)
+        made = folder.rows if around else tmp
+        check_made(made, folder.path)
+        _check_free(folder)
+        made.replace(folder.output)
     sync(folder.output.parent)
     folder.remove()
     return folder.output
+
+
+def _check_free(folder: Folder) -> None:
+    if os.path.lexists(folder.output):
+        raise OutputExistsError(
+            f"{folder.output} has appeared while {folder.path} was recorded, and was left as it is. Move it away, then "
+            f"run `trajrec pack {folder.path}`."
+        )
 
 
 @contextmanager

@@ -87,6 +87,7 @@ class FolderSource:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
+        folder.check_readable()
         manifest = folder.read_manifest()
         self.path = folder.path
         self.spec = manifest.spec

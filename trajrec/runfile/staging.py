@@ -18,6 +18,7 @@ import struct
 from pathlib import Path
 
 from trajrec.records import LiveKeyframe
+from trajrec.runfile import files
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.geometry import PAGE
 from trajrec.runfile.keyfile import is_whole, put_pieces, write_pieces
@@ -37,9 +38,7 @@ class Staging:
 
     def __init__(self, path: Path, size: int) -> None:
         self._size = -(-size // PAGE) * PAGE
-        path.unlink(missing_ok=True)  # never made shorter while somebody reads it
-        allocate(path, PAGE + PLACES * self._size)
-        with path.open("r+b") as file:
+        with allocate(path, PAGE + PLACES * self._size) as file:
             self._map = mmap.mmap(file.fileno(), 0)
         for start in range(0, len(self._map), PAGE):
             self._map[start] = 0  # no step of the training is to wait for a page
@@ -69,7 +68,7 @@ def save(folder: Folder) -> None:
         OSError: no room (ENOSPC); they stay where they are.
     """
     try:
-        fd = os.open(folder.staged, os.O_RDWR)
+        fd = files.in_place(folder.staged)
     except FileNotFoundError:
         return
     try:

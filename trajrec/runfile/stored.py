@@ -296,6 +296,15 @@ class StoredRun:
         return value
 
 
+def holds(path: Path, run_id: str) -> bool:
+    """Whether a packed file holds a run."""
+    stored = StoredRun(path)
+    try:
+        return stored.spec().run_id == run_id
+    finally:
+        stored.close()
+
+
 def _note(names: list[str], name: str, item: object) -> None:
     if isinstance(item, h5py.Dataset):
         names.append(name)

@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 from trajrec.checksum import crc32
+from trajrec.runfile import files
 
 MAGIC = b"TRAJSUM1"
 _BODY = struct.Struct("<8sQI")
@@ -22,7 +23,7 @@ _PIECE = 1 << 18
 
 def append(path: Path) -> None:
     """Puts a trailer behind a file."""
-    with path.open("r+b", buffering=0) as file:
+    with open(files.in_place(path), "r+b", buffering=0) as file:
         length = file.seek(0, 2)
         file.seek(0)
         file.write(trailer(length, _crc32(file, length)))
@@ -40,14 +41,28 @@ def fault(path: Path) -> str | None:
         size = file.seek(0, 2)
         file.seek(max(0, size - SIZE))
         found = file.read(SIZE)
-        body, crc = found[:-4], found[-4:]
-        if len(found) < SIZE or found[:8] != MAGIC or struct.pack("<I", crc32(body)) != crc:
+        body = found[:-4]
+        if not _is_trailer(found):
             return "the checksum at its end is missing: it was cut off, or written to by another program"
         _, length, expected = _BODY.unpack(body)
         if length != size - SIZE:
             return f"{length + SIZE} bytes were expected, found {size}"
         file.seek(0)
         return None if _crc32(file, length) == expected else "at least one byte has changed since it was written"
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file ends with a trailer of its length; what is in the file is not looked at."""
+    with path.open("rb", buffering=0) as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - SIZE))
+        found = file.read(SIZE)
+    return _is_trailer(found) and _BODY.unpack(found[:-4])[1] == size - SIZE
+
+
+def _is_trailer(found: bytes) -> bool:
+    whole = len(found) == SIZE and found[:8] == MAGIC
+    return whole and struct.pack("<I", crc32(found[:-4])) == found[-4:]
 
 
 def _crc32(file: FileIO, length: int) -> int:

@@ -43,11 +43,15 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
+        return f"{self.file}: {self.without_file()}"
+
+    def without_file(self) -> str:
+        """Dataset, steps and what is wrong."""
         steps = "" if self.first is None else f"step {self.first}"
         if self.last is not None and self.last != self.first:
             steps = f"steps {self.first} to {self.last}"
         where = ", ".join(part for part in (self.dataset, steps) if part)
-        return ": ".join(part for part in (str(self.file), where, self.message) if part)
+        return ": ".join(part for part in (where, self.message) if part)
 
 
 def verify(path: str | Path) -> list[Problem]:
@@ -64,6 +68,26 @@ def verify(path: str | Path) -> list[Problem]:
     if folder.path.is_dir():
         return list(_folder_problems(folder))
     raise NotARunError(f"There is no recording at {path}.")
+
+
+def check_made(path: Path, source: Path, rows: SharedRows | None = None) -> None:
+    """Reads back a file that was made of a recording, in full, before its source goes.
+
+    Args:
+        path: the file.
+        source: what it was made of, for the message.
+        rows: of the folder that it is in, for a segment that has no rows of its own.
+
+    Raises:
+        DamagedRunError: anything in it does not match its checksum.
+    """
+    problems = list(_file_problems(path, rows))
+    if problems:
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise DamagedRunError(
+            f"{source} was kept as it is, because what was made of it does not match the checksums of its steps: "
+            f"{problems[0].without_file()}{more}. `trajrec verify {source}` lists all damage; the rest can be read."
+        )
 
 
 def _file_problems(path: Path, rows: SharedRows | None = None, with_rows: bool = True) -> Iterator[Problem]:
@@ -154,6 +178,12 @@ def _input_problems(stored: StoredRun) -> Iterator[Problem]:
 
 
 def _folder_problems(folder: Folder) -> Iterator[Problem]:
+    links = sorted(folder.irregular())
+    yield from (
+        Problem(path, "", None, None, "a file was expected, and it is none, or has a second name") for path in links
+    )
+    if links:
+        return
     with_rows = True
     try:
         with_rows = folder.read_manifest().keep == "steps"

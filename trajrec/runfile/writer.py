@@ -10,6 +10,8 @@ takes over from one that died needs to be told nothing.
 HDF5 is written only here, because after an I/O error (a full disk) it cannot be closed safely: on any
 exception the process says so in the ring and ends at once (`os._exit`) without closing anything. What it had begun
 carries the name of a temporary file; what it had not sealed is still in the ring.
+
+What was packed is read back before the folder goes (sealing.py). If it is not what was recorded, the folder stays.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import time
 import traceback
 from pathlib import Path
 
-from trajrec.runfile.folder import Folder, is_disk_full, sync
+from trajrec.errors import OutputExistsError, RunFileError
+from trajrec.runfile.folder import Folder, is_disk_full, is_file_too_large, sync
 from trajrec.runfile.ring import Control, Finish, Ring, Status
 from trajrec.runfile.sealing import pack, row_file, seal
 from trajrec.runfile.staging import save
@@ -36,6 +39,7 @@ class Writer:
     """The writer of one folder."""
 
     def __init__(self, folder: Folder) -> None:
+        folder.check_regular()
         self.folder = folder
         self.parent = os.getppid()
         self.ring = Ring(folder.ring, writable=True)
@@ -138,13 +142,23 @@ def main(argument: str) -> None:
     try:
         Writer(folder).run()
     except BaseException as error:
-        status = Status.DISK_FULL if is_disk_full(error) else Status.FAILED
         try:
-            Ring(folder.ring, writable=True).set(Control.STATUS, status)
             print(time.strftime("%Y-%m-%d %H:%M:%S"), traceback.format_exc(), file=sys.stderr, flush=True)
+            Ring(folder.ring, writable=True).set(Control.STATUS, _status(error))
         finally:
             os._exit(1)
     os._exit(0)
+
+
+def _status(error: BaseException) -> Status:
+    """What an error that ends the writer means to whoever started it."""
+    if is_file_too_large(error):
+        return Status.FILE_TOO_LARGE
+    if is_disk_full(error):
+        return Status.DISK_FULL
+    if isinstance(error, OutputExistsError):
+        return Status.BLOCKED
+    return Status.DAMAGED if isinstance(error, RunFileError) else Status.FAILED
 
 
 if __name__ == "__main__":
