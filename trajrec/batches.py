@@ -59,6 +59,7 @@ class MicroBatch:
         is_known: the inputs of one of these were seen to be its tensors, or copies of them.
         passes: sizes of what went into the forward passes that led to the step, and generator states before them.
         serial: of the pass over a loader that it came from.
+        about: that pass.
         number: how many batches were drawn before it.
         thread: that drew it.
         seeded_pass: the epoch that seeded data were told when the batch was handed out; None for other data.
@@ -77,6 +78,7 @@ class MicroBatch:
     is_known: bool = False
     passes: list[tuple[int, States]] = field(default_factory=list)
     serial: int = 0
+    about: Any = None
     number: int = 0
     thread: int = 0
     seeded_pass: int | None = None

@@ -101,7 +101,7 @@ class Pass:
         loader: the loader.
         serials: number of the pass, by the listener that hears of it.
         outer: the iterator of another loader that draws from this one, if one does.
-        is_over: whether it came to its end.
+        is_over: whether it came to its end, or nobody can draw from it any more.
     """
 
     loader: Any
@@ -130,6 +130,9 @@ class WatchedIterator(_Iterator):
         self._next = iterator.__next__
         self._about = about
         self._drawn = drawn
+
+    def __del__(self) -> None:
+        self._about.is_over = True
 
     def __iter__(self) -> WatchedIterator:
         return self

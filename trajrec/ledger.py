@@ -16,7 +16,7 @@ integers, loops without a DataLoader, two batches that could be meant) is an err
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -121,6 +121,7 @@ class BatchLedger:
         self._waiting: list[MicroBatch] = []
         self._lone: MicroBatch | None = None  # the batch in use, while there is no other
         self._number = 0
+        self._drawn_before = 0  # the last backward pass
         self._uses: list[Use] = []  # no backward pass has come from them yet
         self._made: list[Use] = []  # of the coming step
         self._forwards: list[Use] = []  # whose outputs are not there yet
@@ -138,7 +139,7 @@ class BatchLedger:
         self._first = True
         self._cleared = False
         self.owners: list[Any] = []  # of the gradients: the model, its optimizers
-        self._accumulates: Callable[[], bool] = lambda: True
+        self._accumulates: Callable[[], bool] | None = None
 
     def ask_for_gradients(self, accumulates: Callable[[], bool]) -> None:
         """Gives the ledger a way to know whether gradients of an earlier backward pass are still there."""
@@ -179,6 +180,7 @@ class BatchLedger:
                 as_ids(handed.ids),
                 handed.loader,
                 serial=serial,
+                about=handed.about,
                 number=self._number,
                 thread=threading.get_ident(),
                 seeded_pass=made_for,
@@ -268,7 +270,8 @@ class BatchLedger:
         if self._lone is not None and not (self._lone.evaluated and self.dataset is None):
             self._learn(self._lone)
             return self._lone, ""
-        before = [use.batch for use in (*self._made, *self._uses) if use.batch is not None]
+        uses = (*self._made, *[use for use in self._uses if not use.is_gone])
+        before = [use.batch for use in uses if use.batch is not None and not use.is_guess]
         known = list({id(batch): batch for batch in (*before, *self._waiting)}.values())
         is_plain = len(known) == 1 and not known[0].evaluated
         found = None if is_plain else which_holds([batch.traces_now() for batch in known], inputs)
@@ -282,21 +285,32 @@ class BatchLedger:
         """Notes whether the loop uses batches as it draws them, or draws some ahead of those that it uses."""
         newest = all(other.number <= batch.number for other in self._waiting if other.loader is batch.loader)
         self._uses_newest |= newest
-        self._draws_ahead |= not newest or batch.thread != self._thread
+        self._draws_ahead |= not newest or batch.thread != threading.get_ident()
 
     def _only(self, before: Sequence[MicroBatch]) -> tuple[MicroBatch | None, str]:
         """The batch that nothing but its being there speaks for."""
-        waiting = [b for b in self._own(self._waiting) if not b.evaluated]
-        # One that was used waits no longer, unless nothing came of it.
-        fitting = [b for b in waiting if not b.is_used] or [b for b in waiting if b not in before]
+        # An evaluation is over when its pass is: until then a batch that was thought to be evaluated may be meant.
+        waiting = [b for b in self._own(self._waiting) if not (b.evaluated and (b.is_known or _is_over(b)))]
+        fitting = [batch for batch in waiting if batch not in before]
         if not fitting:
             last = before[-1] if before else None
             return last, "" if last is not None else _why_none()
+        if before and fitting[0].number <= self._drawn_before:
+            return None, _why_several([before[-1], *fitting])  # it was there already when the last one was used
         if len(fitting) == 1:
             return fitting[0], ""
-        if len({id(batch.loader) for batch in fitting}) == 1 and self._uses_newest and not self._draws_ahead:
-            return fitting[-1], ""
-        return None, _why_several(fitting)
+        return (fitting[-1], "") if self._is_newest_meant(fitting) else (None, _why_several(fitting))
+
+    def _is_newest_meant(self, batches: Sequence[MicroBatch]) -> bool:
+        """Whether the loop, by all that was seen of it, uses the newest of these batches, and has skipped the others.
+
+        They come from one pass over a loader then, or from earlier ones that came to their end.
+        """
+        *skipped, newest = batches
+        in_turn = [
+            batch.loader is newest.loader and (batch.serial == newest.serial or _is_over(batch)) for batch in skipped
+        ]
+        return self._uses_newest and not self._draws_ahead and all(in_turn)
 
     def _own(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """Those of the training set, where it is known and there are any."""
@@ -319,13 +333,14 @@ class BatchLedger:
             self.backwards += 1
             self._lone = None
             self._book(loss)
+            self._drawn_before = self._number
             self._cleared = self._given_is_open = False
             if isinstance(loss, Tensor) and loss.numel() == 1:
                 # A number that is at hand is read at once; from another device it is fetched with the weights.
                 self._losses.append(loss.item() if loss.is_cpu else loss.detach())
 
     def _book(self, loss: Any) -> None:
-        if self._made and (self._cleared or not self._accumulates()):
+        if self._made and (self._cleared or not self._adds_up(loss)):
             self._start_anew()
         pending = [use for use in self._uses if not use.is_gone]
         reached = _reached(pending, loss)
@@ -339,6 +354,14 @@ class BatchLedger:
         self._made += reached
         self._lay_aside()
 
+    def _adds_up(self, loss: Any) -> bool:
+        """Whether this backward pass adds to gradients of an earlier one."""
+        if self._accumulates is not None:
+            return self._accumulates()
+        # Nobody knows the model yet: the parameters that the pass will come to do.
+        leaves = [node.variable for node in _graph(loss) if hasattr(node, "variable")]
+        return not leaves or any(leaf.grad is not None and bool(leaf.grad.any()) for leaf in leaves)
+
     def _start_anew(self) -> None:
         """The gradients of earlier backward passes were thrown away without a step.
 
@@ -348,28 +371,24 @@ class BatchLedger:
         self._losses = []
         self._given = self._given[-1:] if self._given_is_open else []
         self._uses = [use for use in self._made if use.marks and not use.is_gone] + self._uses
-        guessed = [use.batch for use in self._made if use.is_guess and use.batch is not None]
-        for batch in guessed:
-            batch.is_used = False
-        self._waiting = sorted([*guessed, *self._waiting], key=lambda batch: batch.number)
         self._made = []
 
     def _guessed(self) -> list[Use]:
         """Where no forward pass was seen (the loop calls parts of the model), the batch that is there is used."""
-        there = [batch for batch in self._own(self._waiting) if not batch.is_used]
-        fitting = [batch for batch in there if not batch.evaluated] or list(there)
-        if len(fitting) > 1 and not (self._uses_newest and not self._draws_ahead):
-            return [Use(None, _why_several(fitting), is_guess=True)]
+        made = [use.batch for use in self._made]
+        there = [batch for batch in self._own(self._waiting) if batch not in made]
+        fitting = [batch for batch in there if not batch.is_used and not batch.is_known]
         if not fitting:
             return []
-        self._thread = threading.get_ident()
+        if len(fitting) > 1 and not self._is_newest_meant(fitting):
+            return [Use(None, _why_several(fitting), is_guess=True)]
         self._learn(fitting[-1])
-        fitting[-1].is_used = True
         return [Use(fitting[-1], is_guess=True)]
 
     def _lay_aside(self) -> None:
         """Done with what was drawn, but for the batches that wait for their turn: those after the last in use."""
-        last = max((use.batch.number for use in self._made if use.batch is not None), default=0)
+        made = [use.batch for use in self._made if use.batch is not None and not use.is_guess]
+        last = max((batch.number for batch in made), default=0)
         unused = [batch for batch in self._waiting if not batch.is_used]
         self._waiting = [batch for batch in unused if batch.number > last] if last else unused
         for batch in self._waiting:
@@ -399,6 +418,7 @@ class BatchLedger:
         if given:
             return self._take_given(given, made, losses)
         batches = self._batches_of(made)
+        self._waiting = [batch for batch in self._waiting if batch not in batches]
         self._count_epoch(batches[-1])
         self._first = False
         for batch in batches:
@@ -489,22 +509,31 @@ class BatchLedger:
             self.epochs += 1
 
 
+def _is_over(batch: MicroBatch) -> bool:
+    """Whether nothing more comes from the pass over a loader that a batch is of."""
+    return batch.about is None or batch.about.is_over
+
+
 def _reached(uses: Sequence[Use], loss: Any) -> list[Use]:
     """The uses that a gradient comes from, found in autograd's graph from the loss on, nearest nodes first."""
     sought = {id(token): use for use in uses for mark in use.marks if (token := mark()) is not None}
+    found: set[int] = set()
+    for node in _graph(loss) if sought else ():
+        found |= {id(sought[id(token)]) for token in _metadata(node).get(_MARK, ()) if id(token) in sought}
+        if len(found) == len({id(use) for use in sought.values()}):
+            break
+    return [use for use in uses if id(use) in found]
+
+
+def _graph(loss: Any) -> Iterator[Any]:
+    """The nodes of autograd's graph behind a loss, nearest first."""
     nodes = [tensor.grad_fn for tensor in tensors_in(loss) if tensor.grad_fn is not None]
-    found: dict[int, Use] = {}
     seen = set(nodes)
     for node in nodes:  # which grows meanwhile
-        for token in _metadata(node).get(_MARK, ()):
-            if id(token) in sought:
-                found[id(sought[id(token)])] = sought[id(token)]
-        if len(found) == len(sought):
-            break
+        yield node
         further = {after for after, _ in node.next_functions if after is not None} - seen
         seen |= further
         nodes.extend(further)
-    return [use for use in uses if id(use) in found]
 
 
 def _metadata(node: Any) -> dict[str, Any]:
