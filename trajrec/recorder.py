@@ -417,6 +417,7 @@ class Recorder:
         snapshot = Snapshot(self.model, *self.optimizers)
         spec = snapshot.spec(self._describe(batch))
         rehearse(spec, snapshot.hyper())
+        snapshot.copy(None)  # what cannot be read is found before anything is written
         self.sink.open(spec)
         # Only now: a sink that could not be opened must not be closed.
         self._snapshot = snapshot
