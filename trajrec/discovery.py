@@ -59,8 +59,8 @@ def companions(optimizer: Optimizer, model: nn.Module) -> list[Optimizer]:
 
 
 def parameters_of(optimizer: Optimizer) -> list[Any]:
-    """The parameters of all its groups."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    """The parameters of all its groups; none of one that is still being made."""
+    return [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
 
 
 class Discovery:
