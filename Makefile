@@ -12,7 +12,7 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt
 
 $(VENV)/test.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,test]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,frameworks]' --constraint constraints.txt
 	touch $@ $(VENV)/demo.stamp
 
 # The report page is tested in a real browser: the one that is there, or Chromium from the system's packages.

@@ -11,8 +11,9 @@ Three things are watched while a recording is on:
 
 and `zero_grad`, which tells gradients that were thrown away from those that add up. `trajrec.ledger` keeps the books.
 
-A loader class with an `__iter__` of its own (accelerate's are one batch ahead of the loop) is watched there, too: what
-it draws from an inner loader waits, and is handed over when the loop receives it (`OuterIterator`).
+A class with an `__iter__` of its own that is a loader, or whose objects hold one (accelerate's are one batch ahead of
+the loop), is watched there, too: what it draws from an inner loader waits, and is handed over when the loop receives it
+(`OuterIterator`).
 
 The watching is there once in a process, for all recorders: the first puts it in place, the last takes it out. Each of
 them hears what its `Listener` says. A forked child has no recorder.
@@ -20,12 +21,15 @@ them hears what its `Listener` says. A forked child has no recorder.
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +40,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from trajrec.batches import Handed, as_ids, traces_of, which_holds
 from trajrec.errors import UnknownBatchError
+
+_DEPTH = 8  # calls between the making of an object and that of its loader
+_HEAP = 1 << 9  # of the flags of a type: made by a class statement
 
 
 class Listener(Protocol):
@@ -253,9 +260,10 @@ class _Watching:
         self._replace(torch.autograd, "backward", _watched_backward)
         for owner in (Optimizer, nn.Module):
             self._replace(owner, "zero_grad", _watched_clearing)
-        self._watch_class(DataLoader)
-        for kind in _subclasses(DataLoader):
-            self._watch_class(kind)
+        self._replace(DataLoader, "__init__", _watched_making)
+        self.watch_class(DataLoader)
+        for kind in (*_subclasses(DataLoader), *_holders()):
+            self.watch_class(kind)
         self._watch_new_classes()
 
     def _uninstall(self) -> None:
@@ -272,8 +280,8 @@ class _Watching:
         setattr(owner, name, watched(original))
         self._undo.append(lambda: setattr(owner, name, original) if own else delattr(owner, name))
 
-    def _watch_class(self, kind: type) -> None:
-        """Watches the `__iter__` that a class of loaders has of its own."""
+    def watch_class(self, kind: type) -> None:
+        """Watches the `__iter__` that a class of loaders, or of what holds one, has of its own."""
         if kind is DataLoader:
             self._replace(kind, "__iter__", _watched_iter)
         elif not getattr(vars(kind).get("__iter__", getattr(kind, "__iter__", None)), "is_watched", False):
@@ -286,7 +294,7 @@ class _Watching:
 
         def made(kind: Any, /, **named: Any) -> None:
             super(DataLoader, kind).__init_subclass__(**named)  # type: ignore[misc]
-            _safely(watching._watch_class, kind)
+            _safely(watching.watch_class, kind)
 
         DataLoader.__init_subclass__ = classmethod(made)  # type: ignore[method-assign, assignment]
 
@@ -391,6 +399,56 @@ def _watched_outer_iter(original: Any) -> Any:
 
     watched.is_watched = True  # type: ignore[attr-defined]
     return watched
+
+
+def _watched_making(original: Any) -> Any:
+    @wraps(original)
+    def watched(loader: Any, *args: Any, **named: Any) -> None:
+        original(loader, *args, **named)
+        _safely(_watch_maker)
+
+    return watched
+
+
+def _watch_maker() -> None:
+    """Watches the class of an object that is being made, and makes a loader for itself."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(_DEPTH):
+        if frame is None:
+            return
+        kind = type(frame.f_locals.get("self"))
+        if frame.f_code.co_name == "__init__" and _is_holder(kind):
+            _watching.watch_class(kind)
+        frame = frame.f_back
+
+
+def _holders() -> set[type]:
+    """The classes with an `__iter__` of their own of which an object holds a loader."""
+    kinds: dict[type, bool] = {}
+    found = set()
+    for value in gc.get_objects():
+        kind = type(value)
+        if kind not in kinds:
+            kinds[kind] = _is_holder(kind)
+        if kinds[kind] and _holds_loader(value):
+            found.add(kind)
+    return found
+
+
+def _holds_loader(value: Any) -> bool:
+    try:
+        held = object.__getattribute__(value, "__dict__")
+    except Exception:  # an object as strange as it likes
+        return False
+    return type(held) is dict and any(issubclass(type(item), DataLoader) for item in held.values())
+
+
+def _is_holder(kind: type) -> bool:
+    """Whether a class is one that may hand out the batches of a loader."""
+    if not kind.__flags__ & _HEAP or issubclass(kind, DataLoader | type):
+        return False
+    is_ours = str(vars(kind).get("__module__")).startswith(("torch.", "trajrec."))
+    return not is_ours and any("__iter__" in vars(base) for base in kind.__mro__)
 
 
 def _begin_pass(loader: Any) -> tuple[Pass | None, SamplerTap | None]:
