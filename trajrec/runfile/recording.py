@@ -298,7 +298,7 @@ class RunFileSink:
         """Closes a forked process's copies of lock and pipe; whatever is called here from now on does nothing."""
         if self._live:
             self._writer.abandon()
-        self._live = False
+        self._live, self._next = False, 0
         self._place.release()
         self.stop("This process was forked from the one that is recorded.")
 
