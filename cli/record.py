@@ -175,13 +175,13 @@ def _show_traceback(error: Exception) -> None:
 
 def _say(recorder: Recorder, name: str, reference: str | None) -> None:
     """One line: what was recorded, and what to type next."""
-    from trajrec.cli.runs import RUNS, find_run, size_text
+    from trajrec.cli.runs import RUNS, find_run, shown, size_text
 
     summary = recorder.summary
     assert summary is not None
     assert summary.path is not None
     cost = recorder.seconds / max(recorder.training_seconds, 1e-9)
-    path = summary.path
+    path = shown(summary.path)
     newest = path.parent == RUNS and find_run(None) == path
     command = (
         "trajrec replay"

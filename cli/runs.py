@@ -31,6 +31,14 @@ def find_run(run: Path | None) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
+def shown(path: Path) -> Path:
+    """A path as a person types it: from the folder they are in, where it lies below that."""
+    try:
+        return path.relative_to(Path.cwd())
+    except (ValueError, OSError):
+        return path
+
+
 def replay_folder(run: Path) -> Path:
     """The default output folder of a run's replay, beside the run."""
     name = run.name.removesuffix(".rec").removesuffix(".h5")
