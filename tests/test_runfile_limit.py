@@ -56,7 +56,7 @@ def test_rows_that_reach_the_limit_end_recording_and_not_training(tmp_path, limi
     assert LIMIT // 8000 <= summary.steps < LAST
     assert summary.stopped.startswith("The limit on the size of files (`ulimit -f`) is reached: step")
     assert "WITHOUT RECORDING" in caplog.text
-    assert "raise it and run `trajrec pack" in caplog.text
+    assert "was NOT PACKED: The limit on the size of files (`ulimit -f`) is reached; raise it." in caplog.text
     finish_and_compare(path, limited, summary.steps, summary.gaps)
 
 
@@ -74,7 +74,7 @@ def test_a_packed_file_beyond_the_limit_leaves_the_folder(tmp_path, limited, cap
         summary = MADE.write(RunFileSink(path), LAST)
     assert (summary.path, summary.steps, summary.gaps) == (Folder.of(path).path, LAST, ())
     assert summary.stopped is None
-    assert "raise it and run `trajrec pack" in caplog.text
+    assert "was NOT PACKED: The limit on the size of files (`ulimit -f`) is reached; raise it." in caplog.text
     finish_and_compare(path, limited, LAST)
 
 

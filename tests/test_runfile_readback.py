@@ -112,7 +112,7 @@ def test_damage_at_the_end_of_a_recording_is_said_loudly(tmp_path, caplog, compr
     with caplog.at_level(logging.ERROR, "trajrec"):
         summary = sink.close(complete=True)
     assert (summary.path, summary.steps, summary.stopped) == (sink.folder.path, LAST, None)
-    assert "was NOT PACKED; what was recorded is in" in caplog.text
+    assert "was NOT PACKED" in caplog.text
     assert "/weights, step 17: the row does not match the checksum of its step" in caplog.text
     with trajrec.open(tmp_path / "run.h5") as run:
         assert run.row(18).tobytes() == MADE.row(18).tobytes()

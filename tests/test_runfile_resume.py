@@ -201,7 +201,7 @@ def test_steps_that_go_are_said_before_they_go(tmp_path, caplog, monkeypatch):
         recording,
         "rework",
         lambda folder, lock, command, *rest: (
-            said.setdefault(command, caplog.text) and None or rework(folder, lock, command, *rest)
+            (said.setdefault(command, caplog.text) and None) or rework(folder, lock, command, *rest)
         ),
     )
     restart(path, 30, 60)

@@ -405,8 +405,9 @@ class RunFileSink:
 
     def _drop_rows(self, budget: Budget) -> None:
         """From now on keeps keyframes only: one writer ends, the folder is reworked, another begins."""
-        if self._end_writer(Finish.HAND_OVER) is not Status.DONE:
-            self._act_on_full_disk(self._geometry.segment_bytes)
+        status = self._end_writer(Finish.HAND_OVER)
+        if status is not Status.DONE:
+            self._act_on(status)
             return
         self._writer.close()
         self._live = False
@@ -499,7 +500,10 @@ class RunFileSink:
         """
         if not self._live:
             self._place.give_up()
-            return self._unpacked() if self._next else Summary(None, 0, 0, self._gaps, self._stopped)
+            return self._unpacked("It has no writer") if self._next else self._nothing()
+        if not self._next:
+            self._undo_start()
+            return self._nothing()
         self._live = False
         try:
             status = self._end_writer(Finish.COMPLETE if complete else Finish.RECOVERED)
@@ -508,8 +512,8 @@ class RunFileSink:
             self._place.release()
         if status is Status.DONE:
             return Summary(self.output, self._next - 1, self.output.stat().st_size, self._gaps, self._stopped)
-        self._say_unpacked(status)
-        return self._unpacked()
+        self.folder.sweep()
+        return self._unpacked(_WHY_UNPACKED.get(status) or self._writer.reason())
 
     def _end_writer(self, finish: Finish) -> Status:
         """Has the writer finish and waits for it: DONE, or why it is not; waits for room where `on_full` says so."""
@@ -529,26 +533,23 @@ class RunFileSink:
     def _gaps(self) -> tuple[tuple[int, int], ...]:
         return () if self._gap is None else (self._gap,)
 
-    def _unpacked(self) -> Summary:
-        return Summary(self.folder.path, self._next - 1, self.folder.size(), self._gaps, self._stopped)
+    def _nothing(self) -> Summary:
+        return Summary(None, 0, 0, self._gaps, self._stopped)
 
-    def _say_unpacked(self, status: Status) -> None:
-        self.folder.sweep()
+    def _unpacked(self, why: str) -> Summary:
         folder = self.folder.path
-        if status in (Status.DAMAGED, Status.BLOCKED):
-            logger.error(
-                "%s was NOT PACKED; what was recorded is in %s. %s", self.output, folder, self._writer.reason()
-            )
-            return
-        full = status is Status.DISK_FULL
-        logger.warning(
-            "%s: %s was not packed. Its steps are safe in %s; %s and run `trajrec pack %s`.",
-            "The disk is full" if full else "The limit on the size of files (`ulimit -f`) is reached",
-            self.output,
-            folder,
-            "make room" if full else "raise it",
-            folder,
+        logger.error(
+            "%s was NOT PACKED: %s. What was recorded is safe in %s, and is read like a packed run; "
+            "`trajrec pack %s` packs it once the cause is gone.",
+            *(self.output, why.rstrip("."), folder, folder),
         )
+        return Summary(folder, self._next - 1, self.folder.size(), self._gaps, self._stopped)
+
+
+_WHY_UNPACKED = {
+    Status.DISK_FULL: "The disk is full; make room",
+    Status.FILE_TOO_LARGE: "The limit on the size of files (`ulimit -f`) is reached; raise it",
+}
 
 
 def _would_lose(output: Path, step: int, last: int, is_complete: bool) -> str:
