@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from trajrec.errors import TrajrecError
-from trajrec.runfile import files, layout, process, recording, rework, rowfile
+from trajrec.runfile import files, layout, process, rework, room, rowfile
 from trajrec.runfile.folder import Folder, is_disk_full
 from trajrec.runfile.ring import Control, Finish, Ring
 from trajrec.runfile.writer import Writer, _status
@@ -41,8 +41,8 @@ class Simulation:
             patch.setattr(module, name, self._mortal(self._needing_room(getattr(module, name))))
         patch.setattr(process.subprocess, "Popen", lambda command, **_: Process(self, Folder(Path(command[-1]))))
         patch.setattr(process.subprocess, "run", self._run)
-        patch.setattr(recording.time, "sleep", self._sleep)
-        patch.setattr(recording.RunFileSink, "_free", lambda _: 0 if self.full else 10**12)
+        patch.setattr(room.time, "sleep", self._sleep)
+        patch.setattr(room.Room, "free", property(lambda _: 0 if self.full else 10**12))
 
     def _mortal(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def tried(*args: Any, **options: Any) -> Any:
@@ -63,7 +63,7 @@ class Simulation:
         return tried
 
     def _sleep(self, seconds: float) -> None:
-        if seconds >= recording._RETRY:
+        if seconds >= room._RETRY:
             self.full = False  # somebody makes room while training waits
 
     def another_process(self, call: Callable[[], Any]) -> Any:

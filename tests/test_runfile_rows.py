@@ -65,6 +65,7 @@ def sealed(folder) -> Folder:
 def pack_here(folder: Folder) -> None:
     """Packs as the writer would, in this process."""
     sealing.pack(folder, folder.read_manifest(), "recovered", ())
+    folder.remove()
 
 
 def assert_packed(path: Path, made: MadeUpRun = MADE, last: int = LAST) -> None:

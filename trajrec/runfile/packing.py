@@ -92,6 +92,7 @@ def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
     if status is not Status.DONE:
         folder.sweep()
         raise _failure(folder, status, writer.reason())
+    folder.remove()  # a writer may have been killed over it
     return folder.output
 
 
