@@ -311,6 +311,77 @@ class RealRecordings(Recordings):
     is_real = True
 
 
+@pytest.fixture
+def simulation(monkeypatch):
+    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**12)
+    monkeypatch.setattr(geometry, "ARENA_BYTES", 2**16)
+    return Simulation(monkeypatch)
+
+
+MADE = MadeUpRun(spec(VALUES))
+
+
+def until_nothing_is_left_to_kill(simulation: Simulation, trial) -> None:
+    """Tries it with a kill before the first operation of another process, before the second, and so on."""
+    for operations in range(1000):
+        simulation.left = None
+        trial(operations)
+        if simulation.left is not None and simulation.left >= 0:
+            assert operations > 5
+            return
+    raise AssertionError
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_the_writer_may_be_killed_at_any_operation_of_the_end(tmp_path, simulation, compression):
+    def trial(operations: int) -> None:
+        path = tmp_path / f"run{operations}.h5"
+        sink = RunFileSink(path, compression=compression)
+        sink.open(MADE.spec)
+        MADE.feed(sink, 50)
+        simulation.left = operations
+        assert sink.close(complete=True).path == path
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+        assert verify(path) == []
+        with trajrec.open(path) as run:
+            assert (run.steps, run.state) == (50, "complete")
+        path.unlink()
+
+    until_nothing_is_left_to_kill(simulation, trial)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_going_on_may_be_killed_at_any_operation(tmp_path, simulation, compression, packed):
+    """What was recorded up to the step that training goes on from is never touched."""
+
+    def trial(operations: int) -> None:
+        path = tmp_path / f"run{operations}.h5"
+        sink = RunFileSink(path, compression=compression)
+        sink.open(MADE.spec)
+        MADE.feed(sink, 50)
+        if packed:
+            sink.close(complete=False)
+        else:
+            sink._writer.close()
+            sink._lock.release()
+        sink = RunFileSink(path, compression=compression, resume=True)
+        sink.open(MADE.spec)
+        sink.reserve()[:] = MADE.row(20)
+        simulation.left = operations
+        try:
+            sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(20).crc32))
+            last = 20
+        except RecordingError:
+            last = 50
+        sink.close(complete=False)
+        with trajrec.open(path) as run:
+            assert 20 <= run.steps <= last
+            assert all(run.row(t).tobytes() == MADE.row(t).tobytes() for t in range(run.steps + 1))
+
+    until_nothing_is_left_to_kill(simulation, trial)
+
+
 def run(machine: type[Recordings], examples: int, steps: int) -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     run_machine(

@@ -219,6 +219,13 @@ def no_lock(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(place, "Lock", lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "Permission denied")))
 
 
+def no_second_lock(patch: pytest.MonkeyPatch) -> None:
+    """The folder of the new recording cannot be locked, where an earlier one was set aside for it."""
+    locks = iter([place.Lock])
+    refuse = lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "Permission denied"))  # noqa: E731
+    patch.setattr(place, "Lock", lambda path: next(locks, refuse)(path))
+
+
 FAILURES = {
     no_ring: "The disk is full: recording needs",
     no_process: "Recording cannot begin in .*Resource temporarily unavailable",
@@ -241,8 +248,10 @@ def test_a_start_that_fails_leaves_nothing(path, failure):
     recorded(path, NEW, 10)
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("failure", "packed"),
+    [*((failure, packed) for failure in FAILURES for packed in (True, False)), (no_second_lock, False)],
+)
 def test_what_was_to_be_replaced_is_still_there(path, failure, packed):
     OLD.write(RunFileSink(path), 20) if packed else cut_off(path, 20, OLD)
     sink = RunFileSink(path, force=True)
@@ -266,6 +275,18 @@ def test_what_a_killed_start_left_does_not_block_the_next_one(path):
     folder.path.mkdir()
     for name in ("lock", "ring.bin", "writer.log", "manifest.json.tmp", "staged.bin", "keyframe-0000000000.part"):
         (folder.path / name).write_bytes(b"left")
+    NEW.write(RunFileSink(path), 10)
+    recorded(path, NEW, 10)
+
+
+@pytest.mark.parametrize("drains", [True, False])
+def test_nor_does_one_that_was_killed_before_its_first_step(path, drains):
+    sink = RunFileSink(path)
+    sink.open(OLD.spec)
+    if not drains:
+        sink._writer._process.kill()
+    sink._writer.close()
+    sink._lock.release()
     NEW.write(RunFileSink(path), 10)
     recorded(path, NEW, 10)
 

@@ -145,6 +145,9 @@ class RunFileSink:
             self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
             self._writer.check_started()
             self._place.begun()
+        except OSError as error:
+            self._undo_start()
+            raise no_start(error, self.folder.path, ring_bytes(self._geometry)) from error
         except BaseException:
             self._undo_start()
             raise
