@@ -12,6 +12,7 @@ import pytest
 
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
+from tests.runfile_simulation import Simulation
 from tests.test_runfile_resume import cut_off
 from trajrec.errors import DiskFullError, OutputExistsError, RecordingError
 from trajrec.runfile import place, process, recording
@@ -20,11 +21,14 @@ from trajrec.runfile.lock import Lock, holder
 from trajrec.runfile.packing import pack
 from trajrec.runfile.recording import RunFileSink
 
+POPEN = process.subprocess.Popen
 OLD, NEW = MadeUpRun(spec(200)), MadeUpRun(spec(200), seed=5)
 
 
 @pytest.fixture
-def path(tmp_path) -> Path:
+def path(tmp_path, monkeypatch) -> Path:
+    """Of the run, whose writer is simulated."""
+    Simulation(monkeypatch)
     return tmp_path / "run.h5"
 
 
@@ -211,6 +215,7 @@ def no_process(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_writer(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(process.subprocess, "Popen", POPEN)
     patch.setattr(process, "_command", lambda module, folder: ["sh", "-c", "echo no luck today >&2; exit 1"])
 
 

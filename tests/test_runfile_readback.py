@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
+from tests.runfile_simulation import Simulation
 from tests.test_runfile_resume import begin, cut_off
 from trajrec.cli.main import app
 from trajrec.errors import DamagedRunError, RecordingError
@@ -30,6 +31,8 @@ LAST = 230
 
 @pytest.fixture(autouse=True)
 def small_segments(monkeypatch):
+    """And a simulated writer."""
+    Simulation(monkeypatch)
     monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**19)
     monkeypatch.setattr(geometry, "ARENA_BYTES", 2**20)
 

@@ -12,6 +12,7 @@ import pytest
 
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
+from tests.runfile_simulation import Simulation
 from tests.test_runfile_resume import cut_off
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import holder
@@ -24,8 +25,13 @@ ROOT = Path(__file__).parents[1]
 MADE = MadeUpRun(spec(200, rng=16))
 
 
+@pytest.fixture
+def simulation(monkeypatch):
+    return Simulation(monkeypatch)
+
+
 @pytest.fixture(params=["memory", "zstd", "none", "keyframes"])
-def sink(request, tmp_path):
+def sink(request, tmp_path, simulation):
     if request.param == "memory":
         return MemorySink()
     if request.param == "keyframes":
@@ -68,7 +74,7 @@ def test_the_first_reason_counts_and_no_keyframe_comes_after_it(sink):
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
-def test_a_stopped_recording_is_packed_with_its_state_and_gap(tmp_path, compression):
+def test_a_stopped_recording_is_packed_with_its_state_and_gap(tmp_path, simulation, compression):
     sink = RunFileSink(tmp_path / "run.h5", compression=compression)
     sink.open(MADE.spec)
     MADE.feed(sink, 50)
@@ -83,7 +89,7 @@ def test_a_stopped_recording_is_packed_with_its_state_and_gap(tmp_path, compress
         assert (run.state, run.gaps, run.keyframe_steps) == ("complete", ((51, 60),), (0,))
 
 
-def test_a_noted_gap_survives_a_kill(tmp_path):
+def test_a_noted_gap_survives_a_kill(tmp_path, simulation):
     sink = RunFileSink(tmp_path / "run.h5")
     sink.open(MADE.spec)
     MADE.feed(sink, 50)
@@ -97,7 +103,7 @@ def test_a_noted_gap_survives_a_kill(tmp_path):
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("opened", [False, True])
-def test_stopping_never_raises_and_leaves_nothing_where_nothing_was_recorded(tmp_path, resume, opened):
+def test_stopping_never_raises_and_leaves_nothing_where_nothing_was_recorded(tmp_path, simulation, resume, opened):
     path = tmp_path / "run.h5"
     if resume:
         MADE.write(RunFileSink(path), 20)
@@ -118,7 +124,7 @@ def test_stopping_never_raises_and_leaves_nothing_where_nothing_was_recorded(tmp
     sink.note_gap(9)
 
 
-def test_an_earlier_recording_is_as_it_was_after_a_stop(tmp_path):
+def test_an_earlier_recording_is_as_it_was_after_a_stop(tmp_path, simulation):
     cut_off(tmp_path / "run.h5", 20, MADE)
     sink = RunFileSink(tmp_path / "run.h5", resume=True)
     sink.open(MADE.spec)
