@@ -350,8 +350,7 @@ def test_the_writer_may_be_killed_at_any_operation_of_the_end(tmp_path, simulati
     until_nothing_is_left_to_kill(simulation, trial)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("compression", ["zstd", "none"])
+@pytest.mark.parametrize(("compression", "packed"), [("zstd", True), ("none", False)])
 def test_going_on_may_be_killed_at_any_operation(tmp_path, simulation, compression, packed):
     """What was recorded up to the step that training goes on from is never touched."""
 
@@ -393,7 +392,7 @@ def run(machine: type[Recordings], examples: int, steps: int) -> None:
 
 
 def test_recordings_in_any_order():
-    run(Recordings, examples=40, steps=20)
+    run(Recordings, examples=25, steps=20)
 
 
 @pytest.mark.long
