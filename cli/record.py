@@ -99,7 +99,7 @@ def record(
     code = _run(recorder, script, module, rest)
     if recorder.is_abandoned:
         return code  # a child that the script has forked ends here, too
-    if recorder.summary is not None:
+    if recorder.summary is not None and recorder.summary.path is not None:
         _say(recorder, module or script.name, reference, start)
     elif code == 0 and recorder.problem is None:
         raise TrajrecError(

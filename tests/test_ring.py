@@ -179,10 +179,11 @@ def test_any_pressure_on_the_ring_loses_nothing(tmp_path_factory, arena, segment
 
 def test_a_writer_that_cannot_work_is_given_up_with_its_last_words(tmp_path, monkeypatch):
     sink = RunFileSink(tmp_path / "run.h5")
+    sink.open(MADE.spec)
+    MADE.feed(sink, 20)
     with monkeypatch.context() as patch:
         patch.setattr(process, "_command", lambda module, folder: ["sh", "-c", "echo no luck today >&2; exit 1"])
-        sink.open(MADE.spec)
-        MADE.feed(sink, 20)
+        sink._writer._process.kill()
         with pytest.raises(RecordingError, match=r"stopped 5 times .* `trajrec pack` finishes it.*no luck today"):
             sink.close(complete=True)
     with trajrec.open(tmp_path / "run.h5") as run:

@@ -14,7 +14,7 @@ import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_run, spec
 from trajrec.errors import RecordingError
 from trajrec.replay import contributions
-from trajrec.runfile import geometry
+from trajrec.runfile import geometry, recording
 from trajrec.runfile.recording import RunFileSink
 from trajrec.runfile.verify import verify
 
@@ -50,12 +50,20 @@ def cut_off(path, last: int, made: MadeUpRun = MADE, **options) -> None:
     sink._lock.release()
 
 
-@pytest.mark.parametrize("at", [0, 63, 64, 100, 300])
-@pytest.mark.parametrize("begin", [MADE.write, cut_off])
+def begin(path, last: int, packed: bool, made: MadeUpRun = MADE, **options) -> None:
+    """A recording of a training that did not come to its end, packed or not."""
+    if packed:
+        made.write(RunFileSink(path, **options), last, complete=False)
+    else:
+        cut_off(path, last, made, **options)
+
+
+@pytest.mark.parametrize("at", [1, 63, 64, 100, 300])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("compression", ["zstd", "none"])
-def test_a_recording_goes_on_from_any_step(tmp_path, begin, at, compression):
+def test_a_recording_goes_on_from_any_step(tmp_path, packed, at, compression):
     path, options = tmp_path / "run.h5", {"compression": compression}
-    cut_off(path, 300, **options) if begin is cut_off else MADE.write(RunFileSink(path, **options), 300)
+    begin(path, 300, packed, **options)
     restart(path, at, 333)
     assert verify(path) == []
     with trajrec.open(path) as run:
@@ -65,11 +73,11 @@ def test_a_recording_goes_on_from_any_step(tmp_path, begin, at, compression):
         assert_same_keyframe(run.keyframe(192), MADE.keyframe(192))
 
 
-@pytest.mark.parametrize("at", [0, 63, 100, 300])
+@pytest.mark.parametrize("at", [1, 63, 100, 300])
 @pytest.mark.parametrize("packed", [True, False])
 def test_inputs_go_on_too(tmp_path, packed, at):
     path, made = tmp_path / "run.h5", MadeUpRun(spec(2000, inputs="store"))
-    made.write(RunFileSink(path), 300) if packed else cut_off(path, 300, made)
+    begin(path, 300, packed, made)
     other = dataclasses.replace(made, pixels=30)  # batches of another shape, so that old ones would be seen
     restart(path, at, 320, made=other)
     assert verify(path) == []
@@ -99,7 +107,7 @@ def test_twice_and_shorter(tmp_path, compression):
 
 def test_keyframes_only(tmp_path):
     path = tmp_path / "run.h5"
-    MADE.write(RunFileSink(path, keep=10), 100)
+    begin(path, 100, packed=True, keep=10)
     restart(path, 57, 120, keep=10)
     with trajrec.open(path) as run:
         assert run.steps == 120
@@ -127,10 +135,10 @@ def test_a_resumed_recording_may_be_killed_and_resumed(tmp_path, compression):
         assert run.resumed == (90, 93)
 
 
-@pytest.mark.parametrize("begin", ["packed", "folder"])
-def test_unknown_weights_make_a_second_part(tmp_path, caplog, begin):
+@pytest.mark.parametrize("packed", [True, False])
+def test_unknown_weights_make_a_second_part(tmp_path, caplog, packed):
     path, other = tmp_path / "run.h5", MadeUpRun(spec(2000), seed=5)
-    cut_off(path, 50) if begin == "folder" else MADE.write(RunFileSink(path), 50)
+    begin(path, 50, packed)
     summary = other.write(RunFileSink(path, resume=True), 20)
     assert summary.path == tmp_path / "run-part2.h5"
     assert "No step of" in caplog.text
@@ -138,6 +146,85 @@ def test_unknown_weights_make_a_second_part(tmp_path, caplog, begin):
     with trajrec.open(path) as first, trajrec.open(summary.path) as second:
         assert_same_run(first, MADE, 50)
         assert_same_run(second, other, 20)
+
+
+@pytest.mark.parametrize("at", [0, 49])
+def test_a_training_that_is_complete_is_kept(tmp_path, caplog, at):
+    path = tmp_path / "run.h5"
+    MADE.write(RunFileSink(path), 50)
+    summary = restart_beside(path, at)
+    assert f"holds the 50 steps of a training that is complete, and training starts with the weights of step {at}" in (
+        caplog.text
+    )
+    assert f"going on there would throw away {50 - at} of them, so they are kept" in caplog.text
+    with trajrec.open(path) as first, trajrec.open(summary.path) as second:
+        assert_same_run(first, MADE, 50)
+        assert first.state == "complete"
+        assert second.steps == 3
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_training_that_begins_anew_does_not_throw_the_first_one_away(tmp_path, caplog, packed):
+    path = tmp_path / "run.h5"
+    begin(path, 50, packed)
+    summary = restart_beside(path, 0)
+    assert "holds 50 steps, and training starts with the weights of step 0" in caplog.text
+    with trajrec.open(path) as first, trajrec.open(summary.path) as second:
+        assert_same_run(first, MADE, 50)
+        assert second.steps == 3
+
+
+def restart_beside(path, at: int):
+    """Training begins with the weights of step `at`, and is recorded as a second part."""
+    sink = RunFileSink(path, resume=True)
+    sink.open(MADE.spec)
+    sink.reserve()[:] = MADE.row(at)
+    sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(at).crc32))
+    assert (sink.resumed_at, sink.output) == (0, path.with_name("run-part2.h5"))
+    MADE.feed(sink, 3, first=1)
+    return sink.close(complete=True)
+
+
+def test_a_complete_training_goes_on_from_its_end(tmp_path):
+    path = tmp_path / "run.h5"
+    MADE.write(RunFileSink(path), 50)
+    restart(path, 50, 60)
+    with trajrec.open(path) as run:
+        assert_same_run(run, MADE, 60)
+
+
+def test_steps_that_go_are_said_before_they_go(tmp_path, caplog, monkeypatch):
+    path = tmp_path / "run.h5"
+    begin(path, 50, packed=False)
+    rework, said = recording.rework, {}
+    monkeypatch.setattr(
+        recording,
+        "rework",
+        lambda folder, lock, command, *rest: (
+            (said.setdefault(command, caplog.text) and None) or rework(folder, lock, command, *rest)
+        ),
+    )
+    restart(path, 30, 60)
+    assert said["find"] == ""
+    assert "weights of step 30 of" in said["cut"]
+    assert "the 20 step(s) recorded after it go now" in said["cut"]
+
+
+def test_of_several_steps_with_the_same_weights_the_last_counts(tmp_path):
+    """A learning rate of zero, or a step that a gradient scaler has skipped."""
+    path, still = tmp_path / "run.h5", Still(spec(2000))
+    begin(path, 50, packed=False, made=still)
+    restart(path, 40, 60, made=still)
+    with trajrec.open(path) as run:
+        assert_same_run(run, still, 60)
+        assert run.resumed == (40,)
+
+
+class Still(MadeUpRun):
+    """Weights that stay the same from step 30 to step 40."""
+
+    def row(self, t):
+        return super().row(30 if 30 <= t <= 40 else t)
 
 
 def test_resume_without_a_recording_begins_one(tmp_path):

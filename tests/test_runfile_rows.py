@@ -65,6 +65,7 @@ def sealed(folder) -> Folder:
 def pack_here(folder: Folder) -> None:
     """Packs as the writer would, in this process."""
     sealing.pack(folder, folder.read_manifest(), "recovered", ())
+    folder.remove()
 
 
 def assert_packed(path: Path, made: MadeUpRun = MADE, last: int = LAST) -> None:
@@ -261,9 +262,10 @@ def test_a_damaged_row_is_named_with_its_file_and_step(sealed):
         with pytest.raises(DamagedRunError, match="/weights, step 17: the row does not match its checksum"):
             run.row(17)
         assert np.array_equal(run.row(18), MADE.row(18))
-    pack_here(sealed)
-    (problem,) = verify(sealed.output)
-    assert str(problem) == f"{sealed.output}: /weights, step 17: the row does not match the checksum of its step"
+    with pytest.raises(DamagedRunError, match="/weights, step 17: the row does not match the checksum of its step"):
+        pack_here(sealed)
+    (problem,) = verify(sealed.path)
+    assert str(problem) == f"{sealed.rows}: /weights, step 17: the row does not match the checksum of its step"
 
 
 @pytest.mark.parametrize("size", [0, HEAD_BYTES + 17 * ROW_BYTES + 5, None])
@@ -356,7 +358,7 @@ def test_and_goes_on(sealed, at):
 
 def test_a_packed_run_in_chunks_goes_on_in_one_piece(tmp_path):
     path = Path(shutil.copy(Path(golden.__file__).with_name("run-1.0-none.h5"), tmp_path / "run.h5"))
-    restart(path, 33, golden.LAST, made=golden.MADE, keyframe_every=16)
-    assert_packed(path, golden.MADE, golden.LAST)
+    restart(path, golden.LAST, golden.LAST + 9, made=golden.MADE, keyframe_every=16)
+    assert_packed(path, golden.MADE, golden.LAST + 9)
     with h5py.File(path) as file:
         assert file["weights"].chunks is None

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trajrec.errors import DamagedRunError, DiskFullError, NotARunError, OutputExistsError, TrajrecError
-from trajrec.runfile.folder import SUFFIX, Folder, Manifest
+from trajrec.runfile.folder import SUFFIX, Folder, Manifest, is_disk_full, is_file_too_large
 from trajrec.runfile.geometry import Geometry
 from trajrec.runfile.lock import Lock
 from trajrec.runfile.process import WriterProcess
@@ -71,7 +71,13 @@ def _ring(folder: Folder, manifest: Manifest) -> Ring:
         segments = folder.segments()
         first = segments[-1].stop if segments else 0
         nothing = Geometry(0, np.dtype(manifest.spec.dtype).itemsize, 1, 1, 1, 2, 4096)
-        return create(folder.ring, nothing, first, manifest.spec.dtype)
+        try:
+            return create(folder.ring, nothing, first, manifest.spec.dtype)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            status = Status.FILE_TOO_LARGE if is_file_too_large(error) else Status.DISK_FULL
+            raise _failure(folder, status, str(error)) from error
 
 
 def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
@@ -86,6 +92,7 @@ def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
     if status is not Status.DONE:
         folder.sweep()
         raise _failure(folder, status, writer.reason())
+    folder.remove()  # a writer may have been killed over it
     return folder.output
 
 

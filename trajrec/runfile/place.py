@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from trajrec.errors import OutputExistsError, RecorderBusyError, RecordingError
+from trajrec.errors import DamagedRunError, OutputExistsError, RecorderBusyError, RecordingError
 from trajrec.runfile import files, trailer
 from trajrec.runfile.folder import SUFFIX, Folder
 from trajrec.runfile.lock import Lock, holder
+from trajrec.runfile.ring import Ring
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -59,7 +60,7 @@ class Place:
 
     def is_taken(self) -> bool:
         """Whether there is a recording already; what a failed start has left is none, nor is an empty file."""
-        return not _is_empty(self.output) or not self.folder.is_bare()
+        return not _is_empty(self.output) or not _holds_nothing(self.folder)
 
     def check(self) -> None:
         """Refuses a place where recording would harm something.
@@ -123,7 +124,7 @@ class Place:
 
     def make_room(self) -> None:
         """Sets an earlier recording in the folder aside, and leaves the folder empty but for the lock."""
-        if self.folder.is_bare():
+        if _holds_nothing(self.folder):
             self.folder.clear()
             self._is_new = True
             return
@@ -148,7 +149,7 @@ class Place:
 
     def give_up(self) -> None:
         """Leaves the place as it was, without the lock."""
-        if self._lock is not None and (self._old is not None or self._is_new or self.folder.is_bare()):
+        if self._lock is not None and (self._old is not None or self._is_new or _holds_nothing(self.folder)):
             self.folder.remove()
         old, old_lock = self._old, self._old_lock
         self._old = self._old_lock = None
@@ -179,6 +180,19 @@ def _aside(folder: Folder) -> Iterator[Path]:
     """run.h5.old.rec, run.h5.old2.rec, ...: folders of recordings, too, should a power cut leave one."""
     output = folder.output
     return (output.with_name(f"{output.name}.old{'' if k == 1 else k}{SUFFIX}") for k in count(1))
+
+
+def _holds_nothing(folder: Folder) -> bool:
+    """Whether a folder is missing, or holds no step: only what a start has left that failed or was killed."""
+    if not files.kind(folder.path) or folder.is_bare():
+        return True
+    if folder.foreign() or folder.segments() or not folder.ring.exists():
+        return False
+    try:
+        ring = Ring(folder.ring)
+    except (OSError, ValueError, DamagedRunError):
+        return False
+    return ring.first == 0 and not ring.published(0)
 
 
 def _is_empty(path: Path) -> bool:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections import deque
 from contextlib import suppress
@@ -31,12 +30,13 @@ import numpy as np
 from trajrec.errors import DiskFullError, RecordingError
 from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.budget import Budget, parse_size
-from trajrec.runfile.folder import Manifest, is_disk_full, is_file_too_large
+from trajrec.runfile.folder import Manifest
 from trajrec.runfile.geometry import PAGE, Geometry, geometry_for
 from trajrec.runfile.keyfile import Piece, pieces_of, write_pieces
 from trajrec.runfile.place import Place
 from trajrec.runfile.process import WriterProcess, rework
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
+from trajrec.runfile.room import LIMIT, OnFull, Room, no_start
 from trajrec.runfile.staging import LARGEST, PLACES, Staging
 from trajrec.sink import Summary
 
@@ -47,9 +47,6 @@ INPUT_BYTES = 256 * 1024**2  # of raw inputs at a time; then training waits for 
 _NAP = 0.001
 _GLANCE = 0.1
 _GLANCE_STEPS = 128
-_RETRY = 1.0
-
-OnFull = Literal["wait", "stop-recording", "raise"]
 
 
 class RunFileSink:
@@ -92,7 +89,7 @@ class RunFileSink:
         self._keep_rows = keep == "steps"
         self._interval = keyframe_every if isinstance(keep, str) else keep
         self._compression = compression
-        self._on_full = on_full
+        self._room = Room(self.output, on_full)
         self._budget = None if budget is None else Budget(parse_size(budget), self.folder)
         self._next = 0
         self._resuming = False
@@ -101,7 +98,6 @@ class RunFileSink:
         self._stopped: str | None = None  # why
         self._gap: tuple[int, int] | None = None
         self._unkept: Row | None = None
-        self._retried_at = -1
         self._pending: deque[tuple[int, int]] = deque()
         self._largest_inputs = 0
         self._wanted = -1
@@ -149,6 +145,9 @@ class RunFileSink:
             self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
             self._writer.check_started()
             self._place.begun()
+        except OSError as error:
+            self._undo_start()
+            raise no_start(error, self.folder.path, ring_bytes(self._geometry)) from error
         except BaseException:
             self._undo_start()
             raise
@@ -168,7 +167,7 @@ class RunFileSink:
                 self.folder.write_manifest(manifest)
             self._writer = WriterProcess(self.folder, self._ring, self._lock)
         except OSError as error:
-            raise _no_room(error, self.folder.path, ring_bytes(self._geometry)) from error
+            raise no_start(error, self.folder.path, ring_bytes(self._geometry)) from error
         self._live = True
 
     # ---- going on with an earlier recording
@@ -212,6 +211,7 @@ class RunFileSink:
         self._place.give_up()
         self._place = self._place.second_part()
         self.output, self.folder = self._place.output, self._place.folder
+        self._room = Room(self.output, self._room.on_full)
         if self._budget is not None:
             self._budget = Budget(self._budget.limit, self.folder)
         logger.warning("%s: this is recorded as a second part, %s.", why, self.output)
@@ -266,7 +266,7 @@ class RunFileSink:
             if self._ring.publish(record):
                 return True
         except OSError as error:
-            self._act_on_error(error, self._geometry.arena_bytes)
+            self._stop(self._room.act(error, self._next, self._geometry.arena_bytes))
         else:
             self._ring.set(Control.FLUSH, record.step)
             self._wait_for_writer()
@@ -276,7 +276,7 @@ class RunFileSink:
         """Looks after the writer now and then."""
         if self._next % self._pause == 0:
             self._writer.wake()
-            if self._writer.status() is Status.DISK_FULL and self._free() > 2 * self._geometry.segment_bytes:
+            if self._writer.status() is Status.DISK_FULL and self._room.free > 2 * self._geometry.segment_bytes:
                 self._writer.restart()
 
     def stop(self, reason: str) -> None:
@@ -298,7 +298,7 @@ class RunFileSink:
         """Closes a forked process's copies of lock and pipe; whatever is called here from now on does nothing."""
         if self._live:
             self._writer.abandon()
-        self._live = False
+        self._live, self._next = False, 0
         self._place.release()
         self.stop("This process was forked from the one that is recorded.")
 
@@ -328,7 +328,7 @@ class RunFileSink:
     def _prepare_staging(self, size: int) -> None:
         """Makes room for keyframes of this size; none under a budget, or where the disk is filling up."""
         needed = 2 * (self._geometry.segment_bytes + PLACES * size)
-        if self._budget is None and 0 < size <= LARGEST and self._free() > needed:
+        if self._budget is None and 0 < size <= LARGEST and self._room.free > needed:
             with suppress(OSError):
                 self._staging = Staging(self.folder.staged, size + PAGE)
 
@@ -367,7 +367,7 @@ class RunFileSink:
             try:
                 return write_pieces(path, pieces)
             except OSError as error:
-                self._act_on_error(error, sum(map(len, pieces)))
+                self._stop(self._room.act(error, self._next, sum(map(len, pieces))))
         return 0
 
     # ---- the budget
@@ -387,8 +387,9 @@ class RunFileSink:
 
     def _drop_rows(self, budget: Budget) -> None:
         """From now on keeps keyframes only: one writer ends, the folder is reworked, another begins."""
-        if self._end_writer(Finish.HAND_OVER) is not Status.DONE:
-            self._act_on_full_disk(self._geometry.segment_bytes)
+        status = self._end_writer(Finish.HAND_OVER)
+        if status is not Status.DONE:
+            self._act_on(status)
             return
         self._writer.close()
         self._live = False
@@ -396,7 +397,7 @@ class RunFileSink:
             try:
                 self._go_on_without_rows(budget)
             except DiskFullError:
-                self._act_on_full_disk(self._geometry.segment_bytes)
+                self._stop(self._room.act_on_full_disk(self._next, self._geometry.segment_bytes))
 
     def _go_on_without_rows(self, budget: Budget) -> None:
         rework(self.folder, self._lock, "drop-rows")
@@ -420,56 +421,19 @@ class RunFileSink:
     def _act_on(self, status: Status) -> None:
         """Does what there is to do about a writer that has ended before its time."""
         if status is Status.DISK_FULL:
-            self._act_on_full_disk(self._geometry.segment_bytes // 2)
+            self._stop(self._room.act_on_full_disk(self._next, self._geometry.segment_bytes // 2))
             if self._stopped is None:
                 self._writer.restart()
         elif status is Status.FILE_TOO_LARGE:
-            self._act_on_limit()
+            self._stop(self._room.act_on_limit(self._next))
         elif status is not Status.RUNNING:
             self._stop(f"The writer of {self.output} cannot go on: {self._writer.reason()}")
 
-    def _act_on_error(self, error: OSError, needed: int) -> None:
-        """Does what there is to do about a file that could not be written here."""
-        if not is_disk_full(error):
-            raise error
-        if is_file_too_large(error):
-            self._act_on_limit()
-        else:
-            self._act_on_full_disk(needed)
-
-    def _act_on_limit(self) -> None:
-        limit = "The limit on the size of files (`ulimit -f`) is reached"
-        where = f"{limit}: step {self._next} of {self.output} was not recorded."
-        if self._on_full == "raise":
-            raise DiskFullError(f"{where} Raise it; `trajrec pack {self.folder.path}` keeps the steps before it.")
-        self._stop(where)
-
-    def _act_on_full_disk(self, needed: int) -> None:
-        if self._retried_at != self._next and self._free() >= 2 * needed:
-            self._retried_at = self._next
-            return  # there is room again, it seems; a quota may see it otherwise, so only once a step
-        where = f"The disk is full: step {self._next} of {self.output} cannot be recorded."
-        if self._on_full == "raise":
-            raise DiskFullError(f"{where} Make room; `trajrec pack {self.folder.path}` keeps the steps before it.")
-        if self._on_full == "stop-recording":
-            self._stop(where)
-        else:
-            self._wait_for_room(where, needed)
-
-    def _stop(self, why: str) -> None:
-        logger.warning("%s Training goes on WITHOUT RECORDING; the steps before it are kept.", why)
-        self.stop(why)
-
-    def _wait_for_room(self, where: str, needed: int) -> None:
-        logger.warning("%s Training WAITS until there is room (about %d MB).", where, needed // 10**6 + 1)
-        self.folder.sweep()
-        time.sleep(_RETRY)
-        while self._free() < max(needed, 2**20):
-            time.sleep(_RETRY)
-        logger.warning("There is room again: recording of %s goes on.", self.output)
-
-    def _free(self) -> int:
-        return shutil.disk_usage(self.folder.path).free
+    def _stop(self, why: str | None) -> None:
+        """Stops recording if there is a reason to, and says so."""
+        if why is not None:
+            logger.warning("%s Training goes on WITHOUT RECORDING; the steps before it are kept.", why)
+            self.stop(why)
 
     # ---- the end
 
@@ -481,17 +445,22 @@ class RunFileSink:
         """
         if not self._live:
             self._place.give_up()
-            return self._unpacked() if self._next else Summary(None, 0, 0, self._gaps, self._stopped)
-        self._live = False
+            return self._unpacked("It has no writer") if self._next else self._nothing()
+        if not self._next:
+            self._undo_start()
+            return self._nothing()
+        self._live, status = False, Status.FAILED
         try:
             status = self._end_writer(Finish.COMPLETE if complete else Finish.RECOVERED)
         finally:
             self._writer.close()
+            if status is Status.DONE:
+                self.folder.remove()  # a writer may have been killed over it
             self._place.release()
         if status is Status.DONE:
             return Summary(self.output, self._next - 1, self.output.stat().st_size, self._gaps, self._stopped)
-        self._say_unpacked(status)
-        return self._unpacked()
+        self.folder.sweep()
+        return self._unpacked(_WHY_UNPACKED.get(status) or self._writer.reason())
 
     def _end_writer(self, finish: Finish) -> Status:
         """Has the writer finish and waits for it: DONE, or why it is not; waits for room where `on_full` says so."""
@@ -500,8 +469,8 @@ class RunFileSink:
         while (status := self._writer.status()) is not Status.DONE:
             if status is Status.RUNNING:
                 self._writer.wait(_GLANCE)
-            elif status is Status.DISK_FULL and self._on_full == "wait":
-                self._wait_for_room(f"The disk is full: {self.output} cannot be finished.", self.folder.packing_size())
+            elif status is Status.DISK_FULL and self._room.on_full == "wait":
+                self._room.wait(f"The disk is full: {self.output} cannot be finished.", self.folder.packing_size())
                 self._writer.restart()
             else:
                 break
@@ -511,26 +480,23 @@ class RunFileSink:
     def _gaps(self) -> tuple[tuple[int, int], ...]:
         return () if self._gap is None else (self._gap,)
 
-    def _unpacked(self) -> Summary:
-        return Summary(self.folder.path, self._next - 1, self.folder.size(), self._gaps, self._stopped)
+    def _nothing(self) -> Summary:
+        return Summary(None, 0, 0, self._gaps, self._stopped)
 
-    def _say_unpacked(self, status: Status) -> None:
-        self.folder.sweep()
+    def _unpacked(self, why: str) -> Summary:
         folder = self.folder.path
-        if status in (Status.DAMAGED, Status.BLOCKED):
-            logger.error(
-                "%s was NOT PACKED; what was recorded is in %s. %s", self.output, folder, self._writer.reason()
-            )
-            return
-        full = status is Status.DISK_FULL
-        logger.warning(
-            "%s: %s was not packed. Its steps are safe in %s; %s and run `trajrec pack %s`.",
-            "The disk is full" if full else "The limit on the size of files (`ulimit -f`) is reached",
-            self.output,
-            folder,
-            "make room" if full else "raise it",
-            folder,
+        logger.error(
+            "%s was NOT PACKED: %s. What was recorded is safe in %s, and is read like a packed run; "
+            "`trajrec pack %s` packs it once the cause is gone.",
+            *(self.output, why.rstrip("."), folder, folder),
         )
+        return Summary(folder, self._next - 1, self.folder.size(), self._gaps, self._stopped)
+
+
+_WHY_UNPACKED = {
+    Status.DISK_FULL: "The disk is full; make room",
+    Status.FILE_TOO_LARGE: f"{LIMIT}; raise it",
+}
 
 
 def _would_lose(output: Path, step: int, last: int, is_complete: bool) -> str:
@@ -549,16 +515,3 @@ def _check_options(keep: object, compression: str, on_full: str, interval: int) 
         raise ValueError(f'compression is "zstd" or "none"; found {compression!r}.')
     if on_full not in ("wait", "stop-recording", "raise"):
         raise ValueError(f'on_full is "wait", "stop-recording" or "raise"; found {on_full!r}.')
-
-
-def _no_room(error: OSError, path: Path, size: int) -> RecordingError:
-    if is_file_too_large(error):
-        return DiskFullError(
-            f"Recording needs a file of {size / 1e6:.0f} MB in {path} to begin with, and the limit on the size of "
-            "files (`ulimit -f`) is below that. Raise it."
-        )
-    if is_disk_full(error):
-        return DiskFullError(
-            f"The disk is full: recording needs {size / 1e6:.0f} MB in {path} to begin with. Make room."
-        )
-    return RecordingError(f"Recording cannot begin in {path}: {error.strerror or error}.")

@@ -133,7 +133,7 @@ def _head(manifest: Manifest, state: str, first: int, gaps: Sequence[tuple[int, 
 
 
 def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[int, int]]) -> Path:
-    """Packs the sealed segments and keyframes of a folder into its output and removes the folder.
+    """Packs the sealed segments and keyframes of a folder into its output; the folder can be removed then.
 
     Raises:
         DamagedRunError: steps are missing, or do not match their checksums; the folder stays.
@@ -164,7 +164,6 @@ def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[in
         _check_free(folder)
         made.replace(folder.output)
     sync(folder.output.parent)
-    folder.remove()
     return folder.output
 
 

@@ -296,11 +296,14 @@ class StoredRun:
         return value
 
 
-def holds(path: Path, run_id: str) -> bool:
-    """Whether a packed file holds a run."""
-    stored = StoredRun(path)
+def holds(path: Path, run_id: str, stop: int | None = None) -> bool:
+    """Whether a packed file holds a run, and with `stop` the steps before that one, all of them and no other."""
     try:
-        return stored.spec().run_id == run_id
+        stored = StoredRun(path)
+    except NotARunError:
+        return False
+    try:
+        return stored.spec().run_id == run_id and stop in (None, stored.stop)
     finally:
         stored.close()
 

@@ -81,7 +81,10 @@ def check_made(path: Path, source: Path, rows: SharedRows | None = None) -> None
     Raises:
         DamagedRunError: anything in it does not match its checksum.
     """
-    problems = list(_file_problems(path, rows))
+    try:
+        problems = list(_file_problems(path, rows))
+    except RunFileError as error:
+        problems = [Problem(path, "", None, None, _short(error, path))]
     if problems:
         more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
         raise DamagedRunError(

@@ -30,6 +30,7 @@ from trajrec.runfile.folder import Folder, is_disk_full, is_file_too_large, sync
 from trajrec.runfile.ring import Control, Finish, Ring, Status
 from trajrec.runfile.sealing import pack, row_file, seal
 from trajrec.runfile.staging import save
+from trajrec.runfile.stored import holds
 
 POLL_SECONDS = 1.0  # what matters wakes it; this only finds a parent that is gone while others hold its pipe
 _PATIENCE = 20
@@ -125,8 +126,16 @@ class Writer:
         if finish is not Finish.HAND_OVER:
             self.folder.staged.unlink(missing_ok=True)
             state = "complete" if finish is Finish.COMPLETE else "recovered"
-            pack(self.folder, self.manifest, state, self.ring.gaps())
+            if not self._is_packed():
+                pack(self.folder, self.manifest, state, self.ring.gaps())
         self.ring.set(Control.STATUS, Status.DONE)
+        if finish is not Finish.HAND_OVER:
+            self.folder.remove()  # said first: no other writer could tell, once the ring is gone
+
+    def _is_packed(self) -> bool:
+        """Whether an earlier writer has packed it, and was killed before it could say so."""
+        output = self.folder.output
+        return output.is_file() and holds(output, self.manifest.spec.run_id, self.next)
 
     def _wait(self) -> None:
         ready, _, _ = select.select([0], [], [], POLL_SECONDS)
