@@ -40,8 +40,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Progress(Protocol):
     """Is told how far a replay is; the command line draws it."""
 
-    def start(self, what: str, total: int) -> None:
-        """A piece of work of `total` steps begins."""
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """A piece of work of `total` steps begins, of which so many were done by an earlier replay."""
 
     def advance(self, count: int) -> None:
         """So many steps are done."""
@@ -50,7 +50,7 @@ class Progress(Protocol):
 class Silent:
     """Draws nothing."""
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, done: int = 0) -> None:
         """Ignores it."""
 
     def advance(self, count: int) -> None:
