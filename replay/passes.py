@@ -120,6 +120,9 @@ class AdjointPasses:
         begin(self._means.progress, "adjoint", steps, len(pieces), start, self._done_in_block(values))
         for number in range(start, len(pieces)):
             self._block(number, pieces[number], values if number == start else {}, arrays)
+        if start == len(pieces):
+            self._session.checks.go_on(values["checks"])
+        self._finish(len(pieces))
         return self._table, np.asarray(self._growth)
 
     def _pieces(self) -> list[slice]:
@@ -165,6 +168,14 @@ class AdjointPasses:
         values = common_values(self._session, self._means, arrays)
         values |= {"number": number, "first": adjoint.first, "growth": self._growth}
         self._means.file.save(values, arrays)
+
+    def _finish(self, pieces: int) -> None:
+        """Hands the last state over, from which an answer can be made without a step."""
+        if self._means.file is not None:
+            arrays = carried_arrays(sums=self._table.values)
+            values = common_values(self._session, self._means, {})
+            values |= {"number": pieces, "first": self._session.run.steps, "growth": self._growth}
+            self._means.file.finish(values, arrays)
 
     def _restore(self, adjoint: Adjoint, values: dict[str, Any], arrays: Arrays) -> None:
         adjoint.puller.lam = torch.from_numpy(arrays["lam"]).to(adjoint.puller.lam.device)
@@ -214,6 +225,11 @@ class TangentPasses:
         begin(self._means.progress, "tangent", self._session.run.steps, len(pieces), start, done)
         for number in range(start, len(pieces)):
             take(pieces[number], self._block(number, pieces[number], values if number == start else {}, arrays))
+        if start == len(pieces):
+            self._session.checks.go_on(values["checks"])
+        if self._means.file is not None:
+            values = common_values(self._session, self._means, {}) | {"number": len(pieces), "first": 1}
+            self._means.file.finish(values, {"sums": self._values})
 
     def _block(self, number: int, piece: slice, values: dict[str, Any], arrays: Arrays) -> Tensor:
         session, question = self._session, self._question

@@ -268,8 +268,8 @@ def _size(path: Path) -> int:
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or what it came from, says that there is no room."""
     while error is not None:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left" in str(error) or "quota exceeded" in str(error):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or any(said in str(error) for said in ("No space left", "quota exceeded", "File too large")):
             return True
         error = error.__cause__ or error.__context__
     return False
