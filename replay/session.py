@@ -165,7 +165,8 @@ class Session:
         """Lets the rule prove itself at the first step."""
         step = self._step_at_start()
         gradient = gradient_of(self.function, self.train, step)
-        self_test(self.rule, step.before, initial_state(self.trajectory, self.rule), gradient, step.hyper)
+        state = initial_state(self.trajectory, self.rule)
+        self_test(self.rule, step.before, state, gradient, step.hyper, budget(self.memory, self.device))
 
     def _finish_buffers(self) -> None:
         """Makes the running statistics at the end of a run that was cut off after its last keyframe."""

@@ -152,7 +152,8 @@ class AdaptiveRule(Rule):
             w, s = weights[span], part
             if not self.rests(hyper, index):
                 floored = {n: self._floored(n, v) for n, v in part.items()}
-                w, s = self._step_group(index, w, floored, gradient[span], self.options(hyper, index))
+                options = self.options(hyper, index)
+                w, s = self._step_group(index, w, floored, gradient[span], options, self.kept.floored)
             stepped.append(w)
             states.append(s)
         joined = {n: torch.stack([s[n] for s in states]) if n in self.scalars else _join(states, n) for n in state}
