@@ -20,8 +20,8 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class ProgressFile:
         if not os.path.lexists(self.path):
             return None
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with _opened(self.path) as file:
                 arrays = {name: file[name] for name in file.files}
             values = json.loads(str(arrays.pop("values")))
             question, self.notes = values.pop("question"), values.pop("notes", {})
@@ -193,8 +193,8 @@ class ProgressFile:
         again = "the same command, without --force," if self._forced else "the same command"
         if self._end_is_written or self.save(*self._end):
             return f"What was computed is kept in {self.path}. Make room: {again} then only writes the answer."
-        other = Path(tempfile.gettempdir()) / f"trajrec-{secrets.token_hex(4)}-{NAME}"
         try:
+            other = Path(tempfile.gettempdir()) / f"trajrec-{secrets.token_hex(4)}-{NAME}"
             self._write(other, *self._end)
         except OSError:
             kept = f"{self.path} holds what was computed until it was last written" if self.path.exists() else ""
@@ -221,9 +221,16 @@ class ProgressFile:
                 self.path.unlink()
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    # np.load by name leaves the file open where it is damaged.
+    with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+        yield file
+
+
 def about(path: Path) -> dict[str, Any]:
     """The values in a progress file. Raises whatever a damaged one makes NumPy raise."""
-    with np.load(path, allow_pickle=False) as file:
+    with _opened(path) as file:
         values: dict[str, Any] = json.loads(str(file["values"]))
     return values
 
@@ -231,7 +238,7 @@ def about(path: Path) -> dict[str, Any]:
 def is_foreign(path: Path) -> bool:
     """Whether a file can be read, and is no progress of ours; a damaged one may be ours."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with _opened(path) as file:
             return "values" not in file or "question" not in json.loads(str(file["values"]))
     except Exception:
         return False
