@@ -238,3 +238,19 @@ def test_a_large_model_of_an_own_class_is_replayed():
     selftest.MOST = 1000
     assert (found.values == trajrec.replay.contributions(run, task, "each", exact=True).values).all()
     assert np.isfinite(found.values).all()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_pulling_back_by_pieces_is_pulling_back(name, count, monkeypatch):
+    """Pieces that cut parameters and groups, with weights that never had a gradient, and without a part of sigma."""
+    rule, w, state, g, hyper = point(RIGHT[name], steps=1)
+    lam = torch.randn(count, len(w))
+    vectors = list(rule.vectors_of(state))
+    for sigma in ({}, {n: torch.randn(count, len(w)) for n in vectors[1:]}):
+        whole = rule.pull(w, state, g, hyper, lam, sigma)
+        with monkeypatch.context() as patch:
+            patch.setattr("trajrec.rules.adaptive.PIECE", 1009)
+            found = rule.pull(w, state, g, hyper, lam, sigma)
+        for one, two in ((whole[0], found[0]), (whole[2], found[2]), *((whole[1][n], found[1][n]) for n in vectors)):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=0)
