@@ -41,23 +41,30 @@ def clean(
     from trajrec.cli.report import answers_of
     from trajrec.replay import cleaning
     from trajrec.replay.inputs import load
+    from trajrec.replay.place import Place
 
     folder = answers_of(source)
-    target = out or folder.with_name(f"{folder.name.removesuffix('-replay')}-clean")
     command = _script(retrain) if retrain else None
-    found = cleaning.clean(load(folder), drop)
-    cleaning.write(found, target, force)
-    _say(found, target)
+    place = Place(
+        out or folder.with_name(f"{folder.name.removesuffix('-replay')}-clean"),
+        cleaning.OUTPUT,
+        force,
+        [("the replay", folder), ("the script", Path(command[1]) if command else None)],
+    )
+    with place.claimed():
+        found = cleaning.clean(load(folder), drop)
+        target = cleaning.write(found, place)
+    _say(found, place.said, place.shown)
     if command:
         _compare(command, target / "keep.npy")
 
 
-def _say(found: Cleaning, folder: Path) -> None:
+def _say(found: Cleaning, meanwhile: str, folder: Path) -> None:
     dropped = len(found.drop)
     typer.echo(f"{dropped:,} samples to drop, {len(found.keep):,} to keep; {found.harming:,} of the dropped harm.")
     if found.wrong is not None:
         typer.echo(f"{found.wrong_dropped:,} of the {found.wrong:,} known wrong labels are dropped.")
-    typer.echo(f"Wrote keep.npy, drop.npy, samples.csv and clean.json into {folder}")
+    typer.echo(f"{meanwhile}Wrote keep.npy, drop.npy, samples.csv and clean.json into {folder}")
 
 
 def _script(retrain: str) -> list[str]:

@@ -23,12 +23,16 @@ def merge(
     """
     from trajrec.replay import report
     from trajrec.replay.joining import join, read_shards
-    from trajrec.replay.output import new_folder
+    from trajrec.replay.output import OUTPUT
+    from trajrec.replay.place import Place
     from trajrec.replay.render import tables, terminal
 
-    shards = read_shards(folders)
-    with new_folder(out, force) as unfinished:
-        join(shards, unfinished)
-        tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
-    terminal.show(report.build(out, top))
-    typer.echo(f"Joined {len(shards)} shards into {out}/. Next: trajrec report {shlex.quote(str(out))}", err=True)
+    place = Place(out, OUTPUT, force, [("the shard", folder) for folder in folders])
+    with place.claimed():
+        shards = read_shards(folders)
+        with place.filling() as unfinished:
+            join(shards, unfinished)
+            tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
+    terminal.show(report.build(place.final, top))
+    joined = f"{place.said}Joined {len(shards)} shards into {place.shown}/."
+    typer.echo(f"{joined} Next: trajrec report {shlex.quote(str(place.shown))}", err=True)

@@ -16,6 +16,7 @@ from trajrec.errors import DataMismatchError, TaskError, TrajrecError
 
 if TYPE_CHECKING:
     from trajrec.replay.contribution import Contributions
+    from trajrec.replay.progress import ProgressFile
     from trajrec.runfile.reader import Run
     from trajrec.task import Task
 
@@ -95,40 +96,55 @@ def replay(
     from trajrec.cli.runs import find_run, replay_folder
     from trajrec.replay import report
     from trajrec.replay.asked import question
-    from trajrec.replay.output import check_absent, new_folder, write_replay
+    from trajrec.replay.output import OUTPUT, write_replay
+    from trajrec.replay.place import Place
     from trajrec.replay.progress import ProgressFile
     from trajrec.replay.render import tables, terminal
     from trajrec.replay.session import Session
     from trajrec.runfile.reader import open as open_run
 
     path = find_run(run)
-    folder = out or replay_folder(path)
-    check_absent(folder, force)
+    wanted = _load_ids(Path(targets), "--targets") if targets.endswith(".npy") else targets
+    chosen = None if samples is None else _load_ids(samples, "--samples")
+    place = Place(out or replay_folder(path), OUTPUT, force, _used(path, samples, targets, task))
     began = time.monotonic()
-    with open_run(path) as recorded:
+    with place.claimed(), open_run(path) as recorded:
         asked: dict[str, Any] = {"exact": exact, "mode": mode, "by_epoch": by_epoch, "certify": certify}
         asked |= {"steps": _steps(steps), "curvature": curvature}
         precision: dict[str, Any] = {"dtype": dtype, "device": device, "allow_drift": allow_drift}
         reference, the_task = _task(task, recorded)
         session = Session(recorded, the_task, memory=None if memory is None else _bytes(memory), **precision)
-        wanted = _load_ids(Path(targets), "--targets") if targets.endswith(".npy") else targets
-        chosen = None if samples is None else _load_ids(samples, "--samples")
         whole = question(session, reference, wanted, chosen, asked | precision)
         piece = _shard(shard)
-        file = ProgressFile(folder, f"{whole}/{shard}", _progress_seconds())
+        file = ProgressFile(place.path, f"{whole}/{shard}", _progress_seconds(), forced=place.force)
         if force:
             file.remove()
         result = _solve(session, wanted, chosen, shard=piece, file=file, **asked)
         facts = {"run": str(path), "seconds": round(time.monotonic() - began, 3), "command": " ".join(sys.argv[1:])}
         facts |= {"question": whole, "shard": None if piece is None else list(piece)}
-        facts |= {"taylor": _check(session, result, taylor)} if taylor else {}
-        with new_folder(folder, force) as unfinished:
+        facts |= {"taylor": _check(session, result, taylor, file)} if taylor else {}
+        with place.filling(file.keep) as unfinished:
             left_out = write_replay(unfinished, result, session, facts)
             tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
-    terminal.show(report.build(folder, top))
+        file.remove_own()
+    terminal.show(report.build(place.final, top))
     for reason in left_out:
         typer.echo(f"Not written: {reason}", err=True)
-    typer.echo(f"Written to {folder}/. Next: trajrec report {shlex.quote(str(folder))}", err=True)
+    typer.echo(f"{place.said}Written to {place.shown}/. Next: trajrec report {shlex.quote(str(place.shown))}", err=True)
+
+
+def _used(run: Path, samples: Path | None, targets: str, task: str | None) -> list[tuple[str, Path | None]]:
+    """What a replay reads: an output folder that holds one of these is not replaced."""
+    from trajrec.runfile.folder import SUFFIX
+    from trajrec.task import task_file
+
+    return [
+        ("the run", run),
+        ("the recording", run.with_name(run.name + SUFFIX)),
+        ("the samples", samples),
+        ("the targets", Path(targets) if targets.endswith(".npy") else None),
+        ("the Task", None if task is None else task_file(task)),
+    ]
 
 
 def _solve(session: Any, targets: Any, samples: Any, file: Any, **options: Any) -> Contributions:
@@ -136,15 +152,21 @@ def _solve(session: Any, targets: Any, samples: Any, file: Any, **options: Any) 
     from trajrec.replay.choice import Forms
     from trajrec.replay.contribution import solve
 
-    if file.path.exists():
-        typer.echo(f"Going on from {file.path}.", err=True)
     forms = Forms(only=os.environ.get("TRAJREC_FORM"))
     with ReplayProgress() as progress:
+        file.say = progress.say
         return solve(session, targets, samples, progress=progress, file=file, forms=forms, **options)
 
 
-def _check(session: Any, result: Contributions, count: int) -> str:
+def _check(session: Any, result: Contributions, count: int, file: ProgressFile) -> str:
     """What the Taylor check says of the most influential sample, the median one and others evenly between."""
+    name = f"taylor {count}"
+    if name not in file.notes:
+        file.note(name, _train_again(session, result, count))
+    return str(file.notes[name])
+
+
+def _train_again(session: Any, result: Contributions, count: int) -> str:
     import numpy as np
 
     from trajrec.cli.progress import ReplayProgress

@@ -122,13 +122,17 @@ def answers_of(source: Path | None) -> Path:
     """
     from trajrec.cli.runs import find_run, replay_folder
     from trajrec.errors import ReplayError
+    from trajrec.replay.progress import PIECES
 
     if source is not None and source.is_dir() and source.suffix != ".rec":
         return source
-    if source is not None and replay_folder(source).is_dir():
-        return replay_folder(source)
-    run = find_run(source)
+    run = source if source is not None and replay_folder(source).is_dir() else find_run(source)
     folder = replay_folder(run)
     if not folder.is_dir():
         raise ReplayError(f"{run} has not been replayed yet: there is no {folder}. Run `trajrec replay {run}` first.")
+    if all(PIECES.fullmatch(path.name) for path in folder.iterdir()):
+        raise ReplayError(
+            f"The replay of {run} has not come to its end: {folder} holds its progress at most. `trajrec replay {run}` "
+            "goes on from there."
+        )
     return folder

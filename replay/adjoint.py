@@ -71,7 +71,6 @@ class Adjoint:
         names: of the targets [K].
         first: the next step to be done.
         until: the last step to be done, going backwards; 1 for the whole run.
-        initial: s_0.
     """
 
     problem: Problem
@@ -79,15 +78,18 @@ class Adjoint:
     names: IntArray
     first: int
     until: int
-    initial: State
 
     @classmethod
     def begin(cls, problem: Problem, targets: Tensor, names: IntArray, until: int = 1) -> Adjoint:
         """The adjoint at the end of the run, from gradients of K target losses at w_T, [K, P'], and their names."""
         numbers = problem.rule.constant and not problem.exact
         puller = (NumberPuller if numbers else VectorPuller)(problem.rule, targets)
-        initial = initial_state(problem.trajectory, problem.rule)
-        return cls(problem, puller, names, problem.trajectory.run.steps, until, initial)
+        return cls(problem, puller, names, problem.trajectory.run.steps, until)
+
+    @property
+    def initial(self) -> State:
+        """s_0; needed once at the end, so not kept on the way."""
+        return initial_state(self.problem.trajectory, self.problem.rule)
 
     def go(
         self,
@@ -112,17 +114,20 @@ class Adjoint:
                 break
             pulled, found = self._at(step, certifier)
             if certifier is not None:
-                gradient = found.gradient
-                free = None if gradient is None else self.problem.function.free(gradient, step)
-                certifier.backwards(step, free)
+                certifier.backwards(step, self._free(found.gradient, step))
             self.puller.accept(pulled, found.hvp)
             inner = _scaled(found.inner, pulled, self.problem.rule)
             check_adjoint(inner, self.names, step.t, last, exact=self.problem.exact)
             collect(step, -found.shares * inner)
+            # Gamma and the gradient are as large as the weights: not beside those of the next step.
+            del pulled, found
             self.first = step.t - 1
             advance(1)
         if certifier is not None and self.first == 0:
             certifier.finish_backwards(self.initial)
+
+    def _free(self, gradient: Tensor | None, step: Step) -> Tensor | None:
+        return None if gradient is None else self.problem.function.free(gradient, step)
 
     def _at(self, step: Step, certifier: StepChecks | None) -> tuple[Pulled, Derivatives]:
         """One step: the optimizer's part, and derivatives along its gamma."""
@@ -137,6 +142,7 @@ class Adjoint:
         usual = wanted if certifier is not None and certifier.stride == 1 else False
 
         def trial(name: str, wanted: Wanted = usual) -> Derivatives:
+            made.clear()  # as large as a few times the weights: not beside what takes its place
             point = point_at(POINTS[name], self.problem, step)
             gradient = function.free(point.gradient(), step) if self.puller.needs_gradient else None
             made[:] = [self.puller.pull(step, state, gradient)]

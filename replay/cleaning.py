@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from trajrec.errors import OutputExistsError, ReplayError
+from trajrec.errors import ReplayError
 from trajrec.replay import scores, sections, suspects
 from trajrec.replay.inputs import CONTRIBUTIONS, Inputs, reading
+from trajrec.replay.place import Kind, Place
 
 KEEP = "TRAJREC_KEEP"
+OUTPUT = Kind(
+    command="trajrec clean",
+    facts="clean.json",
+    keys=frozenset({"rule", "kept", "dropped"}),
+    whole=frozenset({"keep.npy", "drop.npy"}),
+    others=frozenset({"samples.csv"}),
+)
 _COUNT = re.compile(r"harmful:(\d+(?:\.\d+)?)(%?)")
 _ACCURACY = re.compile(r"accuracy\W*?(\d+(?:\.\d+)?(?:e-?\d+)?)\s*(%?)", re.IGNORECASE)
 
@@ -129,26 +136,15 @@ def _suspected(inputs: Inputs, totals: pl.DataFrame) -> list[int]:
     return clusters.filter("suspected")["sample"].to_list()
 
 
-def write(cleaning: Cleaning, folder: Path, force: bool = False) -> Path:
-    """Write keep.npy, drop.npy, samples.csv and clean.json into a folder.
+def write(cleaning: Cleaning, place: Place) -> Path:
+    """Write keep.npy, drop.npy, samples.csv and clean.json into a folder. Returns where it stands.
 
     Raises:
-        OutputExistsError: the folder exists and `force` is False, or it holds something else.
+        TrajrecError: it cannot be written.
     """
-    if folder.exists() and not force:
-        raise OutputExistsError(f"{folder} exists already. Choose another place with --out, or pass --force.")
-    if folder.exists() and not (folder / "clean.json").is_file():
-        raise OutputExistsError(f"{folder} was not made by `trajrec clean`, so --force does not replace it.")
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with place.filling() as unfinished:
         _fill(cleaning, unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    return place.final
 
 
 def _fill(cleaning: Cleaning, folder: Path) -> None:

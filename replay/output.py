@@ -10,17 +10,14 @@
 Only the contributions must succeed. If a data set makes trouble with the rest, that file is left out, and replay.json
 says so under "left_out".
 
-The folder is made beside its place and renamed, so a replay that was cut off leaves nothing half written: at most a
-folder with nothing but its progress in it (`replay.progress`), from which the same question goes on.
+The folder is filled beside its place and renamed (`replay.place`), so a replay that was cut off leaves nothing half
+written: at most a folder with its progress in it (`replay.progress`), from which the same question goes on.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,11 +26,10 @@ import numpy as np
 import polars as pl
 
 import trajrec
-from trajrec.errors import OutputExistsError
 from trajrec.records import IntArray
 from trajrec.replay import names
 from trajrec.replay.contribution import Contributions
-from trajrec.replay.progress import NAME as PROGRESS
+from trajrec.replay.place import Kind
 from trajrec.replay.samples import Samples
 from trajrec.replay.session import Session
 from trajrec.replay.targets import predictions
@@ -48,42 +44,14 @@ METHODS = {
 }
 
 
-def holds_progress_only(folder: Path) -> bool:
-    """Whether a folder is one that a replay was cut off in."""
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir() if not path.name.endswith(".tmp")}
-    return names == {PROGRESS}
-
-
-def check_absent(folder: Path, force: bool) -> None:
-    """Checks that an output may be written.
-
-    Raises:
-        OutputExistsError: if it exists and force is False.
-    """
-    if folder.exists() and not force and not holds_progress_only(folder):
-        raise OutputExistsError(f"{folder} exists already. Choose another with --out, or replace it with --force.")
-
-
-@contextmanager
-def new_folder(folder: Path, force: bool) -> Iterator[Path]:
-    """A folder to fill; it takes its place when the block ends well, and is gone when it does not.
-
-    Raises:
-        OutputExistsError: if it exists and force is False.
-    """
-    check_absent(folder, force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+OUTPUT = Kind(
+    command="trajrec replay",
+    facts="replay.json",
+    keys=frozenset({"run_id", "method", "sign", "certificate"}),
+    whole=frozenset({"contributions.parquet"}),
+    others=frozenset({"samples.parquet", "targets.parquet", "thumbnails.parquet", "top.csv"}),
+    has_progress=True,
+)
 
 
 def write_replay(folder: Path, result: Contributions, session: Session, facts: dict[str, Any]) -> list[str]:

@@ -117,9 +117,12 @@ class AdjointPasses:
         pieces = self._pieces()
         start = self._take_up(values, arrays)
         steps = self._session.run.steps - self._question.window[0] + 1
-        self._means.progress.start("adjoint", steps * len(pieces))
+        begin(self._means.progress, "adjoint", steps, len(pieces), start, self._done_in_block(values))
         for number in range(start, len(pieces)):
             self._block(number, pieces[number], values if number == start else {}, arrays)
+        if start == len(pieces):
+            self._session.checks.go_on(values["checks"])
+        self._finish(len(pieces))
         return self._table, np.asarray(self._growth)
 
     def _pieces(self) -> list[slice]:
@@ -142,8 +145,6 @@ class AdjointPasses:
         certifier = session.checks if number == 0 or not session.certifies_once else None
         if values:
             self._restore(adjoint, values, arrays)
-        done = (number, session.run.steps - adjoint.first)
-        self._means.progress.advance(number * (session.run.steps - self._question.window[0] + 1) + done[1])
 
         def after_step(count: int) -> None:
             norms.note()
@@ -152,6 +153,10 @@ class AdjointPasses:
                 self._save(number, adjoint)
 
         adjoint.go(certifier, lambda step, found: self._collect(piece, step, found), after_step)
+
+    def _done_in_block(self, values: dict[str, Any]) -> int:
+        """Steps of the first block that an earlier replay has done."""
+        return self._session.run.steps - values["first"] if values else 0
 
     def _collect(self, piece: slice, step: Step, found: Tensor) -> None:
         if step.t <= self._question.window[1]:
@@ -163,6 +168,14 @@ class AdjointPasses:
         values = common_values(self._session, self._means, arrays)
         values |= {"number": number, "first": adjoint.first, "growth": self._growth}
         self._means.file.save(values, arrays)
+
+    def _finish(self, pieces: int) -> None:
+        """Hands the last state over, from which an answer can be made without a step."""
+        if self._means.file is not None:
+            arrays = carried_arrays(sums=self._table.values)
+            values = common_values(self._session, self._means, {})
+            values |= {"number": pieces, "first": self._session.run.steps, "growth": self._growth}
+            self._means.file.finish(values, arrays)
 
     def _restore(self, adjoint: Adjoint, values: dict[str, Any], arrays: Arrays) -> None:
         adjoint.puller.lam = torch.from_numpy(arrays["lam"]).to(adjoint.puller.lam.device)
@@ -208,10 +221,15 @@ class TangentPasses:
         if values:
             start = int(values["number"])
             self._values[:] = arrays["sums"]
-        self._means.progress.start("tangent", self._session.run.steps * len(pieces))
-        self._means.progress.advance(self._session.run.steps * start)
+        done = values["first"] - 1 if values else 0
+        begin(self._means.progress, "tangent", self._session.run.steps, len(pieces), start, done)
         for number in range(start, len(pieces)):
             take(pieces[number], self._block(number, pieces[number], values if number == start else {}, arrays))
+        if start == len(pieces):
+            self._session.checks.go_on(values["checks"])
+        if self._means.file is not None:
+            values = common_values(self._session, self._means, {}) | {"number": len(pieces), "first": 1}
+            self._means.file.finish(values, {"sums": self._values})
 
     def _block(self, number: int, piece: slice, values: dict[str, Any], arrays: Arrays) -> Tensor:
         session, question = self._session, self._question
@@ -222,7 +240,6 @@ class TangentPasses:
             tangent.state = vectors_in(arrays, "state/", session.device)
             tangent.first = values["first"]
             take_up_checks(session, values, arrays, backwards=False)
-            self._means.progress.advance(tangent.first - 1)
 
         def after_step(count: int) -> None:
             self._means.progress.advance(count)
@@ -236,6 +253,15 @@ class TangentPasses:
         arrays = carried_arrays(d=tangent.d, r=tangent.r, state=tangent.state) | {"sums": self._values}
         values = common_values(self._session, self._means, arrays)
         self._means.file.save(values | {"number": number, "first": tangent.first}, arrays)
+
+
+def begin(progress: Progress, what: str, steps: int, blocks: int, block: int, done: int) -> None:
+    """Tells how many steps so many blocks have, and how many of them an earlier replay has done."""
+    before = steps * block + done
+    if before:
+        progress.start(what, steps * blocks, done=before)
+    else:
+        progress.start(what, steps * blocks)
 
 
 def sampled_stride(steps: int) -> int:

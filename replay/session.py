@@ -40,8 +40,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class Progress(Protocol):
     """Is told how far a replay is; the command line draws it."""
 
-    def start(self, what: str, total: int) -> None:
-        """A piece of work of `total` steps begins."""
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """A piece of work of `total` steps begins, of which so many were done by an earlier replay."""
 
     def advance(self, count: int) -> None:
         """So many steps are done."""
@@ -50,7 +50,7 @@ class Progress(Protocol):
 class Silent:
     """Draws nothing."""
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, done: int = 0) -> None:
         """Ignores it."""
 
     def advance(self, count: int) -> None:
@@ -165,7 +165,8 @@ class Session:
         """Lets the rule prove itself at the first step."""
         step = self._step_at_start()
         gradient = gradient_of(self.function, self.train, step)
-        self_test(self.rule, step.before, initial_state(self.trajectory, self.rule), gradient, step.hyper)
+        state = initial_state(self.trajectory, self.rule)
+        self_test(self.rule, step.before, state, gradient, step.hyper, budget(self.memory, self.device))
 
     def _finish_buffers(self) -> None:
         """Makes the running statistics at the end of a run that was cut off after its last keyframe."""

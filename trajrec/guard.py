@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
+
 
 class Guard:
     """Keeps what hooks raise away from the training.
@@ -38,7 +40,8 @@ class Guard:
         def guarded(*args: Any, **named: Any) -> Any:
             return self.run(hook, *args, **named) if self.is_open else None
 
-        return guarded
+        # A compiler would look into hooks that it meets in a compiled step, and they are no part of it.
+        return torch.compiler.disable(guarded)  # type: ignore[no-any-return, no-untyped-call]
 
     def run(self, hook: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Calls a hook, whether or not hooks are still called.

@@ -172,7 +172,8 @@ class Recorder:
             self._discovery.install(guarded)
         if self.model is not None:
             self._watch_model(self.model)
-        before, after = guarded(self._before_step), self._after_step_or_gap
+        before = guarded(self._before_step)
+        after = torch.compiler.disable(self._after_step_or_gap)  # type: ignore[no-untyped-call]
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(before))
             self._handles.append(optimizer.register_step_post_hook(after))
@@ -262,10 +263,6 @@ class Recorder:
     def _watch_model(self, model: nn.Module) -> None:
         self._generators = Generators(next(model.parameters()).device)
         enter, leave = self._guard.around(self._on_forward), self._guard.around(self._on_forwarded)
-        if getattr(model, "_compiled_call_impl", None) is not None:
-            # Compiled in place: the compiler would look into the hooks, which are no part of the model.
-            enter = torch.compiler.disable(enter)  # type: ignore[no-untyped-call]
-            leave = torch.compiler.disable(leave)  # type: ignore[no-untyped-call]
         self._handles.append(model.register_forward_pre_hook(ModelHook(enter), with_kwargs=True))
         self._handles.append(model.register_forward_hook(ModelHook(leave)))
         self.ledger.owners += [model, *self.optimizers]

@@ -19,7 +19,9 @@ writes with `out=`, or over a value that is needed again, its own differentiable
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from trajrec.records import FloatArray, Keyframe, RunSpec
 from trajrec.rules.flat import FlatLayout
 from trajrec.rules.step import Rule, State
 
+PIECE = 1 << 18  # weights of a piece times cotangents
 FLOOR = {torch.float32: 1e-36, torch.float64: 1e-300}
 
 
@@ -152,11 +155,45 @@ class AdaptiveRule(Rule):
             w, s = weights[span], part
             if not self.rests(hyper, index):
                 floored = {n: self._floored(n, v) for n, v in part.items()}
-                w, s = self._step_group(index, w, floored, gradient[span], self.options(hyper, index))
+                options = self.options(hyper, index)
+                w, s = self._step_group(index, w, floored, gradient[span], options, self.kept.floored)
             stepped.append(w)
             states.append(s)
         joined = {n: torch.stack([s[n] for s in states]) if n in self.scalars else _join(states, n) for n in state}
         return stepped[0] if len(stepped) == 1 else torch.cat(stepped), joined
+
+    def pull(
+        self, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, lam: Tensor, sigma: State
+    ) -> tuple[Tensor, State, Tensor]:
+        """The vjp of U, a piece of the weights at a time: each is stepped by itself, and what a step keeps is large."""
+        size = max(1, PIECE // len(lam))
+        spans = [slice(start, min(start + size, self.layout.size)) for start in range(0, self.layout.size, size)]
+        if len(spans) == 1:
+            return super().pull(weights, state, gradient, hyper, lam, sigma)
+        whole = torch.empty_like(lam), {n: torch.empty_like(lam) for n in self.vectors_of(state)}, torch.empty_like(lam)
+        for span in spans:
+            own = {n: v if n in self.scalars else v[span] for n, v in state.items()}
+            cotangents = lam[:, span], {n: v[:, span] for n, v in sigma.items()}
+            found = self._piece(span)._pull_whole(weights[span], own, gradient[span], hyper, *cotangents)
+            whole[0][:, span], whole[2][:, span] = found[0], found[2]
+            for name, value in found[1].items():
+                whole[1][name][:, span] = value
+        return whole
+
+    def _pull_whole(self, *point: Any) -> tuple[Tensor, State, Tensor]:
+        return super().pull(*point)
+
+    def _piece(self, span: slice) -> AdaptiveRule:
+        """The rule of a piece of the weights, whose groups are what lies of them in the piece."""
+        first, stop = int(span.start), int(span.stop)
+
+        def inside(place: int) -> int:
+            return min(max(place, first), stop) - first
+
+        piece: Any = copy(self)
+        groups = tuple(slice(inside(group.start), inside(group.stop)) for group in self.layout.groups)
+        piece.layout = SimpleNamespace(groups=groups, size=stop - first)
+        return piece  # type: ignore[no-any-return]
 
     def _floored(self, name: str, values: Tensor) -> Tensor:
         if name not in self.kept.floored:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from trajrec.records import FloatArray, Keyframe, RunSpec
 from trajrec.rules.flat import FlatLayout
+from trajrec.rules.part import Part as Cut
 from trajrec.rules.step import Rule, State
 
 
@@ -73,6 +74,7 @@ class JointRule(Rule):
     """
 
     def __init__(self, spec: RunSpec, layout: FlatLayout, build: Callable[[RunSpec, FlatLayout], Rule]) -> None:
+        self.spec = spec
         self.layout = layout
         self.names = spec.hyperparameters
         self.parts = parts_of(spec, layout)
@@ -98,10 +100,19 @@ class JointRule(Rule):
         """What may be wrong with any of the classes."""
         return " ".join(f"{part.spec.optimizer}: {rule.suspects()}" for part, rule in self._each())
 
-    def accept(self) -> None:
+    def accept(self, proved: Rule) -> None:
         """Tells all."""
-        for rule in self.rules:
-            rule.accept()
+        for rule, other in zip(self.rules, proved.rules if isinstance(proved, JointRule) else [], strict=True):
+            rule.accept(other)
+
+    def cut(self, part: Cut) -> JointRule:
+        """The rules of a part of the weights."""
+        rules = iter(self.rules)
+        return JointRule(part.spec, FlatLayout(part.spec), lambda own, _: next(rules).cut(replace(part, spec=own)))
+
+    def cut_state(self, state: State, part: Cut) -> State:
+        """The states of a part of the weights."""
+        return _named([part.state(_of(state, k), own.span) for k, own in enumerate(self.parts)])
 
     def initial_state(self, keyframe: Keyframe, hyper: FloatArray, dtype: torch.dtype, device: torch.device) -> State:
         """The state s_t of a keyframe, or what the classes begin with."""

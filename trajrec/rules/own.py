@@ -263,9 +263,9 @@ class OwnRule(Rule):
             )
         self._leaks[leak] = None
 
-    def accept(self) -> None:
+    def accept(self, proved: Rule) -> None:
         """From now on only the leaks that the self-test has seen, and found harmless, are let through."""
-        self._accepted = frozenset(self._leaks)
+        self._accepted = frozenset(proved._leaks if isinstance(proved, OwnRule) else self._leaks)
 
     def suspects(self) -> str:
         """What was seen to leave the graph."""

@@ -12,6 +12,10 @@ class that cuts the graph, works on `.data` or rounds inside fails one of them.
 A state that does not exist yet begins with constants, and so do the weights then (D_0 = 0): such a start is not moved.
 Directions are proportional to the values, so that no sign flips and no zero is left: the kinks of an optimizer are not
 what is tested here. All in float64.
+
+That takes several hundred bytes a weight. So a large model's rule proves itself on a part of the weights, at least a
+block of every parameter in every group (`trajrec.rules.part`). Where the part speaks against it (a step may want its
+tensors whole, and clipping by hand their shapes), the whole decides, if there is memory for it.
 """
 
 from __future__ import annotations
@@ -24,9 +28,13 @@ from torch import Tensor
 
 from trajrec.errors import UnsupportedOptimizerError
 from trajrec.records import FloatArray
+from trajrec.rules.part import part_of
 from trajrec.rules.step import Rule, State
 
 _STEP = 1e-6
+MOST = 100_000  # weights that a rule proves itself on
+LEAST = 4096  # where there is little memory
+BYTES = 600  # a weight; 554 were measured for AdamW
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +50,56 @@ class _Point:
         return _Point(self.weights + h * along.weights, state, self.gradient + h * along.gradient)
 
 
-def self_test(rule: Rule, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray) -> None:
+def self_test(
+    rule: Rule, weights: Tensor, state: State, gradient: Tensor, hyper: FloatArray, memory: int | None = None
+) -> None:
     """Checks a rule's derivatives at a point: weights [P'], state, gradient [P'], hyperparameters [G, H].
+
+    Args:
+        rule: to be checked.
+        weights: of the point.
+        state: of the point.
+        gradient: of the point.
+        hyper: of the step.
+        memory: bytes that it may take.
 
     Raises:
         UnsupportedOptimizerError: if its two directions, or a finite difference, disagree.
     """
-    start = _Point(weights.double(), _map(rule, state, Tensor.double), gradient.double())
+    most = MOST if memory is None else min(MOST, max(LEAST, memory // BYTES))
+    whole = _Point(weights, state, gradient)
+    if weights.numel() <= most:
+        _prove(rule, whole, hyper)
+        rule.accept(rule)
+        return
+    try:
+        proved, point = _cut(rule, whole, most)
+        _prove(proved, point, hyper)
+    except Exception as refusal:  # a user's function may raise anything at tensors of other shapes
+        needed = weights.numel() * BYTES
+        if memory is not None and needed > memory:
+            raise _refused_in_part(rule, refusal, weights.numel(), memory) from refusal
+        _prove(rule, whole, hyper)
+        proved = rule
+    rule.accept(proved)
+
+
+def _cut(rule: Rule, whole: _Point, most: int) -> tuple[Rule, _Point]:
+    part = part_of(rule.spec, rule.layout, whole.weights, whole.gradient, most)
+    weights, gradient = (
+        part.vector(vector, slice(0, rule.layout.size)).double() * scale.to(vector.device)
+        for vector, scale in zip((whole.weights, whole.gradient), part.scales, strict=True)
+    )
+    return rule.cut(part), _Point(weights, rule.cut_state(whole.state, part), gradient)
+
+
+def _prove(rule: Rule, point: _Point, hyper: FloatArray) -> None:
+    start = _Point(point.weights.double(), _map(rule, point.state, Tensor.double), point.gradient.double())
     try:
         with rule.proving():
             _Test(rule, hyper).run(start)
     except (RuntimeError, TypeError, ValueError) as error:
         raise _refusal(rule, f"its step cannot be differentiated ({_first_line(error)})") from error
-    rule.accept()
 
 
 class _Test:
@@ -153,6 +198,14 @@ def _refusal(rule: Rule, found: str) -> UnsupportedOptimizerError:
     name = rule.optimizer_class.__name__
     return UnsupportedOptimizerError(
         f"{name} failed its self-test in torch {torch.__version__}: {found}. {rule.suspects()}"
+    )
+
+
+def _refused_in_part(rule: Rule, error: Exception, weights: int, memory: int) -> UnsupportedOptimizerError:
+    found = str(error) if isinstance(error, UnsupportedOptimizerError) else _first_line(error)
+    return UnsupportedOptimizerError(
+        f"{found} That was on a part of the weights, as {rule.optimizer_class.__name__}'s self-test on all {weights:,} "
+        f"takes about {weights * BYTES / 1e9:.2g} GB of memory, and {memory / 1e9:.2g} GB may be taken (--memory)."
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from torch.optim import Optimizer
 
 from trajrec.records import FloatArray, Keyframe, RunSpec
 from trajrec.rules.flat import FlatLayout
+from trajrec.rules.part import Part
 
 State = dict[str, Tensor]
 
@@ -38,6 +40,8 @@ class Rule(ABC):
     is zero.
 
     Attributes:
+        spec: of the run.
+        layout: the order of its trainable weights.
         optimizer_class: the class that steps.
         scalars: names of the state's constants.
         needs_state: whether the derivative of a step depends on the values of its state.
@@ -56,6 +60,7 @@ class Rule(ABC):
     placeholder_shape: ClassVar[tuple[int, ...]] = (1,)
 
     def __init__(self, spec: RunSpec, layout: FlatLayout) -> None:
+        self.spec = spec
         self.layout = layout
         self.names = spec.hyperparameters
         self._defaults = spec.defaults
@@ -98,13 +103,27 @@ class Rule(ABC):
         """What may be wrong with a class that failed its self-test."""
         return "It works on .data, rounds inside or cuts the graph, so exact replay would be wrong."
 
-    def accept(self) -> None:  # noqa: B027
-        """Is told that the self-test was passed."""
+    def accept(self, proved: Rule) -> None:  # noqa: B027
+        """Is told that the self-test was passed, by this rule or by that of a part of its weights."""
+
+    def cut(self, part: Part) -> Rule:
+        """The rule of a part of the weights."""
+        return type(self)(part.spec, FlatLayout(part.spec))
+
+    def cut_state(self, state: State, part: Part) -> State:
+        """The state of a part of the weights."""
+        return part.state(state, slice(0, self.layout.size))
 
     def _step_group(
-        self, index: int, weights: Tensor, state: State, gradient: Tensor, options: dict[str, Any]
+        self,
+        index: int,
+        weights: Tensor,
+        state: State,
+        gradient: Tensor,
+        options: dict[str, Any],
+        fresh: Collection[str] = (),
     ) -> tuple[Tensor, State]:
-        """One group's own `.step()` on clones."""
+        """One group's own `.step()` on clones; the state that is `fresh` is nobody else's, and is not cloned."""
         optimizer = self._optimizers[index]
         parameter = weights.clone()
         parameter.grad = gradient
@@ -113,7 +132,7 @@ class Rule(ABC):
         group["params"] = [parameter]
         optimizer.state.clear()
         if state:
-            optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
+            optimizer.state[parameter] = {n: v if n in fresh else v.clone() for n, v in state.items()}
         optimizer.step()
         return parameter, {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, Tensor)}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trajrec.errors import TaskError
 from trajrec.records import FloatArray, Keyframe
+from trajrec.rules.part import Part
 from trajrec.rules.step import Rule, State
 
 Gradients = dict[str, Tensor]
@@ -26,6 +27,7 @@ class TransformedRule(Rule):
     def __init__(self, rule: Rule, transform: Callable[[Gradients], Gradients]) -> None:
         self.rule = rule
         self.transform = transform
+        self.spec = rule.spec
         self.layout = rule.layout
         self.names = rule.names
         self.optimizer_class = rule.optimizer_class
@@ -46,9 +48,17 @@ class TransformedRule(Rule):
         """The other rule's."""
         return self.rule.suspects()
 
-    def accept(self) -> None:
+    def accept(self, proved: Rule) -> None:
         """Tells the other rule."""
-        self.rule.accept()
+        self.rule.accept(proved.rule if isinstance(proved, TransformedRule) else proved)
+
+    def cut(self, part: Part) -> TransformedRule:
+        """The other rule of a part of the weights, behind the same function."""
+        return TransformedRule(self.rule.cut(part), self.transform)
+
+    def cut_state(self, state: State, part: Part) -> State:
+        """The other rule's."""
+        return self.rule.cut_state(state, part)
 
     def transformed(self, gradient: Tensor, hyper: FloatArray) -> Tensor:
         """f(g) [P'] of a gradient [P']; parameters that the step passes by have no gradient in the loop, either.
