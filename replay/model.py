@@ -199,7 +199,7 @@ class LossFunction:
     def value(self, weights: Tensor, samples: Samples, step: Step) -> float:
         """The scalar that the gradient of a recorded step is of, at weights [P']."""
         with torch.no_grad():
-            return float(self.objective(weights, samples, step).total)
+            return float(self.objective(weights, samples, step).total.detach())
 
     def parts(self, weights: Tensor | dict[str, Tensor], samples: Samples, step: Step) -> Iterator[Objective]:
         """The objective of one micro-batch after the other, at weights [P'] or by name; they add up to `objective`."""
@@ -282,8 +282,9 @@ class LossFunction:
 
     def _evaluate(self, function: Loss, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
         named = {f"model.{name}": value for name, value in parameters.items()}
-        # The fused attention kernels have no second derivative; the plain one has.
-        with sdpa_kernel(SDPBackend.MATH), self._checkpoints.active():
+        # The fused attention kernels have no second derivative; the plain one has. A loss may take derivatives itself
+        # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active():
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
