@@ -20,6 +20,7 @@ from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChec
 from trajrec.replay.diagnosis import Diagnosis
 from trajrec.replay.heap import budget
 from trajrec.replay.history import RegroupedRun, as_seen
+from trajrec.replay.inplace import check_in_place
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
 from trajrec.replay.precision import full_single_precision
@@ -70,6 +71,7 @@ class Session:
 
     Raises:
         ModelMismatchError, DataMismatchError, UnsupportedOptimizerError, ReplayError: if they do not fit.
+        DerivativeError: if the forward pass changes parameters in place.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Session:
         self.train = self._training_samples(self.dtype)
         self._check_trainable()
         self.train.check_ids(self._largest_id(), "training")
+        check_in_place(self.function, self.train, self._step_at_start())
         self.reduction = found_reduction(run, self.function, self.train)
         self.checks = self._checks(allow_drift)
         self.trajectory = self._trajectory(self.checks)
