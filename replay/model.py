@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trajrec.errors import ModelMismatchError, NonFiniteError, TaskError
 from trajrec.records import Keyframe, RunSpec
 from trajrec.replay.checkpointing import PlainCheckpoints
+from trajrec.replay.lazy import initialise
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import RecordedRun, Step
 from trajrec.rules import FlatLayout
@@ -102,6 +103,7 @@ class LossFunction:
 
     Raises:
         ModelMismatchError: if the task's model has other parameters than the recording.
+        TaskError: if it is lazy, and gets no shapes.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class LossFunction:
         self.spec = run.spec
         self.device = device
         self.model = task.build_model()
+        initialise(self.model, task, run, dtype, device)
         check_model(self.model, self.spec)
         self._load(self.model, run)
         self.model.to(device=device, dtype=dtype)

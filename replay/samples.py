@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import default_collate
 
-from trajrec.errors import DataMismatchError
+from trajrec.errors import DataMismatchError, first_line
 from trajrec.records import IntArray
 from trajrec.replay.trajectory import Part, Step
 from trajrec.seeding import find_seeded
@@ -137,7 +137,7 @@ class Samples:
         except RuntimeError as error:
             raise DataMismatchError(
                 f"The samples of step {t} ({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''}) were one "
-                f"batch in the training, and the Task's collate cannot make one of them: {str(error).splitlines()[0]} "
+                f"batch in the training, and the Task's collate cannot make one of them: {first_line(error)} "
                 "Give the Task the data set and the collate function that the run was trained with."
             ) from error
 
