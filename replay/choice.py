@@ -9,6 +9,9 @@ directions and the machine. At the first step that a replay visits, every form t
   about as fast the order of the candidates decides, not the noise of a measurement, so that a replay that is done once
   more chooses the same.
 
+Where reverse over reverse mode is not to be had, because an operator has no second derivative, and only first ones are
+asked for, the forms that need no other (`FIRST_ORDER`) are held against single backward passes in the same way.
+
 The choice is noted (`names`), because another form rounds differently: a replay that is taken up again goes on with the
 form it began with, and tests name the form they want.
 """
@@ -28,6 +31,8 @@ from trajrec.replay.pieces import Cutting
 from trajrec.replay.trajectory import Step
 
 REFERENCE = "reverse"
+SINGLES = "singles"
+FIRST_ORDER = ("layers", "samples", "slices", SINGLES)
 GAUSS_NEWTON = "gauss-newton"
 EXACT = "exact"
 _TRIALS = 4
@@ -62,15 +67,15 @@ class Forms:
         if not self.chunk:
             self.chunk = max(1, min(_MOST_TOGETHER, self.memory // max(1, needed())))
 
-    def form(self, kind: str, candidates: Sequence[str], trial: Trial) -> str:
+    def form(self, kind: str, candidates: Sequence[str], trial: Trial, reference: str = REFERENCE) -> str:
         """The form for a kind of step; `trial` computes a step in a form."""
         if self.gauss_newton and kind.startswith(EXACT):
             return GAUSS_NEWTON
         if kind not in self.names:
             if self.only is not None:
-                self.names[kind] = self.only if self.only in candidates else REFERENCE
+                self.names[kind] = self.only if self.only in candidates else reference
             else:
-                self.names[kind] = fastest(candidates, trial)
+                self.names[kind] = fastest(candidates, trial, reference)
         return self.names[kind]
 
 
@@ -80,9 +85,9 @@ def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
     return f"{EXACT if hessian else 'free'}/{directions}/{size}/{len(step.parts)}/{modes}"
 
 
-def fastest(candidates: Sequence[str], trial: Trial) -> str:
+def fastest(candidates: Sequence[str], trial: Trial, reference: str = REFERENCE) -> str:
     """The first of the forms that agree with the reference and are about as fast as the fastest of them."""
-    seconds = right_forms(candidates, trial)
+    seconds = right_forms(candidates, trial, reference)
     for _ in range(_TRIALS - 1):
         for name, best in seconds.items():
             # One trial tells enough of what takes long.
@@ -92,12 +97,12 @@ def fastest(candidates: Sequence[str], trial: Trial) -> str:
     return next(name for name in candidates if seconds.get(name, math.inf) <= close)
 
 
-def right_forms(candidates: Sequence[str], trial: Trial) -> dict[str, float]:
+def right_forms(candidates: Sequence[str], trial: Trial, reference: str = REFERENCE) -> dict[str, float]:
     """The reference, and the forms that can be computed and agree with it; with the seconds that each took."""
-    expected, taken = _timed(trial, REFERENCE)
-    right = {REFERENCE: taken}
+    expected, taken = _timed(trial, reference)
+    right = {reference: taken}
     for name in candidates:
-        if name == REFERENCE:
+        if name == reference:
             continue
         try:
             found, taken = _timed(trial, name)

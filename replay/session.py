@@ -23,6 +23,7 @@ from trajrec.replay.history import RegroupedRun, as_seen
 from trajrec.replay.inplace import check_in_place
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
+from trajrec.replay.operators import derivative_error
 from trajrec.replay.precision import full_single_precision
 from trajrec.replay.recompute import KeyframeChecks, OtherState, RebuiltTrajectory, RecomputedTrajectory
 from trajrec.replay.reduction import found_reduction
@@ -280,12 +281,22 @@ class Session:
     def _explained(self, work: Callable[[], Any]) -> Any:
         try:
             with full_single_precision():
-                return work()
+                return self._derivable(work)
         except Drifted as drifted:
             raise self.explain(drifted) from None
         except OtherState as other:
             first = self.find_drift()
             raise (DriftError(str(other)) if first is None else self.explain(first)) from None
+
+    def _derivable(self, work: Callable[[], Any]) -> Any:
+        """Does the work; what torch says of a derivative that it has not becomes a refusal that names the operator."""
+        try:
+            return work()
+        except RuntimeError as error:
+            refusal = derivative_error(error, self.function.model)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     def _first_other_inputs(self, seen_at: int) -> int:
         """The first step whose inputs differ from the recorded ones, `seen_at` being one."""

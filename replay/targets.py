@@ -12,8 +12,9 @@ with the running statistics that the run ended with; these are held constant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ from trajrec.errors import SampleRangeError, TaskError
 from trajrec.records import FloatArray, IntArray
 from trajrec.replay.model import LossFunction, check_finite
 from trajrec.replay.samples import Samples
+from trajrec.replay.singles import rows_of
 from trajrec.rules.step import pull_batched
+from trajrec.task import Batch
 
 MEAN = -1
 _BLOCK = 256
@@ -161,9 +164,13 @@ def _are_scores(outputs: object, count: int, largest: int) -> bool:
 def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Iterator[Tensor]:
     """The target losses of these samples, one batch after the other; differentiable where gradients are enabled."""
     for block, batch in samples.batches(ids, _BLOCK):
-        losses = function.measures(weights, batch, len(block))
-        check_finite(losses.detach(), "A target loss", None)
-        yield losses
+        yield _checked(function, weights, batch, len(block))
+
+
+def _checked(function: LossFunction, weights: Tensor, batch: Batch, count: int) -> Tensor:
+    losses = function.measures(weights, batch, count)
+    check_finite(losses.detach(), "A target loss", None)
+    return losses
 
 
 def _mean_gradient(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
@@ -178,9 +185,14 @@ def _mean_gradient(ids: IntArray, function: LossFunction, samples: Samples, weig
 def _single_gradients(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
     w = weights.detach().requires_grad_()
     with torch.enable_grad():
-        return torch.cat([_rows(losses, w) for losses in _losses(ids, function, samples, w)])
+        batches = samples.batches(ids, _BLOCK)
+        return torch.cat([_rows(partial(_checked, function, w, batch, len(block)), w) for block, batch in batches])
 
 
-def _rows(losses: Tensor, w: Tensor) -> Tensor:
-    """The gradients [B, P'] of losses [B]."""
-    return pull_batched([losses], [w], [torch.eye(len(losses), dtype=w.dtype, device=w.device)])[0]
+def _rows(losses: Callable[[], Tensor], w: Tensor) -> Tensor:
+    """The gradients [B, P'] of losses [B]; one after the other where an operator's cannot be taken together."""
+    try:
+        made = losses()
+        return pull_batched([made], [w], [torch.eye(len(made), dtype=w.dtype, device=w.device)])[0]
+    except RuntimeError:
+        return torch.cat(list(rows_of(losses(), w, 1)))
