@@ -165,7 +165,7 @@ class Adjoint:
                     raise
                 forms.names.pop(kind, None)
         self._settle_chunk(step)
-        return trial(forms.form(kind, self._first_order(step), trial, SINGLES), wanted)
+        return trial(forms.form(kind, self._first_order(step), trial), wanted)
 
     def _settle_chunk(self, step: Step) -> None:
         function, samples = self.problem.function, self.problem.samples

@@ -67,15 +67,15 @@ class Forms:
         if not self.chunk:
             self.chunk = max(1, min(_MOST_TOGETHER, self.memory // max(1, needed())))
 
-    def form(self, kind: str, candidates: Sequence[str], trial: Trial, reference: str = REFERENCE) -> str:
+    def form(self, kind: str, candidates: Sequence[str], trial: Trial) -> str:
         """The form for a kind of step; `trial` computes a step in a form."""
         if self.gauss_newton and kind.startswith(EXACT):
             return GAUSS_NEWTON
         if kind not in self.names:
             if self.only is not None:
-                self.names[kind] = self.only if self.only in candidates else reference
+                self.names[kind] = self.only if self.only in candidates else reference_of(candidates)
             else:
-                self.names[kind] = fastest(candidates, trial, reference)
+                self.names[kind] = candidates[0] if len(candidates) == 1 else fastest(candidates, trial)
         return self.names[kind]
 
 
@@ -85,9 +85,14 @@ def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
     return f"{EXACT if hessian else 'free'}/{directions}/{size}/{len(step.parts)}/{modes}"
 
 
-def fastest(candidates: Sequence[str], trial: Trial, reference: str = REFERENCE) -> str:
+def reference_of(candidates: Sequence[str]) -> str:
+    """What forms are held against."""
+    return SINGLES if SINGLES in candidates else REFERENCE
+
+
+def fastest(candidates: Sequence[str], trial: Trial) -> str:
     """The first of the forms that agree with the reference and are about as fast as the fastest of them."""
-    seconds = right_forms(candidates, trial, reference)
+    seconds = right_forms(candidates, trial)
     for _ in range(_TRIALS - 1):
         for name, best in seconds.items():
             # One trial tells enough of what takes long.
@@ -97,8 +102,9 @@ def fastest(candidates: Sequence[str], trial: Trial, reference: str = REFERENCE)
     return next(name for name in candidates if seconds.get(name, math.inf) <= close)
 
 
-def right_forms(candidates: Sequence[str], trial: Trial, reference: str = REFERENCE) -> dict[str, float]:
+def right_forms(candidates: Sequence[str], trial: Trial) -> dict[str, float]:
     """The reference, and the forms that can be computed and agree with it; with the seconds that each took."""
+    reference = reference_of(candidates)
     expected, taken = _timed(trial, reference)
     right = {reference: taken}
     for name in candidates:
