@@ -35,12 +35,12 @@ from trajrec.replay.overflow import check_adjoint
 from trajrec.replay.pieces import CutPoint, Form, cut
 from trajrec.replay.pull import NumberPuller, Pulled, Puller, VectorPuller
 from trajrec.replay.samples import Samples
-from trajrec.replay.singles import SinglesPoint, SlicesPoint
+from trajrec.replay.singles import PushedPoint, SinglesPoint, SlicesPoint
 from trajrec.replay.trajectory import Step, Trajectory
 from trajrec.rules import Rule
 from trajrec.rules.step import State
 
-POINTS = FORMS | {GAUSS_NEWTON: GaussNewtonPoint, "slices": SlicesPoint, SINGLES: SinglesPoint}
+POINTS = FORMS | {GAUSS_NEWTON: GaussNewtonPoint, "pushed": PushedPoint, "slices": SlicesPoint, SINGLES: SinglesPoint}
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from trajrec.replay.trajectory import Step
 
 REFERENCE = "reverse"
 SINGLES = "singles"
-FIRST_ORDER = ("layers", "samples", "slices", SINGLES)
+FIRST_ORDER = ("pushed", "layers", "samples", "slices", SINGLES)
 GAUSS_NEWTON = "gauss-newton"
 EXACT = "exact"
 _TRIALS = 4

@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_map
 from trajrec.replay.dual import DualOperators
 from trajrec.replay.layers import Piece, Tape
 from trajrec.replay.model import LossFunction, Objective
-from trajrec.replay.operators import operator_without
+from trajrec.replay.operators import cuts_told, operator_without
 from trajrec.replay.samples import Samples
 from trajrec.replay.tangents import dual_of, parts_of
 from trajrec.replay.trajectory import Step
@@ -185,7 +185,8 @@ class ReversePoint:
             # A tensor of its own: shares may be kept from one step to the next.
             self._shares = objective.shares.detach().clone().requires_grad_()
             total = Objective(self._losses, self._shares, objective.penalty).total
-            (self._gradient,) = torch.autograd.grad(total, self._weights, create_graph=True)
+            with cuts_told():
+                (self._gradient,) = torch.autograd.grad(total, self._weights, create_graph=True)
 
     @property
     def shares(self) -> Tensor:

@@ -3,30 +3,53 @@
 torch says so when a derivative is taken, in the words of its library: "derivative for aten::hardsigmoid_backward is not
 implemented". Where only first derivatives are asked for, another form serves (`replay.singles`); where the Hessian is,
 the replay is refused, and the refusal names the operator and the modules that are made of it.
+
+Of a backward pass marked @once_differentiable torch may say nothing: what it gives out is cut from what it was given, so
+a second derivative goes by it, without its part. Inside `cuts_told` that is an error where the gradient is recorded.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from trajrec.errors import DerivativeError
 
+_ONCE = "trying to differentiate twice a function that was marked with @once_differentiable"
 _NAMED = (
     re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented"),
     re.compile(r"forward AD with (\w+) that does not support it"),
     re.compile(r"(?:double backwards?|second derivatives?) (?:is|are) not (?:supported|implemented) for (\w+)", re.I),
 )
 _DESCRIBED = {
-    "once_differentiable": "an autograd.Function marked @once_differentiable",
+    _ONCE: "an autograd.Function marked @once_differentiable",
     "does not currently support double backward": "a function compiled by torch.compile",
     "Can't call numpy() on Tensor that requires grad": "a backward pass that computes in numpy",
     "has been modified by an inplace operation": "an operation whose result is changed in place",
 }
 _SHORT = {"cudnn_rnn": "the fused RNN, GRU or LSTM of cuDNN", "miopen_rnn": "the fused RNN, GRU or LSTM of MIOpen"}
 _LAYERS = {name.lower(): name for name, kind in vars(nn).items() if inspect.isclass(kind)}
+
+
+@contextmanager
+def cuts_told() -> Iterator[None]:
+    """Inside, a gradient that cannot be differentiated again is an error at once."""
+    functions, late = torch._C._functions, torch._C._functions.DelayedError
+    functions.DelayedError = _refuse
+    try:
+        yield
+    finally:
+        functions.DelayedError = late
+
+
+def _refuse(message: bytes, *_: Any) -> Any:
+    raise RuntimeError(message.decode())
 
 
 def operator_without(error: BaseException) -> str | None:

@@ -5,7 +5,8 @@ r"""Inner products from first derivatives alone: a backward pass for every sampl
 The other forms get all samples' inner products out of one pass that is differentiated again, or carried forwards. Some
 operators allow neither (EmbeddingBag, CTC loss, cdist, hard sigmoid). This form asks of them what training did; it
 costs a backward pass a sample, and holds the gradients of a slice of samples at a time. Samples that touch each other
-(BatchNorm in training mode) are right: the graph is that of the batch.
+(BatchNorm in training mode) are right: the graph is that of the batch. Where an operator can carry a tangent forwards,
+if only once, `PushedPoint` needs a pass a direction instead.
 
 Letters: B batch, K directions, P' trainable weights.
 """
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trajrec.replay.linearize import Derivatives, Wanted, gradient_of
+from trajrec.replay.linearize import Derivatives, ForwardPoint, Wanted, gradient_of
 from trajrec.replay.model import LossFunction, Objective
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Step
@@ -85,3 +86,15 @@ class SlicesPoint(SinglesPoint):
     """The backward passes of a slice of samples together, as many as the memory allows."""
 
     together = True
+
+
+class PushedPoint(ForwardPoint):
+    """Forward mode by itself: the gradient comes from a pass of its own, and nothing is differentiated twice."""
+
+    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+        """Derivatives along directions [K, P']."""
+        if hessian:
+            raise NotImplementedError("First derivatives give no Hessian-vector product.")
+        if gradient:
+            self.gradient()
+        return super().along(directions, hessian=False, gradient=False)
