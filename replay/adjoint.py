@@ -173,6 +173,9 @@ class Adjoint:
 
     def _candidates(self, step: Step) -> tuple[str, ...]:
         """The forms that may serve."""
+        if self.problem.function.takes_derivatives:
+            # What the others make of derivatives within need not show at the step where they are tried.
+            return ("reverse",) if self.puller.count == 1 else ("reverse", "batched")
         if self.puller.count == 1:
             return ("forward", "reverse")
         if self.problem.exact:

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
+from trajrec.replay.composed import composed_norms
 from trajrec.replay.dual import DualOperators
 from trajrec.replay.layers import Piece, Tape
 from trajrec.replay.model import LossFunction, Objective
@@ -179,7 +180,7 @@ class ReversePoint:
     def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
         self._chunk, self._layout = chunk, function.layout
         self._weights = step.before.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), composed_norms(function.takes_derivatives):
             objective = function.objective(self._weights, samples, step)
             self._losses = objective.losses
             # A tensor of its own: shares may be kept from one step to the next.
@@ -235,11 +236,13 @@ class BatchedPoint(ReversePoint):
 def saved_bytes(function: LossFunction, samples: Samples, step: Step) -> int:
     """The bytes of intermediate values that a recorded pass over a step keeps: what each direction needs again.
 
-    Where the gradient cannot be recorded, those of the losses alone.
+    Where the gradient cannot be recorded, those of the losses alone; 0 where torch cannot tell (a loss of torch.func).
     """
     try:
         return _kept_bytes(lambda: ReversePoint(function, samples, step))
     except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            return 0
         if operator_without(error) is None:
             raise
     weights = step.before.detach().requires_grad_()

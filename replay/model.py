@@ -94,6 +94,9 @@ class _LossModule(nn.Module):
 class LossFunction:
     """Per-sample losses of a task as a function of the trainable weights [P'].
 
+    Attributes:
+        takes_derivatives: whether the Task's loss takes derivatives itself (`replay.watching`).
+
     Args:
         task: the user's task.
         run: the recording; frozen parameters and buffers come from it.
@@ -109,6 +112,7 @@ class LossFunction:
     def __init__(
         self, task: Task, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.takes_derivatives = False
         self.task = task
         self.layout = layout
         self.spec = run.spec

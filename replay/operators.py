@@ -4,8 +4,8 @@ torch says so when a derivative is taken, in the words of its library: "derivati
 implemented". Where only first derivatives are asked for, another form serves (`replay.singles`); where the Hessian is,
 the replay is refused, and the refusal names the operator and the modules that are made of it.
 
-Of a backward pass marked @once_differentiable torch may say nothing: what it gives out is cut from what it was given, so
-a second derivative goes by it, without its part. Inside `cuts_told` that is an error where the gradient is recorded.
+Of a backward pass marked @once_differentiable torch may say nothing: what it gives out is cut from what it was given,
+so a second derivative goes by it, without its part. Inside `cuts_told` that is an error where the gradient is recorded.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _LAYERS = {name.lower(): name for name, kind in vars(nn).items() if inspect.iscl
 @contextmanager
 def cuts_told() -> Iterator[None]:
     """Inside, a gradient that cannot be differentiated again is an error at once."""
-    functions, late = torch._C._functions, torch._C._functions.DelayedError
-    functions.DelayedError = _refuse
+    functions: Any = torch._C._functions
+    late, functions.DelayedError = functions.DelayedError, _refuse
     try:
         yield
     finally:

@@ -1,9 +1,12 @@
-"""Parameters that a forward pass changes in place: outside of autograd and of the optimizer, so nothing of it is known.
+"""One pass over the first recorded batch, watched: what a loss does that its values do not show.
 
-`Embedding(max_norm=...)` shortens the rows that it looks up, others clamp or normalise `weight.data`. The derivative of
-such a change is in no graph, and the weights that a replay was given would change under it. One pass over the first
-recorded batch, on copies, shows what operators write to and whose `.data` is given another value, also where that
-happens to change nothing at the first step.
+It may change parameters in place, outside of autograd and of the optimizer. `Embedding(max_norm=...)` shortens the rows
+that it looks up, others clamp or normalise `weight.data`. The derivative of such a change is in no graph, and the
+weights that a replay was given would change under it. The pass shows, on copies, what operators write to and whose
+`.data` is given another value, also where that happens to change nothing at the first step.
+
+It may take derivatives itself (`torch.autograd.grad`: physics, gradient penalties). Then the forms of derivative that
+see through it are fewer (`replay.adjoint`), and normalisations are composed (`replay.composed`).
 """
 
 from __future__ import annotations
@@ -54,51 +57,52 @@ def _place(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
 
 
-class _Assignments(TorchFunctionMode):
-    """Notes the names of the tensors whose `.data` is assigned to inside."""
+class _Calls(TorchFunctionMode):
+    """Notes the names of the tensors whose `.data` is assigned to inside, and whether derivatives are taken."""
 
     def __init__(self, named: dict[str, Tensor]) -> None:
         super().__init__()
         self.names: set[str] = set()
+        self.derivatives = False
         self._names = {id(value): name for name, value in named.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the function."""
-        if func is _SET_DATA and id(args[0]) in self._names:
+        self.derivatives |= func is torch.autograd.grad
+        if func == _SET_DATA and id(args[0]) in self._names:
             self.names.add(self._names[id(args[0])])
         return func(*args, **(kwargs or {}))
 
 
-def check_in_place(function: LossFunction, samples: Samples, step: Step) -> None:
-    """Checks that the forward pass of a step leaves the parameters alone.
+def watch(function: LossFunction, samples: Samples, step: Step) -> None:
+    """Watches the loss of a step: tells the function whether it takes derivatives itself.
 
     Raises:
-        DerivativeError: naming those that it changes, and the module.
+        DerivativeError: if it changes parameters in place; names them, and the module.
     """
-    names = _changed(function, samples, step)
-    if names:
-        raise DerivativeError(
-            f"The forward pass changes {_shown(names)} in place{_limited(function.model, names)}: outside of autograd "
-            "and of the optimizer, so no replay can differentiate it. Record a training that computes with a changed "
-            "copy instead (for max_norm: torch.renorm of the weight), or changes weights in the optimizer's step."
-        )
-
-
-def _changed(function: LossFunction, samples: Samples, step: Step) -> list[str]:
-    """Names of the parameters that a pass over a step changes; none where the pass cannot be made."""
     named = {name: value.clone() for name, value in function.layout.split(step.before).items()}
-    writes, assignments = _Writes(named), _Assignments(named)
+    writes, calls = _Writes(named), _Calls(named)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             # Data are fetched before: they may take many operators, all watched.
             parts = tuple(replace(part, batch=samples.part(step, part)) for part in step.parts)
-            with assignments, writes:
+            with calls, writes:
                 list(function.parts(named, samples, replace(step, parts=parts)))
     except Exception:  # what a model raises it raises again, where it is told
-        return []
+        pass
     finally:
         function.train_mode()
-    return [name for name in named if name in writes.names | assignments.names]
+    function.takes_derivatives = calls.derivatives
+    if changed := [name for name in named if name in writes.names | calls.names]:
+        raise _refusal(function.model, changed)
+
+
+def _refusal(model: nn.Module, names: list[str]) -> DerivativeError:
+    return DerivativeError(
+        f"The forward pass changes {_shown(names)} in place{_limited(model, names)}: outside of autograd "
+        "and of the optimizer, so no replay can differentiate it. Record a training that computes with a changed "
+        "copy instead (for max_norm: torch.renorm of the weight), or changes weights in the optimizer's step."
+    )
 
 
 def _shown(names: list[str]) -> str:
