@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.memory_run import MemoryRun
-from trajrec.errors import DataMismatchError, DerivativeError, TaskError
+from trajrec.errors import DataMismatchError, DerivativeError, ReplayError, TaskError
 from trajrec.recorder import Recorder
 from trajrec.replay import contributions
+from trajrec.replay.gaussnewton import GaussNewton
 from trajrec.replay.session import Session
 from trajrec.replay.watching import watch
 from trajrec.sink import MemorySink
@@ -135,7 +136,9 @@ class Training:
 
 
 def _gradient(loss, weights):
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, weights, materialize_grads=True)])
+    return torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)]
+    )
 
 
 def distance(found, truth):
@@ -509,3 +512,31 @@ def test_losses_may_take_derivatives_themselves(name):
     training = OWN_DERIVATIVES[name]
     run = assert_exact(training)
     assert_free(training, run)
+
+
+def test_the_gauss_newton_form_of_physics_has_the_derivatives_among_the_outputs():
+    """With z = (u, u''), which the loss is a sum of squares of: G = 2 sum c (grad u grad u^T + grad u'' grad u''^T)."""
+    training = OWN_DERIVATIVES["physics"]
+    run = training.fit()
+    session = Session(run, training.task())
+    step = session.step_at_start()
+    found = GaussNewton(session.function, session.train, step).products(torch.eye(session.layout.size).double())
+    model = bend().double()
+    nn.utils.vector_to_parameters(step.before, model.parameters())
+    x = training.data.x[torch.as_tensor(step.ids)].requires_grad_()
+    u = model(x)
+    (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (ddu,) = torch.autograd.grad(du.sum(), x, create_graph=True)
+    rows = torch.stack([_gradient(v, list(model.parameters())) for v in (*u.flatten(), *ddu.flatten())])
+    torch.testing.assert_close(found, 2 * rows.T @ rows / len(x), rtol=1e-9, atol=1e-12)
+    values = [
+        contributions(run, training.task(), "each", curvature="ggn", mode=m).values for m in ("adjoint", "tangent")
+    ]
+    assert distance(*values) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["gradient penalty", "physics by transforms"])
+def test_no_gauss_newton_form_of_slopes_of_the_loss_itself(name):
+    training = OWN_DERIVATIVES[name]
+    with pytest.raises(ReplayError, match="curvature='ggn' is not defined for this loss"):
+        contributions(training.fit(), training.task(), curvature="ggn")
