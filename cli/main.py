@@ -1,7 +1,8 @@
 """The `trajrec` command: parses, delegates, and is the one place where errors become exit codes.
 
-0 done, 1 the recorded script itself failed, 2 usage or task error, 3 replay refused for drift, 4 damaged run,
-130 interrupted. torch, h5py and polars are imported by the commands that need them, so that --help answers at once.
+0 done, 1 the recorded script itself failed, 2 usage or task error, 3 replay refused (drift, or a derivative that cannot
+be taken), 4 damaged run, 130 interrupted. torch, h5py and polars are imported by the commands that need them, so that
+--help answers at once.
 """
 
 from __future__ import annotations
