@@ -9,9 +9,10 @@ recorder has written a keyframe before the step, and the buffers of the last key
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +180,18 @@ class LossFunction:
         yield
         self._final_buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.train_mode()
+
+    @contextmanager
+    def on_a_copy(self) -> Iterator[None]:
+        """Losses computed inside leave the model, its buffers and generators as they were, if it can be copied."""
+        kept = self.model, self._module, self._modes, self._buffers_of
+        with suppress(Exception):  # handles, locks: whatever a model holds
+            self.model = copy.deepcopy(self.model)
+        self._module = _LossModule(self.model)
+        try:
+            yield
+        finally:
+            self.model, self._module, self._modes, self._buffers_of = kept
 
     def _use_buffers_before(self, t: int) -> None:
         """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""

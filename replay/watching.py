@@ -83,15 +83,13 @@ def watch(function: LossFunction, samples: Samples, step: Step) -> None:
     named = {name: value.clone() for name, value in function.layout.split(step.before).items()}
     writes, calls = _Writes(named), _Calls(named)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), function.on_a_copy():
             # Data are fetched before: they may take many operators, all watched.
             parts = tuple(replace(part, batch=samples.part(step, part)) for part in step.parts)
             with calls, writes:
                 list(function.parts(named, samples, replace(step, parts=parts)))
     except Exception:  # what a model raises it raises again, where it is told
         pass
-    finally:
-        function.train_mode()
     function.takes_derivatives = calls.derivatives
     if changed := [name for name in named if name in writes.names | calls.names]:
         raise _refusal(function.model, changed)
