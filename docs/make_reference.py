@@ -25,7 +25,7 @@ Where a command takes a run and none is named, it takes the newest one under `./
 | 0 | done |
 | 1 | the recorded script itself failed |
 | 2 | usage or task error |
-| 3 | replay refused for drift |
+| 3 | replay refused: drift, or a derivative that cannot be taken |
 | 4 | damaged run |
 | 130 | interrupted |
 """

@@ -26,19 +26,21 @@ from torch import Tensor
 
 from trajrec.records import IntArray
 from trajrec.replay.certificate import StepChecks
-from trajrec.replay.choice import GAUSS_NEWTON, REFERENCE, Forms, kind_of
+from trajrec.replay.choice import FIRST_ORDER, GAUSS_NEWTON, REFERENCE, SINGLES, Forms, kind_of
 from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import FORMS, Derivatives, Wanted, saved_bytes
 from trajrec.replay.model import LossFunction
+from trajrec.replay.operators import operator_without
 from trajrec.replay.overflow import check_adjoint
 from trajrec.replay.pieces import CutPoint, Form, cut
 from trajrec.replay.pull import NumberPuller, Pulled, Puller, VectorPuller
 from trajrec.replay.samples import Samples
+from trajrec.replay.singles import PushedPoint, SinglesPoint, SlicesPoint
 from trajrec.replay.trajectory import Step, Trajectory
 from trajrec.rules import Rule
 from trajrec.rules.step import State
 
-POINTS = FORMS | {GAUSS_NEWTON: GaussNewtonPoint}
+POINTS = FORMS | {GAUSS_NEWTON: GaussNewtonPoint, "pushed": PushedPoint, "slices": SlicesPoint, SINGLES: SinglesPoint}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ class Adjoint:
         if certifier is not None and wanted:
             wanted = certifier.among(step) or True
         made: list[Pulled] = []
-        forms, function, samples = self.problem.forms, self.problem.function, self.problem.samples
+        function = self.problem.function
 
         # A form is tried as most steps will need it, not as the first, which is always checked.
         usual = wanted if certifier is not None and certifier.stride == 1 else False
@@ -150,29 +152,50 @@ class Adjoint:
             found: Derivatives = point.along(directions, hessian=self.problem.exact, gradient=wanted)
             return found
 
-        count = self.puller.count
-        if count > 1:
-            forms.settle_chunk(lambda: saved_bytes(function, samples, self._piece(step)))
-        kind = kind_of(step, count, hessian=self.problem.exact)
-        name = forms.form(kind, self._candidates(step), trial)
-        try:
-            found = trial(name, wanted)
-        except NotImplementedError:  # a model may use its weights otherwise than at the step that was tried
-            if name == REFERENCE:
-                raise
-            forms.names[kind] = REFERENCE
-            found = trial(REFERENCE, wanted)
+        found = self._in_a_form(step, trial, wanted)
         return made[0], found
+
+    def _in_a_form(self, step: Step, trial: Callable[..., Derivatives], wanted: Wanted) -> Derivatives:
+        """Derivatives in the form that was chosen; in a plainer one at a step where that cannot be computed."""
+        forms, exact = self.problem.forms, self.problem.exact
+        kind = kind_of(step, self.puller.count, hessian=exact)
+        if self.puller.count > 1:
+            self._settle_chunk(step)
+        for candidates in (self._candidates(step), (REFERENCE,)):
+            try:
+                return trial(forms.form(kind, candidates, trial), wanted)
+            except RuntimeError as error:  # a model may use its weights otherwise than at the step that was tried
+                # Nothing takes the place of a curvature that was asked for.
+                last = exact and (candidates == (REFERENCE,) or forms.gauss_newton)
+                if last or not (isinstance(error, NotImplementedError) or operator_without(error)):
+                    raise
+                forms.names.pop(kind, None)
+        self._settle_chunk(step)
+        return trial(forms.form(kind, self._first_order(step), trial), wanted)
+
+    def _settle_chunk(self, step: Step) -> None:
+        function, samples = self.problem.function, self.problem.samples
+        self.problem.forms.settle_chunk(lambda: saved_bytes(function, samples, self._piece(step)))
 
     def _candidates(self, step: Step) -> tuple[str, ...]:
         """The forms that may serve."""
+        if self.problem.function.takes_derivatives:
+            # What the others make of derivatives within need not show at the step where they are tried.
+            return ("reverse",) if self.puller.count == 1 else ("reverse", "batched")
         if self.puller.count == 1:
             return ("forward", "reverse")
         if self.problem.exact:
             return ("reverse", "batched", "forward")
-        rows = _at_once(self.problem, step) * step.before.nbytes
-        samples = () if rows > self.problem.forms.memory else ("samples",)
+        samples = ("samples",) if self._fits(step) else ()
         return ("reverse", "layers", *samples, "batched", "forward")
+
+    def _first_order(self, step: Step) -> tuple[str, ...]:
+        """The forms that may serve where only first derivatives are to be had."""
+        return tuple(name for name in FIRST_ORDER if name != "samples" or self._fits(step))
+
+    def _fits(self, step: Step) -> bool:
+        """Whether the gradients of all samples fit into the memory."""
+        return _at_once(self.problem, step) * step.before.nbytes <= self.problem.forms.memory
 
     def _piece(self, step: Step) -> Step:
         """What of a step is computed at once."""

@@ -9,6 +9,9 @@ directions and the machine. At the first step that a replay visits, every form t
   about as fast the order of the candidates decides, not the noise of a measurement, so that a replay that is done once
   more chooses the same.
 
+Where reverse over reverse mode is not to be had, because an operator has no second derivative, and only first ones are
+asked for, the forms that need no other (`FIRST_ORDER`) are held against single backward passes in the same way.
+
 The choice is noted (`names`), because another form rounds differently: a replay that is taken up again goes on with the
 form it began with, and tests name the form they want.
 """
@@ -28,6 +31,8 @@ from trajrec.replay.pieces import Cutting
 from trajrec.replay.trajectory import Step
 
 REFERENCE = "reverse"
+SINGLES = "singles"
+FIRST_ORDER = ("pushed", "layers", "samples", "slices", SINGLES)
 GAUSS_NEWTON = "gauss-newton"
 EXACT = "exact"
 _TRIALS = 4
@@ -68,9 +73,9 @@ class Forms:
             return GAUSS_NEWTON
         if kind not in self.names:
             if self.only is not None:
-                self.names[kind] = self.only if self.only in candidates else REFERENCE
+                self.names[kind] = self.only if self.only in candidates else reference_of(candidates)
             else:
-                self.names[kind] = fastest(candidates, trial)
+                self.names[kind] = candidates[0] if len(candidates) == 1 else fastest(candidates, trial)
         return self.names[kind]
 
 
@@ -78,6 +83,11 @@ def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
     """Steps of one kind share a form: the Hessian, directions, batch size (to a factor of 2), micro-batches, modes."""
     modes, size = ",".join(step.conditions.eval_modules), len(step.ids).bit_length()
     return f"{EXACT if hessian else 'free'}/{directions}/{size}/{len(step.parts)}/{modes}"
+
+
+def reference_of(candidates: Sequence[str]) -> str:
+    """What forms are held against."""
+    return SINGLES if SINGLES in candidates else REFERENCE
 
 
 def fastest(candidates: Sequence[str], trial: Trial) -> str:
@@ -94,10 +104,11 @@ def fastest(candidates: Sequence[str], trial: Trial) -> str:
 
 def right_forms(candidates: Sequence[str], trial: Trial) -> dict[str, float]:
     """The reference, and the forms that can be computed and agree with it; with the seconds that each took."""
-    expected, taken = _timed(trial, REFERENCE)
-    right = {REFERENCE: taken}
+    reference = reference_of(candidates)
+    expected, taken = _timed(trial, reference)
+    right = {reference: taken}
     for name in candidates:
-        if name == REFERENCE:
+        if name == reference:
             continue
         try:
             found, taken = _timed(trial, name)

@@ -12,6 +12,11 @@ method", section 8). Gradients and inner products are those of the exact form.
 The outputs are what `model(...)` returns inside the Task's loss, of every call. A loss that uses the weights beside the
 model's outputs has no curvature by them.
 
+A loss that takes derivatives of the outputs itself (physics: u, u', u'') has those among z. There the outputs cannot be
+cut off, or nothing could be differentiated through them; a zero is added to each instead, and the objective is a
+function of these zeros. That is the same where no derivative within depends on an output's zero, as of outputs that
+were summed; else (a penalty on the slope of the loss itself) it is refused.
+
 Letters: K directions, P' trainable weights.
 """
 
@@ -24,9 +29,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import ReplayError
+from trajrec.replay.composed import composed_norms
 from trajrec.replay.linearize import Derivatives, ReversePoint, Wanted
 from trajrec.replay.model import LossFunction, Objective
 from trajrec.replay.samples import Samples
@@ -47,10 +54,13 @@ class GaussNewton:
 
     def __init__(self, function: LossFunction, samples: Samples, step: Step) -> None:
         self._weights = step.before.detach().requires_grad_()
-        with torch.enable_grad(), _cut(function.model) as cuts:
+        inner = function.takes_derivatives
+        cutting = _shifted(function.model) if inner else _cut(function.model)
+        with torch.enable_grad(), composed_norms(inner), cutting as cuts:
             objective = function.objective(self._weights, samples, step)
             if not cuts:
                 raise ReplayError("curvature='ggn' needs a Task.loss that calls the model: its outputs were not seen.")
+        with torch.enable_grad():
             self._outputs = [output for output, _ in cuts]
             self._leaves = [leaf for _, leaf in cuts]
             self._slopes = _gradients(_weighted(objective), self._leaves)
@@ -122,6 +132,51 @@ def _cut(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Shifted(TorchFunctionMode):
+    """Adds a zero to what the model and `torch.autograd.grad` give; `cuts` holds the pairs (result, zero)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cuts: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function, and shifts the derivatives that it gives."""
+        found = func(*args, **(kwargs or {}))
+        return tree_map(self.shift, found) if func is torch.autograd.grad else found
+
+    def shift(self, value: Any) -> Any:
+        """A result with its zero added; constants as they are."""
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        zeros = [zero for _, zero in self.cuts]
+        with torch._C.DisableTorchFunction():
+            within = torch._C._functorch.is_functorch_wrapped_tensor(value)
+            if within or (zeros and any(slope is not None for slope in _slopes(value, zeros))):
+                raise ReplayError(
+                    "curvature='ggn' is not defined for this loss: it takes derivatives by torch.func, or such as "
+                    "depend on the model's outputs themselves (those of a loss, say). Ask for the Hessian, or for none."
+                )
+        zero = torch.zeros_like(value, requires_grad=True)
+        self.cuts.append((value, zero))
+        return value + zero
+
+
+def _slopes(value: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(value.sum(), inputs, retain_graph=True, allow_unused=True)
+
+
+@contextmanager
+def _shifted(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside, zeros are added to the model's outputs and their derivatives; gives the pairs (result, zero)."""
+    mode = _Shifted()
+    handle = model.register_forward_hook(lambda module, inputs, output: tree_map(mode.shift, output))
+    try:
+        with mode:
+            yield mode.cuts
+    finally:
+        handle.remove()
 
 
 class GaussNewtonPoint(ReversePoint):

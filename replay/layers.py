@@ -120,10 +120,14 @@ class Tape(TorchFunctionMode):
         self.weights = weights
         self._names = {id(weight): name for name, weight in weights.items()}
         self._noted: list[tuple[Any, list[Use]]] = []
+        self._ends = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the function, with twins of weights whose use is noted."""
         kwargs = kwargs or {}
+        if func is torch.autograd.grad and not self._ends:
+            # What comes out of it depends on twins, unseen.
+            raise NotImplementedError("The loss takes derivatives itself.")
         given = sum(self._is_weight(value) for value in (*args, *kwargs.values()))
         uses = self._known(LAYERS[func](*args, **kwargs)) if given and func in LAYERS else []
         if not uses or len(uses) != given or torch.is_autocast_enabled(uses[0][0].device.type):
@@ -150,7 +154,9 @@ class Tape(TorchFunctionMode):
         """
         noted, self._noted = self._noted, []
         wanted = [edge for edge, _ in noted] + list(self.weights.values())
+        self._ends = True
         found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+        self._ends = False
         for name, gradient in zip(self.weights, found[len(noted) :], strict=True):
             if gradient is not None:
                 raise NotImplementedError(f"{name} is used otherwise than as the weight of a known layer.")

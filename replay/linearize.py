@@ -18,8 +18,9 @@ Four forms give the same numbers, at different prices:
     layers    the same from one pass over the whole batch, layer by layer (`replay.layers`); only where every weight is
               used in layers that are known there
 
-The first two never form a per-sample gradient, so BatchNorm in train mode (coupled losses) stays exact. Which form a
-replay uses is chosen in `replay.choice`.
+The first two never form a per-sample gradient, so BatchNorm in train mode (coupled losses) stays exact. Where operators
+have no second derivative, forms of their own serve (`replay.singles`). Which form a replay uses is chosen in
+`replay.choice`.
 
 Letters: B batch, K directions, P' trainable weights.
 """
@@ -36,9 +37,11 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
+from trajrec.replay.composed import composed_norms
 from trajrec.replay.dual import DualOperators
 from trajrec.replay.layers import Piece, Tape
 from trajrec.replay.model import LossFunction, Objective
+from trajrec.replay.operators import cuts_told, operator_without
 from trajrec.replay.samples import Samples
 from trajrec.replay.tangents import dual_of, parts_of
 from trajrec.replay.trajectory import Step
@@ -177,13 +180,14 @@ class ReversePoint:
     def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
         self._chunk, self._layout = chunk, function.layout
         self._weights = step.before.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), composed_norms(function.takes_derivatives):
             objective = function.objective(self._weights, samples, step)
             self._losses = objective.losses
             # A tensor of its own: shares may be kept from one step to the next.
             self._shares = objective.shares.detach().clone().requires_grad_()
             total = Objective(self._losses, self._shares, objective.penalty).total
-            (self._gradient,) = torch.autograd.grad(total, self._weights, create_graph=True)
+            with cuts_told():
+                (self._gradient,) = torch.autograd.grad(total, self._weights, create_graph=True)
 
     @property
     def shares(self) -> Tensor:
@@ -230,7 +234,23 @@ class BatchedPoint(ReversePoint):
 
 
 def saved_bytes(function: LossFunction, samples: Samples, step: Step) -> int:
-    """The bytes of intermediate values that a recorded pass over a step keeps: what each direction needs again."""
+    """The bytes of intermediate values that a recorded pass over a step keeps: what each direction needs again.
+
+    Where the gradient cannot be recorded, those of the losses alone; 0 where torch cannot tell (a loss of torch.func).
+    """
+    try:
+        return _kept_bytes(lambda: ReversePoint(function, samples, step))
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            return 0
+        if operator_without(error) is None:
+            raise
+    weights = step.before.detach().requires_grad_()
+    with torch.enable_grad():
+        return _kept_bytes(lambda: function.objective(weights, samples, step))
+
+
+def _kept_bytes(record: Callable[[], Any]) -> int:
     sizes: dict[int, int] = {}
 
     def note(value: Tensor) -> Tensor:
@@ -238,7 +258,7 @@ def saved_bytes(function: LossFunction, samples: Samples, step: Step) -> int:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        ReversePoint(function, samples, step)
+        record()
     return sum(sizes.values())
 
 

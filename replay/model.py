@@ -9,9 +9,10 @@ recorder has written a keyframe before the step, and the buffers of the last key
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trajrec.errors import ModelMismatchError, NonFiniteError, TaskError
 from trajrec.records import Keyframe, RunSpec
 from trajrec.replay.checkpointing import PlainCheckpoints
+from trajrec.replay.lazy import initialise
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import RecordedRun, Step
 from trajrec.rules import FlatLayout
@@ -93,6 +95,9 @@ class _LossModule(nn.Module):
 class LossFunction:
     """Per-sample losses of a task as a function of the trainable weights [P'].
 
+    Attributes:
+        takes_derivatives: whether the Task's loss takes derivatives itself (`replay.watching`).
+
     Args:
         task: the user's task.
         run: the recording; frozen parameters and buffers come from it.
@@ -102,16 +107,19 @@ class LossFunction:
 
     Raises:
         ModelMismatchError: if the task's model has other parameters than the recording.
+        TaskError: if it is lazy, and gets no shapes.
     """
 
     def __init__(
         self, task: Task, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self.takes_derivatives = False
         self.task = task
         self.layout = layout
         self.spec = run.spec
         self.device = device
         self.model = task.build_model()
+        initialise(self.model, task, run, dtype, device)
         check_model(self.model, self.spec)
         self._load(self.model, run)
         self.model.to(device=device, dtype=dtype)
@@ -173,6 +181,18 @@ class LossFunction:
         self._final_buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.train_mode()
 
+    @contextmanager
+    def on_a_copy(self) -> Iterator[None]:
+        """Losses computed inside leave the model, its buffers and generators as they were, if it can be copied."""
+        kept = self.model, self._module, self._modes, self._buffers_of
+        with suppress(Exception):  # handles, locks: whatever a model holds
+            self.model = copy.deepcopy(self.model)
+        self._module = _LossModule(self.model)
+        try:
+            yield
+        finally:
+            self.model, self._module, self._modes, self._buffers_of = kept
+
     def _use_buffers_before(self, t: int) -> None:
         """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""
         if not (self._modes_change and self.has_buffers):
@@ -199,7 +219,7 @@ class LossFunction:
     def value(self, weights: Tensor, samples: Samples, step: Step) -> float:
         """The scalar that the gradient of a recorded step is of, at weights [P']."""
         with torch.no_grad():
-            return float(self.objective(weights, samples, step).total)
+            return float(self.objective(weights, samples, step).total.detach())
 
     def parts(self, weights: Tensor | dict[str, Tensor], samples: Samples, step: Step) -> Iterator[Objective]:
         """The objective of one micro-batch after the other, at weights [P'] or by name; they add up to `objective`."""
@@ -282,8 +302,9 @@ class LossFunction:
 
     def _evaluate(self, function: Loss, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
         named = {f"model.{name}": value for name, value in parameters.items()}
-        # The fused attention kernels have no second derivative; the plain one has.
-        with sdpa_kernel(SDPBackend.MATH), self._checkpoints.active():
+        # The fused attention kernels have no second derivative; the plain one has. A loss may take derivatives itself
+        # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active():
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:

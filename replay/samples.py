@@ -4,11 +4,14 @@ Replay visits every sample many times. Where items are tensors and numbers of on
 makes the batches, the data set is collated once and batches are rows of it: the same values, without Python calls for
 each item. Everything else (custom collation, items of several shapes, data sets larger than `limit`) goes item by item.
 Where the recording holds the inputs of its steps, those are taken, and the data set is not asked.
+
+Items of several shapes (images of different sizes one at a time, buckets of lengths) make no batch together. Those of a
+recorded micro-batch did; elsewhere (`batches`) a run of ids is cut until its pieces do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import default_collate
 
-from trajrec.errors import DataMismatchError
+from trajrec.errors import DataMismatchError, first_line
 from trajrec.records import IntArray
 from trajrec.replay.trajectory import Part, Step
 from trajrec.seeding import find_seeded
@@ -92,11 +95,29 @@ class Samples:
             return tree_map(lambda values: values[index], self._stack)
         return self._place(self.raw(ids))
 
+    def batches(self, ids: IntArray, most: int = _BLOCK) -> Iterator[tuple[IntArray, Batch]]:
+        """Batches of at most so many of these ids, in their order, each with its ids; smaller where items differ."""
+        for start in range(0, len(ids), most):
+            yield from self._cut(ids[start : start + most])
+
+    def _cut(self, ids: IntArray) -> Iterator[tuple[IntArray, Batch]]:
+        try:
+            whole = self.batch(ids)
+        except RuntimeError:  # items of different shapes
+            if len(ids) == 1:
+                raise
+            half = len(ids) // 2
+            yield from self._cut(ids[:half])
+            yield from self._cut(ids[half:])
+            return
+        yield ids, whole
+
     def part(self, step: Step, part: Part) -> Batch:
         """The batch of one micro-batch of a step.
 
         Raises:
             OtherInputs: if `checks_inputs` is set and the training loop received something else.
+            DataMismatchError: if its samples make no batch together.
         """
         if part.batch is not None:
             return part.batch
@@ -104,10 +125,21 @@ class Samples:
             return self._place(recorded[step.parts.index(part)], copy=True)
         ids = step.ids[part.span]
         self._tell_epoch(step)
-        batch = self.batch(ids)
+        batch = self._recorded_batch(step.t, ids)
         if self.checks_inputs and part.digest is not None:
             self._check(step.t, ids, batch, part.digest)
         return batch
+
+    def _recorded_batch(self, t: int, ids: IntArray) -> Batch:
+        """The batch of samples that were one in the training."""
+        try:
+            return self.batch(ids)
+        except RuntimeError as error:
+            raise DataMismatchError(
+                f"The samples of step {t} ({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''}) were one "
+                f"batch in the training, and the Task's collate cannot make one of them: {first_line(error)} "
+                "Give the Task the data set and the collate function that the run was trained with."
+            ) from error
 
     def _recorded(self, t: int) -> list[Batch] | None:
         """The recorded micro-batches of step t; a step is often asked for twice in a row."""
@@ -142,7 +174,10 @@ class Samples:
 
     def _collate_all(self) -> Batch | None:
         """The whole data set as one batch, or None where it cannot be one."""
-        first = self._place(self.raw(np.arange(min(2, len(self)))))
+        try:
+            first = self._place(self.raw(np.arange(min(2, len(self)))))
+        except RuntimeError:  # items of different shapes
+            return None
         leaves = tree_leaves(first)
         if not leaves or not all(isinstance(v, Tensor) and v.dim() and len(v) == min(2, len(self)) for v in leaves):
             return None
@@ -163,8 +198,7 @@ class Samples:
     def labels(self, ids: IntArray) -> list[Any] | None:
         """The labels of these samples where a batch is a pair (inputs, integer labels [B]); else None."""
         found: list[Any] = []
-        for start in range(0, len(ids), _BLOCK):
-            batch = self.batch(ids[start : start + _BLOCK])
+        for _, batch in self.batches(ids):
             label = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
             if not isinstance(label, Tensor) or label.dim() != 1 or label.is_floating_point():
                 return None

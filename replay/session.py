@@ -22,12 +22,14 @@ from trajrec.replay.heap import budget
 from trajrec.replay.history import RegroupedRun, as_seen
 from trajrec.replay.linearize import gradient_of
 from trajrec.replay.model import LossFunction
+from trajrec.replay.operators import derivative_error
 from trajrec.replay.precision import full_single_precision
 from trajrec.replay.recompute import KeyframeChecks, OtherState, RebuiltTrajectory, RecomputedTrajectory
 from trajrec.replay.reduction import found_reduction
 from trajrec.replay.samples import OtherInputs, Samples
 from trajrec.replay.targets import Targets, choose_targets, target_gradients, target_values
 from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, Trajectory, make_step, vector_of
+from trajrec.replay.watching import watch
 from trajrec.rules import FlatLayout, rule_for
 from trajrec.rules.selftest import self_test
 from trajrec.rules.transformed import TransformedRule
@@ -70,6 +72,7 @@ class Session:
 
     Raises:
         ModelMismatchError, DataMismatchError, UnsupportedOptimizerError, ReplayError: if they do not fit.
+        DerivativeError: if the forward pass changes parameters in place.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Session:
         self.train = self._training_samples(self.dtype)
         self._check_trainable()
         self.train.check_ids(self._largest_id(), "training")
+        watch(self.function, self.train, self.step_at_start())
         self.reduction = found_reduction(run, self.function, self.train)
         self.checks = self._checks(allow_drift)
         self.trajectory = self._trajectory(self.checks)
@@ -125,7 +129,7 @@ class Session:
 
     def _check_data(self) -> None:
         recorded = self.run.spec.data.get("first_batch_crc32")
-        self.data_changed = recorded is not None and digest(self.train.raw_step(self._step_at_start())) != recorded
+        self.data_changed = recorded is not None and digest(self.train.raw_step(self.step_at_start())) != recorded
         # Other data that give the same first loss (inputs prepared elsewhere, say) are the same to the mathematics.
         if self.data_changed and not self.allow_drift and not self._same_first_loss():
             raise DataMismatchError(
@@ -141,7 +145,7 @@ class Session:
             return f"It was {'' if was else 'not '}recorded with trajrec.seeded(...), and the Task's is{' not' * was}."
         return "Items with random augmentation come back only if both are wrapped in trajrec.seeded(...)."
 
-    def _step_at_start(self) -> Step:
+    def step_at_start(self) -> Step:
         """Step 1, with the weights before it on both sides."""
         before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
         return make_step(self.run, 1, before, before)
@@ -163,7 +167,7 @@ class Session:
 
     def _test_rule(self) -> None:
         """Lets the rule prove itself at the first step."""
-        step = self._step_at_start()
+        step = self.step_at_start()
         gradient = gradient_of(self.function, self.train, step)
         state = initial_state(self.trajectory, self.rule)
         self_test(self.rule, step.before, state, gradient, step.hyper, budget(self.memory, self.device))
@@ -178,7 +182,7 @@ class Session:
                 self._loss(step)
 
     def _same_first_loss(self) -> bool:
-        recorded, computed = self.run.loss(1), self._loss(self._step_at_start())
+        recorded, computed = self.run.loss(1), self._loss(self.step_at_start())
         return abs(recorded - computed) <= 1e-4 * abs(recorded)
 
     def _loss(self, step: Step) -> float:
@@ -278,12 +282,22 @@ class Session:
     def _explained(self, work: Callable[[], Any]) -> Any:
         try:
             with full_single_precision():
-                return work()
+                return self._derivable(work)
         except Drifted as drifted:
             raise self.explain(drifted) from None
         except OtherState as other:
             first = self.find_drift()
             raise (DriftError(str(other)) if first is None else self.explain(first)) from None
+
+    def _derivable(self, work: Callable[[], Any]) -> Any:
+        """Does the work; what torch says of a derivative that it has not becomes a refusal that names the operator."""
+        try:
+            return work()
+        except RuntimeError as error:
+            refusal = derivative_error(error, self.function.model)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     def _first_other_inputs(self, seen_at: int) -> int:
         """The first step whose inputs differ from the recorded ones, `seen_at` being one."""
@@ -301,7 +315,7 @@ class Session:
         """The loss of the first step and the mean target loss at the end, to five digits: other data show in them."""
         wanted = choose_targets(targets, self.test)
         values = target_values(wanted, self.function, self.test, self.trajectory.weights(self.run.steps))
-        return [f"{value:.5g}" for value in (self._loss(self._step_at_start()), float(values.mean()))]
+        return [f"{value:.5g}" for value in (self._loss(self.step_at_start()), float(values.mean()))]
 
     def target_gradients(self, targets: Targets) -> Tensor:
         """Grad l_j(w_T) of every target, [M, P']."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +22,13 @@ from torch import Tensor
 from trajrec.records import IntArray
 from trajrec.replay.adjoint import Problem, initial_state, point_at
 from trajrec.replay.certificate import StepChecks
+from trajrec.replay.choice import SINGLES, kind_of
 from trajrec.replay.gaussnewton import GaussNewtonPoint
 from trajrec.replay.linearize import ReversePoint
+from trajrec.replay.operators import operator_without
 from trajrec.replay.overflow import check_tangent
-from trajrec.replay.pieces import CutPoint
+from trajrec.replay.pieces import Form
+from trajrec.replay.singles import SinglesPoint
 from trajrec.replay.trajectory import Step
 from trajrec.rules.step import State
 
@@ -71,19 +75,32 @@ class Tangent:
             Drifted: if a step differs from the recorded one.
         """
         for step in self.problem.trajectory.forwards(self.first):
-            function = self.problem.function
-            kind = GaussNewtonPoint if self.problem.forms.gauss_newton else ReversePoint
-            point = point_at(kind, self.problem, step)
-            gradient = function.free(point.gradient(), step)
+            gradient, k = self._in_a_form(step)
             after = certifier.forwards(step, self.state, gradient)
-            k = function.free(self._force(point, step), step)
             self.d, self.r = self.problem.rule.push(step.before, self.state, gradient, step.hyper, self.d, self.r, k)
             check_tangent(self.d, self.tracked, step.t, exact=self.problem.exact)
             self.state, self.first = after, step.t + 1
             advance(1)
         return self.d
 
-    def _force(self, point: ReversePoint | CutPoint, step: Step) -> Tensor:
+    def _in_a_form(self, step: Step) -> tuple[Tensor, Tensor]:
+        """The gradient [P'] and what it changes by [K, P']; from first derivatives alone where there are no others."""
+        forms, kind = self.problem.forms, kind_of(step, len(self.tracked), hessian=self.problem.exact)
+        if forms.names.get(kind) == SINGLES:
+            return self._linearised(SinglesPoint, step)
+        try:
+            return self._linearised(GaussNewtonPoint if forms.gauss_newton else ReversePoint, step)
+        except RuntimeError as error:
+            if self.problem.exact or operator_without(error) is None:
+                raise
+        forms.names[kind] = SINGLES
+        return self._linearised(SinglesPoint, step)
+
+    def _linearised(self, form: Form, step: Step) -> tuple[Tensor, Tensor]:
+        point, function = point_at(form, self.problem, step), self.problem.function
+        return function.free(point.gradient(), step), function.free(self._force(point, step), step)
+
+    def _force(self, point: Any, step: Step) -> Tensor:
         """What the gradient changes by, [K, P']; without the Hessian only samples of the batch have anything."""
         device = self.d.device
         found = torch.as_tensor(step.ids, device=device) == torch.as_tensor(self.tracked, device=device)[:, None]
@@ -91,7 +108,8 @@ class Tangent:
         if not self.window[0] <= step.t <= self.window[1]:
             multipliers = torch.zeros_like(multipliers)
         if self.problem.exact:
-            return point.forced(self.d, multipliers)
+            exact: Tensor = point.forced(self.d, multipliers)
+            return exact
         force = torch.zeros_like(self.d)
         (touched,) = torch.nonzero(multipliers.any(dim=1), as_tuple=True)
         if len(touched):

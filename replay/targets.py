@@ -12,7 +12,9 @@ with the running statistics that the run ended with; these are held constant.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,9 @@ from trajrec.errors import SampleRangeError, TaskError
 from trajrec.records import FloatArray, IntArray
 from trajrec.replay.model import LossFunction, check_finite
 from trajrec.replay.samples import Samples
+from trajrec.replay.singles import rows_of
 from trajrec.rules.step import pull_batched
+from trajrec.task import Batch
 
 MEAN = -1
 _BLOCK = 256
@@ -122,8 +126,8 @@ def target_values(targets: Targets, function: LossFunction, samples: Samples, we
 
 
 def _mean_loss(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> float:
-    blocks = [ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK)]
-    return sum(float(_losses(block, function, samples, weights).double().sum()) for block in blocks) / len(ids)
+    losses = (part.detach() for part in _losses(ids, function, samples, weights))
+    return sum(float(part.double().sum()) for part in losses) / len(ids)
 
 
 def predictions(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> list[int] | None:
@@ -138,13 +142,12 @@ def predictions(ids: IntArray, function: LossFunction, samples: Samples, weights
     function.eval_mode()
     try:
         with torch.no_grad():
-            blocks = [ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK)]
-            scores = [function.scores(weights, samples.batch(block)) for block in blocks]
+            found = [(function.scores(weights, batch), len(block)) for block, batch in samples.batches(ids, _BLOCK)]
     finally:
         function.train_mode()
-    if not all(_are_scores(part, len(block), max(labels)) for part, block in zip(scores, blocks, strict=True)):
+    if not all(_are_scores(part, count, max(labels)) for part, count in found):
         return None
-    return torch.cat(scores).argmax(dim=1).tolist()
+    return torch.cat([part for part, _ in found]).argmax(dim=1).tolist()
 
 
 def _are_scores(outputs: object, count: int, largest: int) -> bool:
@@ -158,8 +161,14 @@ def _are_scores(outputs: object, count: int, largest: int) -> bool:
     )
 
 
-def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
-    losses = function.measures(weights, samples.batch(ids), len(ids))
+def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Iterator[Tensor]:
+    """The target losses of these samples, one batch after the other; differentiable where gradients are enabled."""
+    for block, batch in samples.batches(ids, _BLOCK):
+        yield _checked(function, weights, batch, len(block))
+
+
+def _checked(function: LossFunction, weights: Tensor, batch: Batch, count: int) -> Tensor:
+    losses = function.measures(weights, batch, count)
     check_finite(losses.detach(), "A target loss", None)
     return losses
 
@@ -167,18 +176,23 @@ def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Te
 def _mean_gradient(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
     total = torch.zeros_like(weights)
     w = weights.detach().requires_grad_()
-    for start in range(0, len(ids), _BLOCK):
-        with torch.enable_grad():
-            losses = _losses(ids[start : start + _BLOCK], function, samples, w)
+    with torch.enable_grad():
+        for losses in _losses(ids, function, samples, w):
             total += torch.autograd.grad(losses.sum(), w, materialize_grads=True)[0]
     return total / len(ids)
 
 
 def _single_gradients(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
     w = weights.detach().requires_grad_()
-    gradients = []
-    for start in range(0, len(ids), _BLOCK):
-        with torch.enable_grad():
-            losses = _losses(ids[start : start + _BLOCK], function, samples, w)
-            gradients.append(pull_batched([losses], [w], [torch.eye(len(losses), dtype=w.dtype, device=w.device)])[0])
-    return torch.cat(gradients)
+    with torch.enable_grad():
+        batches = samples.batches(ids, _BLOCK)
+        return torch.cat([_rows(partial(_checked, function, w, batch, len(block)), w) for block, batch in batches])
+
+
+def _rows(losses: Callable[[], Tensor], w: Tensor) -> Tensor:
+    """The gradients [B, P'] of losses [B]; one after the other where an operator's cannot be taken together."""
+    try:
+        made = losses()
+        return pull_batched([made], [w], [torch.eye(len(made), dtype=w.dtype, device=w.device)])[0]
+    except RuntimeError:
+        return torch.cat(list(rows_of(losses(), w, 1)))

@@ -13,6 +13,7 @@ from tests.test_forms import Attention
 from trajrec.errors import ReplayError
 from trajrec.replay import contributions
 from trajrec.replay.adjoint import POINTS
+from trajrec.replay.choice import FIRST_ORDER
 from trajrec.replay.pieces import CutPoint, cut
 from trajrec.replay.session import Session
 from trajrec.replay.trajectory import Part
@@ -32,7 +33,7 @@ def point(build=scenario.mlp, edges=(0, 5), penalty=False):
 @pytest.mark.parametrize("edges", [(0, 5), (0, 2, 5)])
 @pytest.mark.parametrize("form", POINTS)
 def test_a_step_in_pieces_has_the_derivatives_of_the_whole(form, edges, size):
-    hessian = form not in ("samples", "layers")
+    hessian = form not in FIRST_ORDER
     for build, penalty in ((scenario.mlp, True), (scenario.convolution, False), (Attention, False)):
         session, step = point(build, edges, penalty)
         about = session.function, session.train, step, 2

@@ -17,6 +17,7 @@ line returns; nothing else in the project maps errors to codes.
     |   `-- DiskFullError                 2   no room left and on_full="raise"
     |-- ReplayError                       2   the question cannot be answered from this recording
     |   |-- NonFiniteError                2   a loss, weight or adjoint became NaN or infinite
+    |   |-- DerivativeError               3   a derivative that cannot be taken
     |   `-- DriftError                    3   recomputed steps differ from the recorded ones
     `-- RunFileError                      4   the recording cannot be read
         |-- NotARunError                  4   foreign or empty file
@@ -85,6 +86,12 @@ class NonFiniteError(ReplayError):
     """A loss, weight or adjoint became NaN or infinite; the message names the step."""
 
 
+class DerivativeError(ReplayError):
+    """A derivative cannot be taken; the message names the operator or the parameter."""
+
+    exit_code = 3
+
+
 class DriftError(ReplayError):
     """Recomputed steps differ from the recorded ones by more than the tolerance."""
 
@@ -107,3 +114,8 @@ class DamagedRunError(RunFileError):
 
 class NewerFormatError(RunFileError):
     """The recording was written by a newer version of trajrec."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, to be put into ours."""
+    return str(error).partition("\n")[0]

@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 from trajrec.checksum import crc32
-from trajrec.errors import TaskError
+from trajrec.errors import TaskError, first_line
 from trajrec.gradients import Gradients
 
 Batch = Any
@@ -139,12 +139,21 @@ class Task:
         """A new model.
 
         Raises:
-            TaskError: if `model` does not give an nn.Module.
+            TaskError: if `model` does not give an nn.Module, or is one that cannot be copied.
         """
-        model = copy.deepcopy(self._model) if isinstance(self._model, nn.Module) else self._model()
+        model = self._copied() if isinstance(self._model, nn.Module) else self._model()
         if not isinstance(model, nn.Module):
             raise TaskError(f"Task.model must return an nn.Module, but returned {type(model).__name__}.")
         return model
+
+    def _copied(self) -> Any:
+        try:
+            return copy.deepcopy(self._model)
+        except Exception as error:  # lazy buffers, weights that were computed, handles: whatever a model holds
+            raise TaskError(
+                f"Task.model is a {type(self._model).__name__} that cannot be copied ({type(error).__name__}: "
+                f"{first_line(error)}). Pass a function that builds the model: Task(model=lambda: ...)."
+            ) from error
 
     @property
     def train(self) -> Any:
