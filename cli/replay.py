@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 TaskOption = Annotated[
     str | None,
-    typer.Option(metavar="FILE.py:ATTR", help="The Task (default: the one noted in the run).", show_default=False),
+    typer.Option(
+        metavar="FILE.py:ATTR",
+        help="The Task (default: the one noted in the run, if you recorded it here).",
+        show_default=False,
+    ),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Run the Task that the run names, also where somebody else recorded it.")
 ]
 SamplesOption = Annotated[
     Path | None, typer.Option(metavar="IDX.npy", help="Training sample ids (default: all).", show_default=False)
@@ -70,6 +77,7 @@ DtypeOption = Annotated[
 def replay(
     run: RunArgument = None,
     task: TaskOption = None,
+    trust: TrustOption = False,
     samples: SamplesOption = None,
     targets: TargetsOption = "mean",
     exact: ExactOption = False,
@@ -109,7 +117,7 @@ def replay(
         asked: dict[str, Any] = {"exact": exact, "mode": mode, "by_epoch": by_epoch, "certify": certify}
         asked |= {"steps": _steps(steps), "curvature": curvature}
         precision: dict[str, Any] = {"dtype": dtype, "device": device, "allow_drift": allow_drift}
-        reference, the_task = _task(task, recorded)
+        reference, the_task = _task(task, recorded, trust)
         session = Session(recorded, the_task, memory=None if memory is None else _bytes(memory), **precision)
         wanted = _load_ids(Path(targets), "--targets") if targets.endswith(".npy") else targets
         chosen = None if samples is None else _load_ids(samples, "--samples")
@@ -202,13 +210,14 @@ def _load_ids(path: Path, option: str) -> Any:
         raise TrajrecError(f"{option}: {path} is no .npy file of integers ({error}).") from None
 
 
-def _task(reference: str | None, run: Run) -> tuple[str, Task]:
+def _task(reference: str | None, run: Run, trust: bool) -> tuple[str, Task]:
     """The reference and the Task named on the command line, or by the recording if its file is still the same.
 
     Raises:
-        TaskError: if there is none, or it cannot be loaded.
+        TaskError: if there is none, or it cannot be loaded, or it is named by a recording that is not the user's own.
         DataMismatchError: if the noted file has changed since.
     """
+    from trajrec import register
     from trajrec.task import file_sha256, load_task, task_file
 
     if reference is not None:
@@ -218,6 +227,11 @@ def _task(reference: str | None, run: Run) -> tuple[str, Task]:
         raise TaskError(
             "The run notes no Task, so replay does not know the model, the data and the loss. Pass --task FILE.py:ATTR "
             "(see `trajrec.Task`), now or with `trajrec record --task`."
+        )
+    if not trust and not register.has(run.spec):
+        raise TaskError(
+            f"This run was not recorded here by you, so the Task that it names ({noted!r}) is not run: a Task is code. "
+            "Name one yourself with --task FILE.py:ATTR, or pass --trust to run the one that the run names."
         )
     file = task_file(noted)
     if file is not None and not file.is_file():

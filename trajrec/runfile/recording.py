@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trajrec import register
 from trajrec.errors import DiskFullError, OutputExistsError, RecorderBusyError, RecordingError
 from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.budget import Budget, parse_size
@@ -154,6 +155,7 @@ class RunFileSink:
         self.output.unlink(missing_ok=True)
         keep = "steps" if self._keep_rows else "keyframes"
         self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
+        register.enter(self._spec)
 
     def _start_writer(self, first: int, manifest: Manifest | None = None) -> None:
         """Makes a ring for the steps from `first` on and starts a writer."""
