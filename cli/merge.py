@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from trajrec.cli.say import say
+
 FoldersArgument = Annotated[list[Path], typer.Argument(metavar="DIR...", help="The folders of all shards.")]
 
 
@@ -31,4 +33,4 @@ def merge(
         join(shards, unfinished)
         tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
     terminal.show(report.build(out, top))
-    typer.echo(f"Joined {len(shards)} shards into {out}/. Next: trajrec report {shlex.quote(str(out))}", err=True)
+    say(f"Joined {len(shards)} shards into {out}/. Next: trajrec report {shlex.quote(str(out))}", err=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trajrec.cli.maintenance import RunArgument
+from trajrec.cli.say import say
 from trajrec.errors import DataMismatchError, TaskError, TrajrecError
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ def replay(
             tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
     terminal.show(report.build(folder, top))
     for reason in left_out:
-        typer.echo(f"Not written: {reason}", err=True)
-    typer.echo(f"Written to {folder}/. Next: trajrec report {shlex.quote(str(folder))}", err=True)
+        say(f"Not written: {reason}", err=True)
+    say(f"Written to {folder}/. Next: trajrec report {shlex.quote(str(folder))}", err=True)
 
 
 def _solve(session: Any, targets: Any, samples: Any, file: Any, **options: Any) -> Contributions:
@@ -145,7 +146,7 @@ def _solve(session: Any, targets: Any, samples: Any, file: Any, **options: Any) 
     from trajrec.replay.contribution import solve
 
     if file.path.exists():
-        typer.echo(f"Going on from {file.path}.", err=True)
+        say(f"Going on from {file.path}.", err=True)
     forms = Forms(only=os.environ.get("TRAJREC_FORM"))
     with ReplayProgress() as progress:
         return solve(session, targets, samples, progress=progress, file=file, forms=forms, **options)
@@ -241,5 +242,5 @@ def _task(reference: str | None, run: Run, trust: bool) -> tuple[str, Task]:
             f"The Task noted in the run, {noted}, has changed since the recording. If it still describes the training, "
             f"name it: --task {noted}. The certificate will tell."
         )
-    typer.echo(f"Task: {noted} (noted in the run, unchanged)", err=True)
+    say(f"Task: {noted} (noted in the run, unchanged)", err=True)
     return noted, load_task(noted)

@@ -201,7 +201,7 @@ def _settings(facts: Mapping[str, Any]) -> Settings:
         steps=_whole(facts.get("steps")),
         epochs=_whole(facts.get("epochs")),
         optimizer=_text(facts.get("optimizer")),
-        classes=tuple(str(name) for name in facts.get("classes") or ()),
+        classes=_classes(facts.get("classes")),
         created=_text(facts.get("created")),
         version=_text(facts.get("trajrec") or facts.get("trajrec version")),
         command=_command(facts.get("command")),
@@ -212,8 +212,12 @@ def _settings(facts: Mapping[str, Any]) -> Settings:
     )
 
 
+def _classes(value: Any) -> tuple[str, ...]:
+    return tuple(_whole_characters(str(name)) for name in value) if isinstance(value, list) else ()
+
+
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return _real(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _mode(facts: Mapping[str, Any]) -> str | None:
@@ -294,11 +298,16 @@ def _thumbnails(path: Path) -> pl.LazyFrame | None:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None or value == "" else str(value)
+    return None if value is None or value == "" else _whole_characters(str(value))
+
+
+def _whole_characters(text: str) -> str:
+    """The text; halves of characters, which JSON can hold and no file can be written with, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _command(value: Any) -> str | None:
-    return " ".join(str(word) for word in value) if isinstance(value, list) else _text(value)
+    return _text(" ".join(str(word) for word in value) if isinstance(value, list) else value)
 
 
 def _truth(value: Any) -> bool | None:
@@ -308,7 +317,7 @@ def _truth(value: Any) -> bool | None:
 def _real(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -53,9 +53,10 @@ def enter(spec: RunSpec) -> None:
 def has(spec: RunSpec) -> bool:
     """Whether this user recorded this run here, with just this Task."""
     try:
-        return json.loads(_place(spec.run_id).read_text(encoding="utf-8")) == _entry(spec)
+        entry: object = json.loads(_place(spec.run_id).read_text(encoding="utf-8"))
     except (OSError, RuntimeError, ValueError):
         return False
+    return entry == _entry(spec)
 
 
 def _entry(spec: RunSpec) -> dict[str, str | None]:
