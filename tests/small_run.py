@@ -53,8 +53,14 @@ def task() -> trajrec.Task:
     return trajrec.Task.supervised(model, data(), data())
 
 
-def record(path: Path, epochs: int = 2, build: Callable[[], nn.Module] = model, **options: Any) -> None:
-    """Trains, four samples a step, and records."""
+def record(
+    path: Path,
+    epochs: int = 2,
+    build: Callable[[], nn.Module] = model,
+    at_end: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> None:
+    """Trains, four samples a step, and records; `at_end` is called before the recording is finished."""
     net = build()
     steps = torch.optim.Adam(net.parameters(), lr=0.01)
     loader = DataLoader(data(), 4, shuffle=True)
@@ -64,3 +70,4 @@ def record(path: Path, epochs: int = 2, build: Callable[[], nn.Module] = model, 
                 steps.zero_grad()
                 nn.functional.cross_entropy(net(x), y).backward()
                 steps.step()
+        at_end()

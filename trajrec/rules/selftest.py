@@ -52,7 +52,7 @@ def self_test(rule: Rule, weights: Tensor, state: State, gradient: Tensor, hyper
     try:
         with rule.proving():
             _Test(rule, hyper).run(start)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise _refusal(rule, f"its step cannot be differentiated ({_first_line(error)})") from error
     rule.accept()
 

@@ -1,0 +1,121 @@
+"""Forged files end in a result or in a clear refusal: no traceback, no hang, no memory out of proportion."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trajrec
+from tests import small_run
+from tests.forging import Forger
+from trajrec.cli.maintenance import _facts
+from trajrec.errors import RunFileError, TrajrecError
+from trajrec.replay.session import Session
+from trajrec.runfile.packing import pack
+from trajrec.runfile.verify import verify
+
+SECONDS = 120
+
+
+class Hang(BaseException):
+    """Something does not come back."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Refuses memory out of proportion, and interrupts what hangs."""
+    import resource
+
+    def stop(*_: object) -> None:
+        raise Hang
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def refused(work: Callable[[], Any]) -> Any:
+    """What comes out, or the refusal; one that hides a failed allocation is none."""
+    try:
+        return work()
+    except TrajrecError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise error.__cause__ from None
+        return error
+
+
+def read_everything(path: Path, replay: bool) -> list[Any]:
+    """All that Run, `info`, `verify` and a replay's beginning make of a recording."""
+    found = [refused(lambda: verify(path))]
+    opened = refused(lambda: trajrec.open(path))
+    if isinstance(opened, TrajrecError):
+        assert isinstance(opened, RunFileError)
+        return [*found, opened]
+    with opened as run:
+        asks: list[Callable[[], Any]] = [lambda: _facts(run), lambda: run.changes, lambda: [*run.walk(0, run.steps)]]
+        asks += [lambda: [*run.walk(run.steps, 0)], lambda: run.losses, lambda: run.size]
+        for t in (0, 1, run.steps // 2, run.steps):
+            asks += [lambda t=t: run.weights(t), lambda t=t: run.time(t), lambda t=t: run.crc32(t)]
+        for name in ("sample_ids", "sample_weights", "hyperparameters", "rng", "parts", "digests", "inputs", "loss"):
+            asks += [lambda t=t, name=name: getattr(run, name)(t) for t in {1, run.steps} if t]
+        asks += [lambda t=t: run.keyframe(t) for t in run.keyframe_steps[:3]]
+        if replay:
+            asks.append(lambda: Session(run, small_run.task()))
+        # Where no weights of a step are stored, that is said with a ReplayError.
+        found += [refused(ask) for ask in asks]
+    return found
+
+
+@pytest.fixture(scope="module")
+def forger(tmp_path_factory):
+    return Forger(tmp_path_factory.mktemp("forger"))
+
+
+def try_out(forger: Forger, seed: int, folder: Path, packs: bool = False) -> None:
+    path, said = forger.forge(seed, folder)
+    try:
+        with limited():
+            read_everything(path, replay=seed % 3 == 0)
+            if packs and path.is_dir():
+                refused(lambda: pack(path))
+    except BaseException as error:
+        error.add_note(said)
+        raise
+    finally:
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+def test_what_was_not_forged_is_read(forger, tmp_path):
+    for path in forger.packed + forger.folders:
+        found = read_everything(path, replay=True)
+        wrong = [one for one in found[1:] if isinstance(one, TrajrecError) and "keeps keyframes only" not in str(one)]
+        assert not wrong
+        assert found[0] == []
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_forged_files_are_refused_or_read(forger, tmp_path, block):
+    for seed in range(75 * block, 75 * (block + 1)):
+        try_out(forger, seed, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block", range(50))
+def test_many_forged_files_are_refused_or_read(forger, tmp_path, block):
+    for seed in range(1000 + 100 * block, 1000 + 100 * (block + 1)):
+        try_out(forger, seed, tmp_path, packs=seed % 10 == 0)
