@@ -108,9 +108,9 @@ def test_what_was_not_forged_is_read(forger, tmp_path):
         assert found[0] == []
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(3))
 def test_forged_files_are_refused_or_read(forger, tmp_path, block):
-    for seed in range(75 * block, 75 * (block + 1)):
+    for seed in range(50 * block, 50 * (block + 1)):
         try_out(forger, seed, tmp_path)
 
 

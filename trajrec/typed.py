@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 _T = TypeVar("_T")
 _LARGEST = 2**63  # of a whole number in a file
+_WORDS = {int: "a whole number of 64 bits", float: "a number", str: "a text", bool: "true or false"}
 
 
 def typed(kind: type[_T], values: Any, where: str = "") -> _T:
@@ -49,8 +50,10 @@ def _of(kind: Any, value: Any, where: str) -> Any:
         return {key: _of(inner[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     if is_dataclass(kind):
         return value if isinstance(value, kind) else typed(kind, value, where)  # type: ignore[arg-type]
+    if kind is float and type(value) is int and abs(value) < _LARGEST:
+        return float(value)
     if type(value) is not kind or (kind is int and not -_LARGEST <= value < _LARGEST):
-        raise _wrong(where, {int: "a whole number of 64 bits", str: "a text", bool: "true or false"}[kind], value)
+        raise _wrong(where, _WORDS[kind], value)
     return value
 
 

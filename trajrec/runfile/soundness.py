@@ -59,7 +59,7 @@ def _table_faults(table: StepTable, spec: RunSpec) -> Iterator[tuple[str, _Marks
     yield "there are generator states, and the spec knows none", (_lengths(table, "rng") > 0) & (size == 0)
     yield "its epoch is out of range", (table.epoch < 0) | (table.epoch >= _EPOCHS)
     yield "its time is out of range", ~(np.abs(table.time) < _LATEST)
-    yield "its conditions cannot be read", np.array([not _is_readable(table, k, spec) for k in range(len(table))])
+    yield "its conditions cannot be read", _unreadable(table)
 
 
 def _lengths(table: StepTable, name: str) -> IntArray:
@@ -86,14 +86,17 @@ def _sums(table: StepTable) -> IntArray:
     return sums
 
 
-def _is_readable(table: StepTable, k: int, spec: RunSpec) -> bool:
-    if table.changes_offsets[k] == table.changes_offsets[k + 1]:
-        return True
-    try:
-        conditions = Conditions.from_json(table.span("changes", k).tobytes())
-    except (ValueError, RecursionError):
-        return False
-    return all(0 <= group < len(table.hyper[k]) for _, group in conditions.joined)
+def _unreadable(table: StepTable) -> _Marks:
+    """Entries at which conditions change, and that do not tell to which."""
+    found = np.zeros(len(table), bool)
+    for k in np.flatnonzero(_lengths(table, "changes")).tolist():
+        try:
+            conditions = Conditions.from_json(table.span("changes", k).tobytes())
+        except (ValueError, RecursionError):
+            found[k] = True
+        else:
+            found[k] = any(not 0 <= group < len(table.hyper[k]) for _, group in conditions.joined)
+    return found
 
 
 def sound_keyframe(keyframe: Keyframe, step: int, spec: RunSpec, path: Path, only: str | None = None) -> Keyframe:

@@ -192,7 +192,8 @@ class StoredRun:
                 if self._file.id.links.get_info(path).type != h5py.h5l.TYPE_HARD:
                     raise ValueError("it is a link to somewhere else")
                 self._walked.add(path)
-        return self._file[name]
+        found = h5py.h5o.open(self._file.id, name.encode())
+        return h5py.Dataset(found) if isinstance(found, h5py.h5d.DatasetID) else h5py.Group(found)
 
     def _find_rows(self, shared: SharedRows | None) -> tuple[Path, StoredRows]:
         """Where the rows are, and the file that they are in."""
