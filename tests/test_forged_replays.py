@@ -83,7 +83,7 @@ def forge(folder: Path, rng: random.Random) -> str:
     elif kind == "missing":
         frame = frame.drop(column, strict=False)
     elif kind == "renamed":
-        frame = frame.rename({column: f"{rng.choice(['epoch', 'sample ', '\x1b'])}{rng.random()}"}, strict=False)
+        frame = frame.rename({column: rng.choice(["epoch ", "label?", "\x1b"]) * rng.randrange(2, 9)}, strict=False)
     else:
         frame = frame.clear()
     frame.write_parquet(path)

@@ -121,7 +121,7 @@ class StoredRun:
 
     def _head(self) -> Head:
         with reading(self.path, "its attributes"):
-            attributes = dict(self._file.attrs)
+            attributes = _attributes(self._file)
         if _text(attributes.get("format")) != FORMAT:
             raise NotARunError(f"{self.path} is an HDF5 file, but not a recording of trajrec.")
         _check_version(self.path, _text(attributes.get("version")))
@@ -146,8 +146,8 @@ class StoredRun:
         """The run's spec."""
         if self._spec is None:
             with reading(self.path, "/spec"):
-                fields = {name: json.loads(_text(value)) for name, value in self._group("spec").attrs.items()}
-                self._spec = RunSpec.from_json(fields)
+                texts = _attributes(self._group("spec"))
+                self._spec = RunSpec.from_json({name: json.loads(_text(value)) for name, value in texts.items()})
         return self._spec
 
     def _check_row_length(self) -> None:
@@ -343,6 +343,15 @@ class StoredRun:
         if crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
             raise DamagedRunError(f"{self.path}: /{name} does not match its checksum; the file is damaged.")
         return value.astype(value.dtype.newbyteorder("="), copy=False)
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """All attributes of a group.
+
+    By name: the library's own iterator over both keeps its lock while it waits for more to be asked of it. Left in the
+    middle, by an error, it keeps it for good, and every other thread that reads a file waits for ever.
+    """
+    return {name: owner.attrs[name] for name in list(owner.attrs)}
 
 
 def _check_storage(dataset: h5py.Dataset, size: int) -> None:
