@@ -355,17 +355,18 @@ def _in_folder(path: Path, rng: random.Random, forger: Forger) -> str:
         _keyfile,
         _file,
     ]
-    change = rng.choice([None, *changes])
-    if change is None:
-        segment = rng.choice(sorted(path.glob("segment-*.h5")) or [None])
-        return (
-            "nothing"
-            if segment is None or not segment.is_file()
-            else f"{segment.name}: {_in_file(segment, rng, forger)}"
-        )
-    with suppress(FileNotFoundError, IsADirectoryError, struct.error, DamagedRunError):  # of what was forged before
+    change = rng.choice([lambda path, rng: _segment(path, rng, forger), *changes])
+    with suppress(OSError, struct.error, DamagedRunError):  # of what was forged before
         return f"{change.__name__}: {change(path, rng)}"
     return "nothing"
+
+
+def _segment(path: Path, rng: random.Random, forger: Forger) -> str:
+    segments = sorted(p for p in path.glob("segment-*.h5") if p.is_file())
+    if not segments:
+        return "nothing"
+    segment = rng.choice(segments)
+    return f"{segment.name}: {_in_file(segment, rng, forger)}"
 
 
 def _manifest(path: Path, rng: random.Random) -> str:

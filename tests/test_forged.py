@@ -195,7 +195,7 @@ def test_a_refusal_leaves_the_library_to_other_threads(forger, tmp_path):
 
 @pytest.mark.parametrize("block", range(3))
 def test_forged_files_are_refused_or_read(forger, tmp_path, block):
-    for seed in range(50 * block, 50 * (block + 1)):
+    for seed in range(30 * block, 30 * (block + 1)):
         try_out(forger, seed, tmp_path)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trajrec.errors import DamagedRunError, DiskFullError, NotARunError, OutputExistsError
-from trajrec.runfile.folder import SUFFIX, Folder, Manifest
+from trajrec.runfile.folder import SUFFIX, Folder, Manifest, is_disk_full
 from trajrec.runfile.geometry import Geometry
 from trajrec.runfile.lock import Lock
 from trajrec.runfile.process import WriterProcess
@@ -72,7 +72,21 @@ def _ring(folder: Folder, manifest: Manifest) -> Ring:
         segments = folder.segments()
         first = segments[-1].stop if segments else 0
         nothing = Geometry(0, np.dtype(manifest.spec.dtype).itemsize, 1, 1, 1, 2, 4096)
+        return _create(folder, nothing, first, manifest)
+
+
+def _create(folder: Folder, nothing: Geometry, first: int, manifest: Manifest) -> Ring:
+    try:
         return create(folder.ring, nothing, first, manifest.spec.dtype)
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFullError(
+                f"The disk is full: {folder.path} cannot be packed. Make room and pack again."
+            ) from error
+        raise DamagedRunError(
+            f"{folder.ring}: the ring is damaged, and cannot be made anew ({error.strerror}). Move what is there away; "
+            "the sealed segments stand without it."
+        ) from error
 
 
 def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:
