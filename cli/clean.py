@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trajrec.cli.say import say
+
 if TYPE_CHECKING:
     from trajrec.replay.cleaning import Cleaning
 
@@ -64,7 +66,7 @@ def _say(found: Cleaning, meanwhile: str, folder: Path) -> None:
     typer.echo(f"{dropped:,} samples to drop, {len(found.keep):,} to keep; {found.harming:,} of the dropped harm.")
     if found.wrong is not None:
         typer.echo(f"{found.wrong_dropped:,} of the {found.wrong:,} known wrong labels are dropped.")
-    typer.echo(f"{meanwhile}Wrote keep.npy, drop.npy, samples.csv and clean.json into {folder}")
+    say(f"{meanwhile}Wrote keep.npy, drop.npy, samples.csv and clean.json into {folder}")
 
 
 def _script(retrain: str) -> list[str]:
@@ -98,7 +100,7 @@ def _train(command: list[str], keep: Path | None) -> float:
     environment = {name: value for name, value in os.environ.items() if name != KEEP}
     if keep is not None:
         environment[KEEP] = str(keep.resolve())
-    typer.echo(f"Training with {'the kept' if keep else 'all'} samples: {shlex.join(command[1:])}")
+    say(f"Training with {'the kept' if keep else 'all'} samples: {shlex.join(command[1:])}")
     output = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

@@ -21,7 +21,7 @@ from trajrec.cli.merge import merge
 from trajrec.cli.record import RecordCommand, record
 from trajrec.cli.replay import replay
 from trajrec.cli.report import report
-from trajrec.errors import TrajrecError
+from trajrec.errors import TrajrecError, printable
 
 app = typer.Typer(
     name="trajrec",
@@ -57,7 +57,7 @@ def _complain(message: str, code: int) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("Error: ", "bold red"), message))
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("Error: ", "bold red"), printable(message)))
     return code
 
 

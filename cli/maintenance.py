@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trajrec.cli.say import say
+from trajrec.errors import printable
+
 if TYPE_CHECKING:
     from trajrec.runfile.reader import Run
 
@@ -30,7 +33,7 @@ def info(run: RunArgument = None) -> None:
     table = Table.grid(padding=(0, 2))
     with open_run(find_run(run)) as recorded:
         for name, value in _facts(recorded):
-            table.add_row(Text(name, style="bold"), Text(value))
+            table.add_row(Text(name, style="bold"), Text(printable(value, keep="")))
     Console().print(table)
 
 
@@ -52,13 +55,13 @@ def verify(
     path = find_run(run)
     problems = problems_of(path)
     for problem in problems:
-        typer.echo(str(problem), err=True)
+        say(printable(str(problem), keep=""), err=True)
     if problems:
-        typer.echo(f"{path}: {len(problems)} problem(s) found.", err=True)
+        say(f"{path}: {len(problems)} problem(s) found.", err=True)
         return 4
-    typer.echo(f"{path}: every checksum matches, the structure is whole.")
+    say(f"{path}: every checksum matches, the structure is whole.")
     if task is not None:
-        typer.echo(_certify(path, task, device))
+        say(_certify(path, task, device))
     return 0
 
 
@@ -84,7 +87,7 @@ def pack(run: RunArgument = None) -> None:
 
     packed = pack_folder(find_run(run))
     with open_run(packed) as recorded:
-        typer.echo(f"{packed}: {recorded.steps:,} steps, {size_text(recorded.size)}, {recorded.state}")
+        say(f"{packed}: {recorded.steps:,} steps, {size_text(recorded.size)}, {recorded.state}")
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from trajrec.cli.say import say
+
 FoldersArgument = Annotated[list[Path], typer.Argument(metavar="DIR...", help="The folders of all shards.")]
 
 
@@ -35,4 +37,4 @@ def merge(
             tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
     terminal.show(report.build(place.final, top))
     joined = f"{place.said}Joined {len(shards)} shards into {place.shown}/."
-    typer.echo(f"{joined} Next: trajrec report {shlex.quote(str(place.shown))}", err=True)
+    say(f"{joined} Next: trajrec report {shlex.quote(str(place.shown))}", err=True)

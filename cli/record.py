@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from trajrec.cli.say import say
 from trajrec.errors import TrajrecError
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def _say(recorder: Recorder, name: str, reference: str | None, start: Path) -> N
         + ("" if reference else " --task FILE.py:ATTR")
     )
     gaps = f", {len(summary.gaps)} gap(s)" if summary.gaps else ""
-    typer.echo(
+    say(
         f"Recorded {summary.steps:,} steps of {name} into {path} ({size_text(summary.size)}{gaps}; recording took "
         f"{cost:.1%} of the training thread's time). Next: {command} --exact",
         err=True,

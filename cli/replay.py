@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trajrec.cli.maintenance import RunArgument
+from trajrec.cli.say import say
 from trajrec.errors import DataMismatchError, TaskError, TrajrecError
 
 if TYPE_CHECKING:
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
 
 TaskOption = Annotated[
     str | None,
-    typer.Option(metavar="FILE.py:ATTR", help="The Task (default: the one noted in the run).", show_default=False),
+    typer.Option(
+        metavar="FILE.py:ATTR",
+        help="The Task (default: the one noted in the run, if you recorded it here).",
+        show_default=False,
+    ),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help="Run the Task that the run names, also where somebody else recorded it.")
 ]
 SamplesOption = Annotated[
     Path | None, typer.Option(metavar="IDX.npy", help="Training sample ids (default: all).", show_default=False)
@@ -71,6 +79,7 @@ DtypeOption = Annotated[
 def replay(
     run: RunArgument = None,
     task: TaskOption = None,
+    trust: TrustOption = False,
     samples: SamplesOption = None,
     targets: TargetsOption = "mean",
     exact: ExactOption = False,
@@ -112,7 +121,7 @@ def replay(
         asked: dict[str, Any] = {"exact": exact, "mode": mode, "by_epoch": by_epoch, "certify": certify}
         asked |= {"steps": _steps(steps), "curvature": curvature}
         precision: dict[str, Any] = {"dtype": dtype, "device": device, "allow_drift": allow_drift}
-        reference, the_task = _task(task, recorded)
+        reference, the_task = _task(task, recorded, trust)
         session = Session(recorded, the_task, memory=None if memory is None else _bytes(memory), **precision)
         whole = question(session, reference, wanted, chosen, asked | precision)
         piece = _shard(shard)
@@ -129,8 +138,8 @@ def replay(
         file.remove_own()
     terminal.show(report.build(place.final, top))
     for reason in left_out:
-        typer.echo(f"Not written: {reason}", err=True)
-    typer.echo(f"{place.said}Written to {place.shown}/. Next: trajrec report {shlex.quote(str(place.shown))}", err=True)
+        say(f"Not written: {reason}", err=True)
+    say(f"{place.said}Written to {place.shown}/. Next: trajrec report {shlex.quote(str(place.shown))}", err=True)
 
 
 def _used(run: Path, samples: Path | None, targets: str, task: str | None) -> list[tuple[str, Path | None]]:
@@ -224,13 +233,14 @@ def _load_ids(path: Path, option: str) -> Any:
         raise TrajrecError(f"{option}: {path} is no .npy file of integers ({error}).") from None
 
 
-def _task(reference: str | None, run: Run) -> tuple[str, Task]:
+def _task(reference: str | None, run: Run, trust: bool) -> tuple[str, Task]:
     """The reference and the Task named on the command line, or by the recording if its file is still the same.
 
     Raises:
-        TaskError: if there is none, or it cannot be loaded.
+        TaskError: if there is none, or it cannot be loaded, or it is named by a recording that is not the user's own.
         DataMismatchError: if the noted file has changed since.
     """
+    from trajrec import register
     from trajrec.task import file_sha256, load_task, task_file
 
     if reference is not None:
@@ -241,6 +251,11 @@ def _task(reference: str | None, run: Run) -> tuple[str, Task]:
             "The run notes no Task, so replay does not know the model, the data and the loss. Pass --task FILE.py:ATTR "
             "(see `trajrec.Task`), now or with `trajrec record --task`."
         )
+    if not trust and not register.has(run.spec):
+        raise TaskError(
+            f"This run was not recorded here by you, so the Task that it names ({noted!r}) is not run: a Task is code. "
+            "Name one yourself with --task FILE.py:ATTR, or pass --trust to run the one that the run names."
+        )
     file = task_file(noted)
     if file is not None and not file.is_file():
         raise TaskError(f"The Task noted in the run, {noted}, is not there any more. Pass --task FILE.py:ATTR.")
@@ -249,5 +264,5 @@ def _task(reference: str | None, run: Run) -> tuple[str, Task]:
             f"The Task noted in the run, {noted}, has changed since the recording. If it still describes the training, "
             f"name it: --task {noted}. The certificate will tell."
         )
-    typer.echo(f"Task: {noted} (noted in the run, unchanged)", err=True)
+    say(f"Task: {noted} (noted in the run, unchanged)", err=True)
     return noted, load_task(noted)

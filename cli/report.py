@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from trajrec.cli.say import say
+
 PAGE_ROWS = 100
 
 
@@ -76,7 +78,7 @@ def report(
     if json or html:
         _write_full(folder, ask, max(top, PAGE_ROWS), json, html, force)
     for path in outputs.values():
-        typer.echo(f"Wrote {path}")
+        say(f"Wrote {path}")
 
 
 def _write_full(folder: Path, ask: object, rows: int, json: Path | None, html: Path | None, force: bool) -> None:

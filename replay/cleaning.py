@@ -30,7 +30,7 @@ import numpy as np
 import polars as pl
 
 from trajrec.errors import ReplayError
-from trajrec.replay import scores, sections, suspects
+from trajrec.replay import scores, sections, spreadsheet, suspects
 from trajrec.replay.inputs import CONTRIBUTIONS, Inputs, reading
 from trajrec.replay.place import Kind, Place
 
@@ -150,7 +150,7 @@ def write(cleaning: Cleaning, place: Place) -> Path:
 def _fill(cleaning: Cleaning, folder: Path) -> None:
     np.save(folder / "keep.npy", np.array(cleaning.keep, dtype=np.int64))
     np.save(folder / "drop.npy", np.array(cleaning.drop, dtype=np.int64))
-    cleaning.table.write_csv(folder / "samples.csv")
+    spreadsheet.write_csv(cleaning.table, folder / "samples.csv")
     facts: dict[str, Any] = {
         "rule": cleaning.rule,
         "kept": len(cleaning.keep),

@@ -28,6 +28,21 @@ from trajrec.errors import DamagedRunError, ReplayError
 CONTRIBUTIONS = "contributions.parquet"
 COLUMNS = {"sample": pl.Int64, "target": pl.Int64, "contribution": pl.Float64}
 SIGN = "positive = helpful"
+_PEOPLE: dict[str, Any] = {
+    "label": pl.String,
+    "prediction": pl.String,
+    "name": pl.String,
+    "noisy": pl.Boolean,
+    "self_influence": pl.Float64,
+}
+_PICTURES: dict[str, Any] = {"png": pl.Binary, "text": pl.String}
+# Of every file the columns that it must have, and those that it may have.
+TABLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    CONTRIBUTIONS: (COLUMNS, {"epoch": pl.Int64}),
+    "samples.parquet": ({"sample": pl.Int64}, _PEOPLE),
+    "targets.parquet": ({"target": pl.Int64}, _PEOPLE),
+    "thumbnails.parquet": ({"sample": pl.Int64}, {"set": pl.String, **_PICTURES}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +145,10 @@ def load(folder: str | Path) -> Inputs:
     folder = Path(folder)
     path = _existing(folder)
     facts = _facts(folder / "replay.json")
+    frame = scan(path)
     with reading(path):
         facts = {**pl.read_parquet_metadata(path), **facts}
-        frame = pl.scan_parquet(path)
         names = frame.collect_schema().names()
-    missing = [name for name in COLUMNS if name not in names]
-    if missing:
-        raise DamagedRunError(f"{path} has no column {', '.join(missing)} (found {', '.join(names)}). Replay again.")
     settings = _settings(facts)
     return Inputs(
         folder=folder,
@@ -177,14 +189,46 @@ def _kinds(names: list[str]) -> dict[str, Any]:
     return {**COLUMNS, "epoch": pl.Int64} if "epoch" in names else COLUMNS
 
 
+def scan(path: Path) -> pl.LazyFrame:
+    """One of the folder's Parquet files, not read yet, with its columns checked.
+
+    Raises:
+        DamagedRunError: it cannot be read, lacks a column, or has one of another type.
+    """
+    needed, known = TABLES[path.name]
+    with reading(path):
+        frame = pl.scan_parquet(path)
+        schema = frame.collect_schema()
+    missing = [name for name in needed if name not in schema]
+    if missing:
+        raise DamagedRunError(f"{path} has no column {', '.join(missing)} (found {', '.join(schema)}). Replay again.")
+    for name, kind in {**needed, **known}.items():
+        if name in schema and not _fits(schema[name], kind):
+            raise DamagedRunError(f"{path}: column {name} should be {kind}, found {schema[name]}. Replay again.")
+    return frame
+
+
+def _fits(found: pl.DataType, kind: Any) -> bool:
+    """Whether a column can be read as one of a kind; labels may be numbers."""
+    if kind == pl.Int64:
+        return found.is_integer()
+    if kind == pl.Float64:
+        return found.is_numeric() or found == pl.Null
+    if kind == pl.String and (found.is_numeric() or found == pl.Boolean):
+        return True
+    return found in (kind, pl.Null)
+
+
 def _facts(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise DamagedRunError(f"{path} cannot be read: {error}. Replay again with --force.") from error
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        raise DamagedRunError(f"{path} cannot be read: an object was expected, found {facts!a:.40}. Replay again.")
+    return facts
 
 
 def _settings(facts: Mapping[str, Any]) -> Settings:
@@ -201,7 +245,7 @@ def _settings(facts: Mapping[str, Any]) -> Settings:
         steps=_whole(facts.get("steps")),
         epochs=_whole(facts.get("epochs")),
         optimizer=_text(facts.get("optimizer")),
-        classes=tuple(str(name) for name in facts.get("classes") or ()),
+        classes=_classes(facts.get("classes")),
         created=_text(facts.get("created")),
         version=_text(facts.get("trajrec") or facts.get("trajrec version")),
         command=_command(facts.get("command")),
@@ -212,8 +256,12 @@ def _settings(facts: Mapping[str, Any]) -> Settings:
     )
 
 
+def _classes(value: Any) -> tuple[str, ...]:
+    return tuple(whole_characters(str(name)) for name in value) if isinstance(value, list) else ()
+
+
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return _real(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _mode(facts: Mapping[str, Any]) -> str | None:
@@ -258,15 +306,11 @@ def _verdict(verdict: str, drift: float | None, tolerance: float | None) -> bool
 
 def _people(path: Path, key: str, classes: tuple[str, ...]) -> pl.LazyFrame:
     """samples.parquet or targets.parquet with every optional column present; without the file, no rows."""
-    wanted = {"label": pl.String, "prediction": pl.String, "name": pl.String, "noisy": pl.Boolean}
-    kinds: dict[str, Any] = {**wanted, "self_influence": pl.Float64}
+    kinds = _PEOPLE
     if not path.is_file():
         return pl.LazyFrame(schema={key: pl.Int64, **kinds})
-    with reading(path):
-        frame = pl.scan_parquet(path)
-        schema = frame.collect_schema()
-    if key not in schema:
-        raise DamagedRunError(f"{path} has no column {key} (found {', '.join(schema)}). Replay again.")
+    frame = scan(path)
+    schema = frame.collect_schema()
     columns = [pl.col(key).cast(pl.Int64)]
     for name, kind in kinds.items():
         column = pl.col(name) if name in schema else pl.lit(None)
@@ -280,12 +324,9 @@ def _people(path: Path, key: str, classes: tuple[str, ...]) -> pl.LazyFrame:
 def _thumbnails(path: Path) -> pl.LazyFrame | None:
     if not path.is_file():
         return None
-    with reading(path):
-        frame = pl.scan_parquet(path)
-        names = frame.collect_schema().names()
-    if "sample" not in names:
-        raise DamagedRunError(f"{path} has no column sample (found {', '.join(names)}). Replay again.")
-    kinds: dict[str, Any] = {"set": pl.String, "sample": pl.Int64, "png": pl.Binary, "text": pl.String}
+    frame = scan(path)
+    names = frame.collect_schema().names()
+    kinds: dict[str, Any] = {"set": pl.String, "sample": pl.Int64, **_PICTURES}
     defaults = {"set": pl.lit("train")}
     return frame.select(
         (pl.col(name) if name in names else defaults.get(name, pl.lit(None))).cast(kind).alias(name)
@@ -294,11 +335,16 @@ def _thumbnails(path: Path) -> pl.LazyFrame | None:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None or value == "" else str(value)
+    return None if value is None or value == "" else whole_characters(str(value))
+
+
+def whole_characters(text: str) -> str:
+    """The text; halves of characters, which JSON can hold and no file can be written with, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _command(value: Any) -> str | None:
-    return " ".join(str(word) for word in value) if isinstance(value, list) else _text(value)
+    return _text(" ".join(str(word) for word in value) if isinstance(value, list) else value)
 
 
 def _truth(value: Any) -> bool | None:
@@ -308,7 +354,7 @@ def _truth(value: Any) -> bool | None:
 def _real(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

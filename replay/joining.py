@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from trajrec.errors import ReplayError
+from trajrec.replay.inputs import reading, scan, whole_characters
+from trajrec.typed import typed
 
 _TABLES = {"samples.parquet": ["sample"], "targets.parquet": ["target"], "thumbnails.parquet": ["set", "sample"]}
+_MOST_NAMED = 20
 _VERDICTS = ("drifted", "unchecked", "within rounding", "bit-exact")
 
 
@@ -37,14 +42,36 @@ def read_shards(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda facts: int(facts["shard"][0]))
 
 
+@dataclass(frozen=True, slots=True)
+class _Certificate:
+    """What joining certificates takes."""
+
+    verdict: str
+    max_drift: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What joining takes of a shard's replay.json."""
+
+    question: str
+    shard: tuple[int, int]
+    certificate: _Certificate
+    seconds: float
+    growth: float | None = None
+
+
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = json.loads((folder / "replay.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts: Any = json.loads((folder / "replay.json").read_text(encoding="utf-8"))
+        if isinstance(facts, dict) and not facts.get("shard"):
+            raise ReplayError(f"{folder} is a whole replay, not a shard: there is nothing to merge.")
+        piece = typed(_Shard, facts)
+    except (OSError, ValueError, RecursionError) as error:
         raise ReplayError(f"{folder} is not the folder of a finished replay ({error}).") from None
-    if not facts.get("shard"):
-        raise ReplayError(f"{folder} is a whole replay, not a shard: there is nothing to merge.")
-    return facts | {"folder": folder}
+    if piece.certificate.verdict not in _VERDICTS or not 1 <= piece.shard[0] <= piece.shard[1]:
+        raise ReplayError(f"{folder} is not the folder of a shard: its certificate, or its number, is none.")
+    return {**facts, "folder": folder}
 
 
 def _check_complete(found: Sequence[dict[str, Any]]) -> None:
@@ -53,7 +80,7 @@ def _check_complete(found: Sequence[dict[str, Any]]) -> None:
     if twice:
         names = ", ".join(str(facts["folder"]) for facts in found if facts["shard"][0] == twice[0])
         raise ReplayError(f"Shard {twice[0]}/{count} is there more than once: {names}.")
-    missing = [f"{i}/{count}" for i in range(1, count + 1) if i not in there]
+    missing = [f"{i}/{count}" for i in islice((i for i in range(1, count + 1) if i not in there), _MOST_NAMED)]
     if missing:
         raise ReplayError(f"Missing shard{'s' * (len(missing) > 1)} {', '.join(missing)}: the answer would have holes.")
 
@@ -68,21 +95,34 @@ def join(shards: Sequence[dict[str, Any]], folder: Path) -> None:
     facts["growth"] = max(growths) if growths else None
     contributions = _contributions([shard["folder"] for shard in shards])
     facts["samples"] = contributions["sample"].n_unique()
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    metadata = {whole_characters(key): whole_characters(text) for key, text in texts.items()}
     contributions.write_parquet(folder / "contributions.parquet", metadata=metadata)
     for name, key in _TABLES.items():
-        parts = [pl.read_parquet(s["folder"] / name) for s in shards if (s["folder"] / name).is_file()]
+        parts = [_collected(s["folder"] / name) for s in shards if (s["folder"] / name).is_file()]
         if parts:
-            pl.concat(parts, how="diagonal_relaxed").unique(key, maintain_order=True).write_parquet(folder / name)
+            with reading(shards[0]["folder"] / name):
+                joined = pl.concat(parts, how="diagonal_relaxed").unique(key, maintain_order=True)
+            joined.write_parquet(folder / name)
     (folder / "replay.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _contributions(folders: Sequence[Path]) -> pl.DataFrame:
     """All rows, in the order of a replay that was not cut: by epoch, sample and target as the shards have them."""
-    rows = pl.concat([pl.read_parquet(folder / "contributions.parquet") for folder in folders])
+    parts = [_collected(folder / "contributions.parquet") for folder in folders]
+    for part, folder in zip(parts, folders, strict=True):
+        if part.schema != parts[0].schema:
+            raise ReplayError(f"{folder} has other columns than {folders[0]}: only shards of one replay can be merged.")
+    rows = pl.concat(parts)
     keys = [name for name in ("epoch", "sample", "target") if name in rows.columns]
     order = [pl.col(key).rank("dense") if key == "epoch" else _place(rows, key) for key in keys]
     return rows.sort(order)
+
+
+def _collected(path: Path) -> pl.DataFrame:
+    frame = scan(path)
+    with reading(path):
+        return frame.collect()
 
 
 def _place(rows: pl.DataFrame, key: str) -> pl.Expr:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trajrec.errors import ModelMismatchError, NonFiniteError, TaskError
+from trajrec.errors import ModelMismatchError, NonFiniteError, ReplayError, TaskError, TrajrecError
 from trajrec.records import Keyframe, RunSpec
 from trajrec.replay.checkpointing import PlainCheckpoints
 from trajrec.replay.lazy import initialise
-from trajrec.replay.samples import Samples
+from trajrec.replay.samples import OtherInputs, Samples
 from trajrec.replay.trajectory import RecordedRun, Step
 from trajrec.rules import FlatLayout
 from trajrec.task import Batch, Loss, Task
@@ -205,8 +205,14 @@ class LossFunction:
 
     def _set_buffers(self, values: dict[str, Tensor]) -> None:
         for name, buffer in self.model.named_buffers():
-            if name in values:
-                buffer.copy_(values[name])
+            if name not in values:
+                continue
+            if values[name].shape != buffer.shape:
+                raise ModelMismatchError(
+                    f"The buffer {name} has the shape {list(values[name].shape)} in the recording, and "
+                    f"{list(buffer.shape)} in the task's model."
+                )
+            buffer.copy_(values[name])
 
     def objective(self, weights: Tensor, samples: Samples, step: Step) -> Objective:
         """What the gradient of a recorded step is of, at weights [P'], differentiable.
@@ -218,7 +224,7 @@ class LossFunction:
 
     def value(self, weights: Tensor, samples: Samples, step: Step) -> float:
         """The scalar that the gradient of a recorded step is of, at weights [P']."""
-        with torch.no_grad():
+        with torch.no_grad(), users_code("Task.loss", step.t):
             return float(self.objective(weights, samples, step).total.detach())
 
     def parts(self, weights: Tensor | dict[str, Tensor], samples: Samples, step: Step) -> Iterator[Objective]:
@@ -325,14 +331,41 @@ class LossFunction:
         states = split_rng(self.spec, rng)
         devices = [name for name in states if name != "cpu"]
         with torch.random.fork_rng(devices=[torch.device(name) for name in devices]):
-            torch.set_rng_state(states["cpu"])
-            for name in devices:
-                torch.cuda.set_rng_state(states[name], name)
+            try:
+                torch.set_rng_state(states["cpu"])
+                for name in devices:
+                    torch.cuda.set_rng_state(states[name], name)
+            except (RuntimeError, TypeError) as error:
+                raise ReplayError(f"The recorded states of random generators are none ({error}).") from error
             yield
 
 
+@contextmanager
+def users_code(what: str, t: int) -> Iterator[None]:
+    """Says of an error in the user's code which step's batch it was given.
+
+    Raises:
+        TaskError: for every other error than our own.
+    """
+    try:
+        yield
+    except (TrajrecError, OtherInputs, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise TaskError(f"{what} failed on the recorded batch of step {t}: {reason}") from error
+
+
 def split_rng(spec: RunSpec, rng: bytes) -> dict[str, Tensor]:
-    """Generator states by name, from their concatenation in a step record."""
+    """Generator states by name, from their concatenation in a step record.
+
+    Raises:
+        ReplayError: it has another length.
+    """
+    if len(rng) != sum(size for _, size in spec.rng):
+        raise ReplayError(
+            f"A step's recorded generator states have {len(rng)} bytes, which the recording's spec denies."
+        )
     states, offset = {}, 0
     for name, size in spec.rng:
         states[name] = torch.from_numpy(np.frombuffer(rng, np.uint8, size, offset).copy())

@@ -21,7 +21,7 @@ from trajrec.replay.diagnosis import Diagnosis
 from trajrec.replay.heap import budget
 from trajrec.replay.history import RegroupedRun, as_seen
 from trajrec.replay.linearize import gradient_of
-from trajrec.replay.model import LossFunction
+from trajrec.replay.model import LossFunction, users_code
 from trajrec.replay.operators import derivative_error
 from trajrec.replay.precision import full_single_precision
 from trajrec.replay.recompute import KeyframeChecks, OtherState, RebuiltTrajectory, RecomputedTrajectory
@@ -87,6 +87,11 @@ class Session:
     ) -> None:
         if run.steps == 0:
             raise ReplayError("The recording holds no step yet: there is nothing to replay.")
+        if 0 not in run.keyframe_steps:
+            raise ReplayError(
+                "The recording lacks its keyframe of step 0 (buffers and optimizer state before the training), with "
+                "which every replay begins. `trajrec verify` tells what else is missing; restore the file from a copy."
+            )
         self.run = run = as_seen(run)
         self.task = task
         self.dtype = parse_dtype(dtype, run.spec.dtype)
@@ -168,7 +173,8 @@ class Session:
     def _test_rule(self) -> None:
         """Lets the rule prove itself at the first step."""
         step = self.step_at_start()
-        gradient = gradient_of(self.function, self.train, step)
+        with users_code("Task.loss", step.t):
+            gradient = gradient_of(self.function, self.train, step)
         state = initial_state(self.trajectory, self.rule)
         self_test(self.rule, step.before, state, gradient, step.hyper, budget(self.memory, self.device))
 

@@ -45,8 +45,8 @@ def write(
     epoch, sample, target = (axis.ravel() for axis in np.indices(cube.shape))
     frame = pl.DataFrame(
         {
-            "sample": np.asarray(samples)[sample],
-            "target": np.asarray(targets)[target],
+            "sample": np.asarray(samples, dtype=np.int64)[sample],
+            "target": np.asarray(targets, dtype=np.int64)[target],
             "contribution": cube.ravel(),
             "epoch": epoch,
         }

@@ -17,7 +17,8 @@ MATHEMATICS = ("trajectory", "linearize", "adjoint", "tangent", "certificate", "
 # module (or prefix ending in a dot) -> what it must not import at any level
 FORBIDDEN = {
     "trajrec.errors": ["trajrec.", "torch", "h5py", "polars"],
-    "trajrec.records": ["trajrec.", "torch", "h5py", "polars"],
+    "trajrec.typed": ["trajrec.", "torch", "h5py", "polars"],
+    "trajrec.records": ["trajrec.runfile", "trajrec.replay", "trajrec.task", "torch", "h5py", "polars"],
     "trajrec.capture": ["trajrec.runfile", "trajrec.replay", "trajrec.cli", "h5py", "polars"],
     "trajrec.ledger": ["trajrec.runfile", "trajrec.replay", "trajrec.cli", "h5py", "polars"],
     "trajrec.snapshot": ["trajrec.runfile", "trajrec.replay", "trajrec.cli", "h5py", "polars"],

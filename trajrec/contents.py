@@ -71,7 +71,7 @@ def batches_of(arrays: Mapping[str, Leaf]) -> list[Batch]:
     try:
         structures = json.loads(arrays[STRUCTURE].tobytes())
         return [_together(value, arrays, f"{k}/") for k, value in enumerate(structures)]
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"the nesting of the inputs cannot be read ({error})") from error
 
 

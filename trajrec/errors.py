@@ -23,15 +23,29 @@ line returns; nothing else in the project maps errors to codes.
         |-- NotARunError                  4   foreign or empty file
         |-- DamagedRunError               4   truncated, or a checksum does not match
         `-- NewerFormatError              4   written by a newer trajrec
+
+A message quotes what stands in files, and files come from anywhere: what a terminal would obey is shown as an escape.
 """
 
 from __future__ import annotations
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """The text, safe on any terminal: control characters and all else that shows nothing itself become escapes.
+
+    So do orders to change the direction of writing, and halves of characters, which could not be written at all. The
+    escapes are those of `repr`; what is in `keep` stays.
+    """
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 class TrajrecError(Exception):
     """Base of the family."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class OutputExistsError(TrajrecError):

@@ -15,17 +15,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trajrec.typed import typed
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Row = npt.NDArray[Any]
 NO_IDS: IntArray = np.empty(0, dtype=np.int64)
+WEIGHT_DTYPES = ("float32", "float64")
+# Of a run that is read: more were never recorded, and would only be made to fill the memory.
+_MOST_WEIGHTS, MOST_GROUPS, _DIGITS = 2**48, 100_000, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +146,61 @@ class RunSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunSpec:
-        """The spec from `to_json`'s values; unknown keys (of a newer minor version) are ignored."""
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        known["params"] = tuple(ParamSpec(**{**p, "shape": tuple(p["shape"])}) for p in known["params"])
-        known["buffers"] = tuple(BufferSpec(**{**b, "shape": tuple(b["shape"])}) for b in known["buffers"])
-        known["rng"] = tuple((str(name), int(size)) for name, size in known.get("rng", ()))
-        known["optimizers"] = tuple(
-            OptimizerSpec(**{**o, "hyperparameters": tuple(o["hyperparameters"])}) for o in known.get("optimizers", ())
-        )
-        for name in ("hyperparameters", "eval_modules", "command"):
-            known[name] = tuple(known.get(name, ()))
-        return cls(**known)
+        """The spec from `to_json`'s values; unknown keys (of a newer minor version) are ignored.
+
+        Raises:
+            ValueError: a value is missing, of another type, or does not fit the others.
+        """
+        spec = typed(cls, values)
+        for fault in spec._faults():
+            raise ValueError(fault)
+        return spec
+
+    def is_like(self, other: RunSpec) -> bool:
+        """Whether rows and records of the other run are read like those of this one."""
+        names = ("run_id", "params", "dtype", "hyperparameters", "groups", "inputs", "rng")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def _faults(self) -> Iterator[str]:
+        """What does not fit together."""
+        offsets = accumulate((p.size for p in self.params), initial=0)
+        for p, offset in zip(self.params, offsets, strict=False):
+            if min(p.shape, default=0) < 0 or p.offset != offset or p.offset + p.size > _MOST_WEIGHTS:
+                yield f"parameter {p.name!r} of shape {list(p.shape)} at {p.offset} does not follow the one before it"
+            if not (p.group >= 0 if p.trainable else p.group >= -1) or p.group >= self.groups:
+                yield f"parameter {p.name!r} is in group {p.group} of {self.groups}"
+            if p.trainable and p.dtype not in WEIGHT_DTYPES:
+                yield f"parameter {p.name!r} is trained in {p.dtype!r}; {' and '.join(WEIGHT_DTYPES)} are known"
+        yield from self._faulty_names()
+        if self.dtype not in WEIGHT_DTYPES:
+            yield f"rows are of {self.dtype!r}; {' and '.join(WEIGHT_DTYPES)} are known"
+        if not 0 <= self.groups <= MOST_GROUPS or min((o.groups for o in self.optimizers), default=0) < 0:
+            yield f"there are {self.groups} parameter groups"
+        if self.optimizers and sum(o.groups for o in self.optimizers) != self.groups:
+            yield f"the optimizers have other groups than the {self.groups} of the run"
+        if self.inputs not in ("digest", "store"):
+            yield f'inputs is "digest" or "store", found {self.inputs!r}'
+        if self.samples < 0 or min((size for _, size in self.rng), default=1) < 1:
+            yield f"there are {self.samples} samples, and generator states of {[size for _, size in self.rng]} bytes"
+        if not all(type(self.data.get(name, 0)) is int for name in ("seeded_from", "first_batch_crc32")):
+            yield "data should hold whole numbers as seeded_from and first_batch_crc32"
+
+    def _faulty_names(self) -> Iterator[str]:
+        """Names that are there twice, or that lead nowhere."""
+        lists = {"params": [p.name for p in self.params], "hyperparameters": self.hyperparameters}
+        lists |= {"buffers": [b.name for b in self.buffers], "rng": [name for name, _ in self.rng]}
+        for what, names in lists.items():
+            if len(set(names)) < len(names):
+                yield f"{what} holds a name twice"
+        for name in self.hyperparameters:
+            _, dot, place = name.partition(".")
+            if dot and not (place.isascii() and place.isdecimal() and len(place) <= _DIGITS):
+                yield f"hyperparameter {name!r} should be a name, or a name and a place in a tuple"
+        for optimizer in self.optimizers:
+            if not {*optimizer.hyperparameters} <= {*self.hyperparameters}:
+                yield f"{optimizer.name!r} has hyperparameters that the run has not"
+        if self.rng and "cpu" not in lists["rng"]:
+            yield "there are generator states, and none of the CPU"
 
 
 @dataclass(slots=True)  # not frozen: the training thread makes one a step, and that takes four times as long
@@ -213,11 +263,12 @@ class Conditions:
 
     @classmethod
     def from_json(cls, text: bytes) -> Conditions:
-        """From `to_json`'s value; unknown keys are ignored."""
-        values = json.loads(text)
-        joined = tuple((str(name), int(group)) for name, group in values.get("joined", ()))
-        names = {key: tuple(values.get(key, ())) for key in ("eval_modules", "still", "frozen")}
-        return cls(**names, joined=joined, seeded_from=values.get("seeded_from"))
+        """From `to_json`'s value; unknown keys are ignored.
+
+        Raises:
+            ValueError: it is no such value.
+        """
+        return typed(cls, json.loads(text))
 
 
 @dataclass(frozen=True, slots=True)

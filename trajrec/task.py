@@ -33,7 +33,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -189,7 +189,8 @@ def _resolve(data: Any, name: str) -> Any:
 def load_task(reference: str) -> Task:
     """The Task named "FILE.py:ATTR" or "package.module:ATTR" (":ATTR" left out means ":task").
 
-    The file's folder is put on sys.path while it is imported, as Python does for a script.
+    The file's folder is put on sys.path while it is imported, as Python does for a script. What the name stands for is
+    taken as it is and never called: a reference may come from a file.
 
     Raises:
         TaskError: if there is no such file, module or attribute, if importing it fails, or if it is no Task.
@@ -200,10 +201,11 @@ def load_task(reference: str) -> Task:
         found = sorted(name for name, value in vars(module).items() if isinstance(value, Task))
         hint = f"It has these tasks: {', '.join(found)}." if found else "It has no Task at all."
         raise TaskError(f"{source} has no attribute {attribute!r}. {hint} Pass --task {source}:NAME.")
-    value = getattr(module, attribute)
-    task = value() if callable(value) and not isinstance(value, Task) else value
+    task = getattr(module, attribute)
     if not isinstance(task, Task):
-        raise TaskError(f"{reference} must be a trajrec.Task, but is {type(task).__name__}.")
+        made = isinstance(task, FunctionType)
+        hint = f" It is not called: write `task = {attribute}()` in the file, and name that." if made else ""
+        raise TaskError(f"{reference} must be a trajrec.Task, but is {type(task).__name__}.{hint}")
     return task
 
 

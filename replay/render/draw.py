@@ -14,6 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from trajrec.errors import printable
+
 Column = tuple[str, list[Text]]
 _LEFT = {"label", "name", "class", "", "known", "what"}
 
@@ -29,8 +31,9 @@ def table(columns: list[Column], width: int) -> Padding:
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     for name, cells in columns:
         justify: Literal["left", "right"] = "left" if name in _LEFT else "right"
-        drawn.add_column(name, justify=justify, no_wrap=True)
+        drawn.add_column(plain(name), justify=justify, no_wrap=True)
         for cell in cells:
+            cell.plain = cell.plain.replace("\n", "\\n")
             _shorten(cell, widths[name], keep_end=name == "name")
     for row in zip(*(cells for _, cells in columns), strict=True):
         drawn.add_row(*row)
@@ -67,7 +70,7 @@ def note(text: str, console: Console) -> None:
 
 def plain(text: str, style: str = "") -> Text:
     """Data as it is, control characters escaped."""
-    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), style)
+    return Text(printable(text), style)
 
 
 def bars(sizes: list[float], style: str, width: int = 12) -> list[Text]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
+from trajrec.errors import printable
 from trajrec.replay.findings import Clusters, Comparison, Matrix, Ranking, Statistics, Suspicions, Timeline, Top, Why
 from trajrec.replay.render import words
 from trajrec.replay.render.draw import Column, bars, facts, heading, note, plain, table
@@ -83,9 +84,11 @@ def matrix(found: Matrix, console: Console) -> None:
         note(f"{len(found.train)} x {len(found.test)} classes: see --html, --json", console)
         return
     room = max(4, (console.width - 20) // len(found.test) - 3)
-    columns: list[Column] = [("class", [plain(name[:14]) for name in found.train])]
+    columns: list[Column] = [("class", [plain(name)[:14] for name in found.train])]
     for j, name in enumerate(found.test):
-        columns.append((_unique(name[:room], columns), [_percentage(row[j], scale) for row in found.mean]))
+        columns.append(
+            (_unique(printable(name, keep="")[:room], columns), [_percentage(row[j], scale) for row in found.mean])
+        )
     console.print(table(columns, console.width))
     note(f"in per cent of the largest entry, {scale:.3e}; not normalised (paper, equation 23)", console)
 

@@ -18,6 +18,7 @@ from typing import Any
 import polars as pl
 
 from trajrec.errors import OutputExistsError
+from trajrec.replay import spreadsheet
 from trajrec.replay.report import Report, entries
 
 COLUMNS: dict[str, type[pl.DataType]] = {
@@ -34,7 +35,8 @@ COLUMNS: dict[str, type[pl.DataType]] = {
 def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
     """Write the top tables: rank, side, sample, label, target (-1 for the mean), contribution, share.
 
-    Several tables follow each other, told apart by target; those by class by a last column, table.
+    Several tables follow each other, told apart by target; those by class by a last column, table. Text that begins
+    like a formula has an apostrophe before it.
 
     Args:
         report: the report.
@@ -45,7 +47,7 @@ def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
         OutputExistsError: the file exists and `force` is False.
     """
     rows = frame(report) if report.groups or report.why else frame(report).drop("table")
-    return save(path, lambda file: rows.write_csv(file), force)
+    return save(path, lambda file: spreadsheet.write_csv(rows, file), force)
 
 
 def write_parquet(report: Report, path: str | Path, force: bool = False) -> Path:

@@ -98,7 +98,7 @@ def _prove(rule: Rule, point: _Point, hyper: FloatArray) -> None:
     try:
         with rule.proving():
             _Test(rule, hyper).run(start)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise _refusal(rule, f"its step cannot be differentiated ({_first_line(error)})") from error
 
 

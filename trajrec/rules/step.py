@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.optim import Optimizer
 
+from trajrec.errors import ReplayError
 from trajrec.records import FloatArray, Keyframe, RunSpec
 from trajrec.rules.flat import FlatLayout
 from trajrec.rules.part import Part
@@ -74,7 +75,11 @@ class Rule(ABC):
         options: dict[str, Any] = {k: v for k, v in self._defaults.items() if k in accepted}
         options |= {"foreach": False, "fused": None, "differentiable": True, "capturable": False}
         options = {k: v for k, v in options.items() if k in accepted}
-        optimizer = self.optimizer_class([nn.Parameter(torch.zeros(self.placeholder_shape))], **options)
+        try:
+            optimizer = self.optimizer_class([nn.Parameter(torch.zeros(self.placeholder_shape))], **options)
+        except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            name = self.optimizer_class.__name__
+            raise ReplayError(f"{name} cannot be made with the options that the recording notes: {error}.") from error
         # The default lets step() run with gradients enabled; the group's own entry chooses the code path.
         optimizer.param_groups[0]["differentiable"] = self.differentiable_path
         return optimizer

@@ -33,6 +33,7 @@ from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import RunSpec
 from trajrec.runfile import files
+from trajrec.typed import typed
 
 SUFFIX = ".rec"
 FORMAT = "trajrec recording"
@@ -200,7 +201,7 @@ class Folder:
             raise NotARunError(f"{self.path} is not a recording of trajrec: it has no readable manifest.") from error
         try:
             return _parse(head, body, self.path)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedRunError(f"{self.manifest} is damaged ({error}).") from error
 
     # ---- what may be written to, and deleted
@@ -317,18 +318,19 @@ def _parse(head: str, body: str, path: Path) -> Manifest:
     about = json.loads(head)
     if about["format"] != FORMAT:
         raise NotARunError(f"{path} is not a recording of trajrec.")
+    if type(about["version"]) is not int:
+        raise ValueError(f"its version reads {about['version']!r:.40}")
     if about["version"] > VERSION:
         raise NewerFormatError(f"{path} was written by a newer trajrec (version {about['version']}). Update trajrec.")
     if about["crc32"] != crc32(body.encode()):
         raise ValueError("its text does not match its checksum")
     values = json.loads(body)
-    return Manifest(
-        spec=RunSpec.from_json(values["spec"]),
-        output=str(values["output"]),
-        keep=str(values["keep"]),
-        compression=str(values["compression"]),
-        resumed=tuple(int(t) for t in values["resumed"]),
-    )
+    manifest = typed(Manifest, {**values, "spec": RunSpec.from_json(values["spec"])})
+    if manifest.keep not in ("steps", "keyframes") or manifest.compression not in ("zstd", "none"):
+        raise ValueError(f"keep {manifest.keep!r:.40} and compression {manifest.compression!r:.40} are not known")
+    if min(manifest.resumed, default=0) < 0:
+        raise ValueError("resumptions should be steps")
+    return manifest
 
 
 def _size(path: Path) -> int:

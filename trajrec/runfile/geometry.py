@@ -65,8 +65,16 @@ class Geometry:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Geometry:
-        """The geometry from `to_bytes`'s value."""
-        return cls(*_STRUCT.unpack(data))
+        """The geometry from `to_bytes`'s value.
+
+        Raises:
+            ValueError: a ring cannot have these sizes.
+        """
+        geometry = cls(*_STRUCT.unpack(data))
+        sizes = astuple(geometry)
+        if min(sizes) < 0 or max(sizes) >= 2**48 or 0 in sizes[1:]:
+            raise ValueError(f"a ring cannot have the sizes {', '.join(map(str, sizes))}")
+        return geometry
 
 
 GEOMETRY_BYTES = _STRUCT.size

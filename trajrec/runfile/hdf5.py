@@ -15,7 +15,7 @@ import numpy.typing as npt
 from h5py import h5a, h5d, h5p, h5s, h5t, h5z
 
 Array = npt.NDArray[Any]
-_ZSTD = 32015
+ZSTD = 32015
 _LEVEL = 1
 
 
@@ -29,7 +29,7 @@ def plan(chunks: tuple[int, ...] | None = None, compression: str = "none", check
     if compression != "none":
         register_filter()
         properties.set_shuffle()
-        properties.set_filter(_ZSTD, h5z.FLAG_OPTIONAL, (_LEVEL,))
+        properties.set_filter(ZSTD, h5z.FLAG_OPTIONAL, (_LEVEL,))
     if checksum:
         properties.set_fletcher32()
     return properties

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
 from pathlib import Path
@@ -28,6 +30,7 @@ from trajrec.checksum import copy_crc32, crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Inputs, Keyframe, LiveKeyframe, Parts, RunSpec
 from trajrec.runfile import files
+from trajrec.typed import typed
 
 MAGIC = b"TRAJKEY1"
 _HEAD = struct.Struct("<8sII")
@@ -35,7 +38,17 @@ _LARGEST_SUM = 2**32 - 1  # no other has more digits
 
 
 _Arrays = dict[str, npt.NDArray[Any]]
+_Entry = tuple[str, str, tuple[int, ...], int, int, int]
+_DTYPE = re.compile(r"[<|][biufc][0-9]{1,2}")
 Piece = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """The header; an entry is path, dtype, shape, start, bytes and CRC-32 of an array."""
+
+    step: int
+    arrays: tuple[tuple[str, str, tuple[int, ...], int, int, int], ...]
 
 
 def write_arrays(path: Path, value: Keyframe | Inputs) -> int:
@@ -141,14 +154,20 @@ def has_inputs(path: Path, spec: RunSpec, step: int) -> bool:
 
 
 def _read(path: Path, what: str, only: str | None) -> tuple[int, _Arrays]:
-    return _arrays(files.read(path), path, what, only)
+    try:
+        data = files.read(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedRunError(f"{path}: {what} damaged ({error.strerror}).") from error
+    return _arrays(data, path, what, only)
 
 
 def _arrays(data: bytes | memoryview, path: Path | str, what: str, only: str | None) -> tuple[int, _Arrays]:
     try:
-        step, entries, start = _parse(data)
-        return step, {e[0]: _array(data, start, e) for e in entries if only in (None, e[0])}
-    except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
+        head, start = _parse(data)
+        return head.step, {e[0]: _array(data, start, e) for e in head.arrays if only in (None, e[0])}
+    except (ValueError, RecursionError, struct.error) as error:
         raise DamagedRunError(f"{path}: {what} damaged ({error}).") from error
 
 
@@ -182,18 +201,19 @@ def _write(fd: int, piece: Piece) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _parse(data: bytes | memoryview) -> tuple[int, list[list[Any]], int]:
+def _parse(data: bytes | memoryview) -> tuple[_Header, int]:
     magic, length, crc = _HEAD.unpack_from(data)
     body = bytes(data[_HEAD.size : _HEAD.size + length])
     if magic != MAGIC or crc32(body) != crc:
         raise ValueError("its header does not match its checksum")
-    head = json.loads(body)
-    return int(head["step"]), head["arrays"], _HEAD.size + length
+    return typed(_Header, json.loads(body)), _HEAD.size + length
 
 
-def _array(data: bytes | memoryview, start: int, entry: list[Any]) -> npt.NDArray[Any]:
+def _array(data: bytes | memoryview, start: int, entry: _Entry) -> npt.NDArray[Any]:
     name, dtype, shape, offset, size, crc = entry
+    if not _DTYPE.fullmatch(dtype) or min(offset, size, *shape) < 0:
+        raise ValueError(f"array {name!r:.40} of {dtype!r:.40} and shape {list(shape)} is none")
     part = memoryview(data)[start + offset : start + offset + size]
     if len(part) != size or crc32(part) != crc:
-        raise ValueError(f"array {name} does not match its checksum")
+        raise ValueError(f"array {name!r:.40} does not match its checksum")
     return np.frombuffer(part, np.dtype(dtype)).reshape(shape)

@@ -66,6 +66,18 @@ class Head:
     resumed: tuple[int, ...] = ()
 
 
+def check_head(head: Head) -> None:
+    """Checks that a file can be of that kind.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if head.state not in ("recording", "complete", "recovered") or head.keep not in ("steps", "keyframes"):
+        raise ValueError(f"state {head.state!r:.40} and keep {head.keep!r:.40} are not known")
+    if any(not 0 <= a <= b for a, b in head.gaps) or min(head.resumed, default=0) < 0:
+        raise ValueError("gaps and resumptions should be steps, in order")
+
+
 def begin(path: Path, head: Head, spec: RunSpec, rows: int, cache: int | None = None) -> h5py.File:
     """A new file with its attributes, its spec and /weights [rows, P]; `cache` is the chunk cache in bytes.
 

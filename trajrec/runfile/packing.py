@@ -71,13 +71,20 @@ def _ring(folder: Folder, manifest: Manifest) -> Ring:
         segments = folder.segments()
         first = segments[-1].stop if segments else 0
         nothing = Geometry(0, np.dtype(manifest.spec.dtype).itemsize, 1, 1, 1, 2, 4096)
-        try:
-            return create(folder.ring, nothing, first, manifest.spec.dtype)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
+        return _create(folder, nothing, first, manifest)
+
+
+def _create(folder: Folder, nothing: Geometry, first: int, manifest: Manifest) -> Ring:
+    try:
+        return create(folder.ring, nothing, first, manifest.spec.dtype)
+    except OSError as error:
+        if is_disk_full(error):
             status = Status.FILE_TOO_LARGE if is_file_too_large(error) else Status.DISK_FULL
             raise _failure(folder, status, str(error)) from error
+        raise DamagedRunError(
+            f"{folder.ring}: the ring is damaged, and cannot be made anew ({error.strerror}). Move what is there away; "
+            "the sealed segments stand without it."
+        ) from error
 
 
 def _finish(folder: Folder, ring: Ring, lock: Lock) -> Path:

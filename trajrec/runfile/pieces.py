@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Lock
 
 from trajrec.errors import DamagedRunError
+from trajrec.records import RunSpec
 from trajrec.runfile.folder import Segment
 from trajrec.runfile.rowfile import SharedRows
 from trajrec.runfile.stored import StoredRun
@@ -26,10 +27,12 @@ class Pieces:
     Args:
         segments: the files.
         rows: of the folder that they are in, where rows of segments without any are.
+        spec: of the run that they must all belong to; None: that is not asked.
     """
 
-    def __init__(self, segments: Sequence[Segment], rows: Path | None = None) -> None:
+    def __init__(self, segments: Sequence[Segment], rows: Path | None = None, spec: RunSpec | None = None) -> None:
         self.segments = tuple(segments)
+        self._spec = spec
         self._rows = None if rows is None else SharedRows(rows)
         self._firsts = [segment.first for segment in segments]
         self._open: OrderedDict[int, StoredRun] = OrderedDict()
@@ -57,7 +60,7 @@ class Pieces:
         """The open file of a segment."""
         with self._lock:
             if index not in self._open:
-                self._open[index] = _checked(self.segments[index], self._rows)
+                self._open[index] = _checked(self.segments[index], self._rows, self._spec)
                 if len(self._open) > OPEN_FILES:
                     self._open.popitem(last=False)[1].close()
             self._open.move_to_end(index)
@@ -75,8 +78,13 @@ class Pieces:
                 self._rows.close()
 
 
-def _checked(segment: Segment, rows: SharedRows | None) -> StoredRun:
+def _checked(segment: Segment, rows: SharedRows | None, spec: RunSpec | None) -> StoredRun:
     stored = StoredRun(segment.path, rows)
+    if spec is not None and not stored.spec().is_like(spec):
+        stored.close()
+        raise DamagedRunError(
+            f"{segment.path}: it belongs to another run, or to another model, than the manifest says."
+        )
     if (stored.first, stored.stop) != (segment.first, segment.stop):
         stored.close()
         raise DamagedRunError(

@@ -258,7 +258,7 @@ class Run:
         arrays = self._now(lambda source: source.inputs(t)).arrays
         try:
             return batches_of(arrays)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedRunError(f"{self.path}: /inputs, step {t}: {error}. Restore the file from a copy.") from error
 
     # ---- inner

@@ -27,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 
+from trajrec import register
 from trajrec.errors import DiskFullError, RecordingError
 from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.budget import Budget, parse_size
@@ -145,6 +146,7 @@ class RunFileSink:
             self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
             self._writer.check_started()
             self._place.begun()
+            register.enter(self._spec)
         except OSError as error:
             self._undo_start()
             raise no_start(error, self.folder.path, ring_bytes(self._geometry)) from error

@@ -46,6 +46,8 @@ MAGIC = b"TRAJRNG1"
 _CONTROL = 2048
 _SLOT_WORDS = 8
 _OVERFLOW = 1 << 63
+_LAST = 2**62  # no step has a number like this
+_DTYPES = {np.dtype(name).str.encode(): np.dtype(name) for name in ("<f4", "<f8")}
 _HEAD = struct.Struct(f"<8s{GEOMETRY_BYTES}sq8s")
 
 
@@ -157,8 +159,8 @@ class Ring:
 
     def gaps(self) -> tuple[tuple[int, int], ...]:
         """First and last step that went unrecorded, if any did."""
-        gap = (self.get(Control.GAP_FIRST), self.get(Control.GAP_LAST))
-        return (gap,) if gap[0] else ()
+        first, last = self.get(Control.GAP_FIRST), self.get(Control.GAP_LAST)
+        return ((first, last if first <= last < _LAST else first),) if 0 < first < _LAST else ()
 
     # ---- the training process
 
@@ -244,9 +246,10 @@ class Ring:
         if data is None or crc32(data, (entry + 1) & 0xFFFFFFFF) != crc or not self.published(entry):
             return None
         try:
-            return decode(data)
+            record = decode(data)
         except ValueError:
             return None
+        return record if record.step == entry else None
 
     def record_crc32(self, entry: int) -> int:
         """The CRC-32 of an intact entry's encoded record."""
@@ -256,7 +259,7 @@ class Ring:
     def _data(self, entry: int, place: int, length: int) -> bytes | None:
         if length & _OVERFLOW:
             path = overflow_path(self.path.parent, entry)
-            return files.read(path) if path.exists() else None
+            return files.read(path) if path.is_file() else None
         arena = self.geometry.arena_bytes
         if place % arena + length > arena:
             return None
@@ -306,10 +309,15 @@ def _parse(start: bytes, size: int, path: Path) -> tuple[Geometry, int, np.dtype
     head, crc = start[: _HEAD.size], start[_HEAD.size :]
     if len(head) < _HEAD.size or crc != struct.pack("<I", crc32(head)):
         raise DamagedRunError(f"{path}: the ring's header is damaged; unsealed steps cannot be read from it.")
-    _, packed, first, dtype = _HEAD.unpack(head)
-    geometry = Geometry.from_bytes(packed)
+    _, packed, first, name = _HEAD.unpack(head)
+    try:
+        geometry, dtype = Geometry.from_bytes(packed), _DTYPES[name.rstrip(b"\0")]
+    except (ValueError, KeyError) as error:
+        raise DamagedRunError(f"{path}: the ring's header makes no sense ({error}).") from None
+    if dtype.itemsize != geometry.itemsize or not 0 <= first < _LAST:
+        raise DamagedRunError(f"{path}: the ring's header makes no sense (it begins at {first}, with {dtype}).")
     if size < ring_bytes(geometry):
         raise DamagedRunError(
             f"{path}: a ring of {ring_bytes(geometry)} bytes was expected, found {size}; it was truncated."
         )
-    return geometry, first, np.dtype(dtype.rstrip(b"\0").decode())
+    return geometry, first, dtype

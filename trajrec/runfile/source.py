@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from trajrec.errors import DamagedRunError, NotARunError, RunFileError
-from trajrec.records import Inputs, Keyframe, Row, RunSpec, StepRecord
+from trajrec.records import MOST_GROUPS, Inputs, Keyframe, Row, RunSpec, StepRecord
 from trajrec.runfile.folder import SUFFIX, Folder, Segment
 from trajrec.runfile.keyfile import has_inputs, read_inputs, read_keyframe
 from trajrec.runfile.lock import holder
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
+from trajrec.runfile.soundness import sound_keyframe, sound_table
 from trajrec.runfile.stored import StoredRun
 from trajrec.runfile.table import StepTable, table_of
 
@@ -49,8 +50,12 @@ class PackedSource:
         self.state, self.gaps, self.resumed = head.state, head.gaps, head.resumed
         self.stop = self._file.stop
         self.has_rows = self._file.has_rows
-        self.keyframes = self._file.keyframe_steps()
         self.compression = head.compression
+        try:
+            self.keyframes = self._file.keyframe_steps()
+        except DamagedRunError:
+            self._file.close()
+            raise
 
     def size(self) -> int:
         """Bytes on disk."""
@@ -98,6 +103,7 @@ class FolderSource:
         self._pieces, self._ring, self._tail = _pieces_and_ring(folder, self.spec)
         self.stop = self._pieces.stop + (len(self._tail) if self._tail is not None else 0)
         if self.stop == 0:
+            self.close()
             raise NotARunError(f"{folder.path}: nothing is recorded yet.")
         self.gaps = self._ring.gaps() if self._ring else ()
         self.keyframes = tuple(step for step in folder.keyframes() if step < self.stop)
@@ -152,8 +158,9 @@ class FolderSource:
 
     def keyframe(self, step: int, only: str | None = None) -> Keyframe:
         """A keyframe; with `only`, just the array of that path."""
+        path = self._folder.keyframe(step)
         try:
-            return read_keyframe(self._folder.keyframe(step), only)
+            return sound_keyframe(read_keyframe(path, only), step, self.spec, path, only)
         except FileNotFoundError as error:
             raise MovedError from error
 
@@ -208,7 +215,7 @@ def _present(segments: list[Segment]) -> list[Segment]:
 def _pieces_and_ring(folder: Folder, spec: RunSpec) -> tuple[Pieces, Ring | None, StepTable | None]:
     """The sealed segments, the ring, and the records that follow in it."""
     while True:
-        pieces = Pieces(_present(folder.segments()), folder.rows)
+        pieces = Pieces(_present(folder.segments()), folder.rows, spec)
         ring, tail = _ring_table(folder, spec, pieces.stop)
         segments = folder.segments()
         if spec.inputs != "store" or not segments or segments[-1].stop == pieces.stop:
@@ -227,4 +234,20 @@ def _ring_table(folder: Folder, spec: RunSpec, first: int) -> tuple[Ring | None,
         if not has_inputs(folder.inputs(record.step), spec, record.step):
             break
         records.append(record)
-    return ring, table_of(records) if records else None
+    return ring, _sound_tail(ring, records, spec) if records else None
+
+
+def _sound_tail(ring: Ring, records: list[StepRecord], spec: RunSpec) -> StepTable:
+    """The table of records in the ring.
+
+    Raises:
+        DamagedRunError: they, or the rows of the ring, are not of this run.
+    """
+    if ring.geometry.row_length not in (0, spec.row_length) or ring.dtype.name != spec.dtype:
+        raise DamagedRunError(
+            f"{ring.path}: the ring has rows of {ring.geometry.row_length} values in {ring.dtype}, "
+            f"{spec.row_length} in {spec.dtype} were expected."
+        )
+    if len({record.hyper.shape[1] for record in records}) > 1 or max(len(r.hyper) for r in records) > MOST_GROUPS:
+        raise DamagedRunError(f"{ring.path}: the hyperparameters of its steps are not those of this run.")
+    return sound_table(table_of(records), spec, ring.path)

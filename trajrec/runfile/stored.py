@@ -10,6 +10,9 @@ Rows come from chunks, by way of the HDF5 library, or from one piece of a file (
 from __future__ import annotations
 
 import json
+import math
+import operator
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +27,18 @@ from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import Inputs, Keyframe, Row, RunSpec
 from trajrec.runfile import hdf5
 from trajrec.runfile.columns import ColumnSizes
-from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, Head, inputs_name, keyframe_name
+from trajrec.runfile.layout import FORMAT, STEP_DIGITS, VERSION, Head, check_head, inputs_name, keyframe_name
 from trajrec.runfile.rowfile import SharedRows
+from trajrec.runfile.soundness import sound_keyframe, sound_table
 from trajrec.runfile.storedrows import FlatRows, StoredRows, rows_of
 from trajrec.runfile.table import LATER, PLAIN, RAGGED, StepTable
+from trajrec.typed import typed
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _CACHE = 1024**2
+_CHUNK = 4 * 1024**2  # larger ones are never written
+_FILTERS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, hdf5.ZSTD}
+_STEP = re.compile(f"[0-9]{{{STEP_DIGITS}}}")
 COLUMNS = {
     "steps/step": ("<i8", 1),
     **{f"steps/{name}": (dtype, 3 if name == "hyper" else 1) for name, dtype in PLAIN.items()},
@@ -85,8 +93,11 @@ class StoredRun:
         _check_signature(path)
         self.path = path
         with reading(path, "it"):
+            self._size = path.stat().st_size
             self._file = h5py.File(path, "r", locking=False, rdcc_nbytes=_CACHE)
         self._known: dict[str, h5py.Dataset] = {}
+        self._walked: set[bytes] = set()
+        self._spec: RunSpec | None = None
         try:
             self.head = self._head()
             if self.head.compression != "none":
@@ -95,6 +106,7 @@ class StoredRun:
             self._weights = self._dataset("weights", "f", 2)
             self.has_rows = self.head.keep == "steps"
             self.entries = len(self._dataset("steps/crc32", "u", 1))
+            self._check_row_length()
             self.rows_path, self._rows = self._find_rows(rows)
         except BaseException:
             self._file.close()
@@ -109,27 +121,42 @@ class StoredRun:
 
     def _head(self) -> Head:
         with reading(self.path, "its attributes"):
-            attributes = dict(self._file.attrs)
+            attributes = _attributes(self._file)
         if _text(attributes.get("format")) != FORMAT:
             raise NotARunError(f"{self.path} is an HDF5 file, but not a recording of trajrec.")
         _check_version(self.path, _text(attributes.get("version")))
         weights = self._dataset("weights", "f", 2)
         with reading(self.path, "its attributes"):
-            return Head(
-                state=_text(attributes["state"]),
-                first=int(attributes["first"]),
-                keep=_text(attributes["keep"]),
-                compression="zstd" if weights.id.get_create_plist().get_nfilters() else "none",
-                chunks=weights.chunks,
-                gaps=tuple((int(a), int(b)) for a, b in json.loads(_text(attributes["gaps"]))),
-                resumed=tuple(int(t) for t in json.loads(_text(attributes["resumed"]))),
+            head = typed(
+                Head,
+                {
+                    "state": _text(attributes["state"]),
+                    "first": operator.index(attributes["first"]),
+                    "keep": _text(attributes["keep"]),
+                    "compression": "zstd" if weights.id.get_create_plist().get_nfilters() else "none",
+                    "chunks": weights.chunks,
+                    "gaps": json.loads(_text(attributes["gaps"])),
+                    "resumed": json.loads(_text(attributes["resumed"])),
+                },
             )
+            check_head(head)
+            return head
 
     def spec(self) -> RunSpec:
         """The run's spec."""
-        with reading(self.path, "/spec"):
-            fields = {name: json.loads(_text(value)) for name, value in self._file["spec"].attrs.items()}
-            return RunSpec.from_json(fields)
+        if self._spec is None:
+            with reading(self.path, "/spec"):
+                texts = _attributes(self._group("spec"))
+                self._spec = RunSpec.from_json({name: json.loads(_text(value)) for name, value in texts.items()})
+        return self._spec
+
+    def _check_row_length(self) -> None:
+        spec, shape, dtype = self.spec(), self._weights.shape, self._weights.dtype
+        if shape[1] != spec.row_length or dtype != np.dtype(spec.dtype).newbyteorder("<"):
+            raise DamagedRunError(
+                f"{self.path}: /weights has rows of {shape[1]} values in {dtype}, {spec.row_length} in {spec.dtype} "
+                "were expected by the spec; the file is damaged."
+            )
 
     def _dataset(self, name: str, kinds: str, dimensions: int | None = None) -> h5py.Dataset:
         """A dataset of the file, checked when it is first asked for."""
@@ -139,15 +166,34 @@ class StoredRun:
         return self._known[name]
 
     def _checked_dataset(self, name: str, kinds: str, dimensions: int | None) -> h5py.Dataset:
-        path = name.encode()
-        if self._file.id.links.get_info(path).type != h5py.h5l.TYPE_HARD:
-            raise ValueError("it is a link to somewhere else")
-        dataset = h5py.Dataset(h5py.h5d.open(self._file.id, path))
+        dataset = self._own(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise ValueError("it is not a dataset")
         if dataset.is_virtual or dataset.external:
             raise ValueError("its values lie outside the file")
-        if dataset.dtype.kind not in kinds or dimensions not in (None, dataset.ndim):
+        if dataset.shape is None or dataset.dtype.kind not in kinds or dimensions not in (None, dataset.ndim):
             raise ValueError(f"unexpected dtype {dataset.dtype} or shape {dataset.shape}")
+        _check_storage(dataset, self._size)
         return dataset
+
+    def _group(self, name: str) -> h5py.Group:
+        """A group of the file."""
+        group = self._own(name)
+        if not isinstance(group, h5py.Group):
+            raise ValueError("it is not a group")
+        return group
+
+    def _own(self, name: str) -> Any:
+        """What is there under a name, reached without leaving the file: no link on the way leads elsewhere."""
+        parts = name.split("/")
+        for end in range(1, len(parts) + 1):
+            path = "/".join(parts[:end]).encode()
+            if path not in self._walked:
+                if self._file.id.links.get_info(path).type != h5py.h5l.TYPE_HARD:
+                    raise ValueError("it is a link to somewhere else")
+                self._walked.add(path)
+        found = h5py.h5o.open(self._file.id, name.encode())
+        return h5py.Dataset(found) if isinstance(found, h5py.h5d.DatasetID) else h5py.Group(found)
 
     def _find_rows(self, shared: SharedRows | None) -> tuple[Path, StoredRows]:
         """Where the rows are, and the file that they are in."""
@@ -216,7 +262,7 @@ class StoredRun:
             if not np.array_equal(columns.pop("steps/step"), np.arange(first, stop)):
                 raise ValueError("the steps are not consecutive")
         fields = {name.partition("/")[2]: values for name, values in columns.items()}
-        table = StepTable(first, **{**fields, **self._ragged(fields, first, stop)})
+        table = sound_table(StepTable(first, **{**fields, **self._ragged(fields, first, stop)}), self.spec(), self.path)
         if not is_sound and (step := table.damaged()) is not None:
             raise DamagedRunError(
                 f"{self.path}: /steps and /batches, step {step}: the record does not match its checksum; the file is "
@@ -264,11 +310,16 @@ class StoredRun:
     def keyframe_steps(self) -> tuple[int, ...]:
         """Steps that have a keyframe."""
         with reading(self.path, "/keyframes"):
-            return tuple(sorted(int(name) for name in self._file["keyframes"]))
+            names = list(self._group("keyframes"))
+            steps = tuple(sorted(int(name) for name in names if _STEP.fullmatch(name)))
+            if len(steps) < len(names) or max(steps, default=0) >= self.stop:
+                raise ValueError(f"{max(names)!a} is no step of the run")
+            return steps
 
     def keyframe(self, step: int, only: str | None = None) -> Keyframe:
         """A keyframe, checked; with `only`, just the array of that path."""
-        return Keyframe(step, self._arrays(keyframe_name(step), only))
+        found = Keyframe(step, self._arrays(keyframe_name(step), only))
+        return sound_keyframe(found, step, self.spec(), self.path, only)
 
     def inputs(self, step: int) -> Inputs:
         """The inputs of a step, checked."""
@@ -278,14 +329,12 @@ class StoredRun:
         """Copies the inputs of a step into another file, compressed as they are."""
         name = inputs_name(step)
         with reading(self.path, f"/{name}"):
-            if not isinstance(self._file[name], h5py.Group):
-                raise ValueError("it is not a group")
-            self._file.copy(self._file[name], target["inputs"], f"{step:0{STEP_DIGITS}d}")
+            self._file.copy(self._group(name), target["inputs"], f"{step:0{STEP_DIGITS}d}")
 
     def _arrays(self, base: str, only: str | None) -> dict[str, npt.NDArray[Any]]:
         with reading(self.path, f"/{base}"):
             names: list[str] = []
-            self._file[base].visititems(lambda name, item: _note(names, name, item))
+            self._group(base).visititems(lambda name, item: _note(names, name, item))
             return {n: self._checked(f"{base}/{n}") for n in names if only in (None, n)}
 
     def _checked(self, name: str) -> npt.NDArray[Any]:
@@ -293,7 +342,37 @@ class StoredRun:
         value = np.asarray(dataset[()])
         if crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
             raise DamagedRunError(f"{self.path}: /{name} does not match its checksum; the file is damaged.")
-        return value
+        return value.astype(value.dtype.newbyteorder("="), copy=False)
+
+
+def _attributes(owner: Any) -> dict[str, Any]:
+    """All attributes of a group.
+
+    By name: the library's own iterator over both keeps its lock while it waits for more to be asked of it. Left in the
+    middle, by an error, it keeps it for good, and every other thread that reads a file waits for ever.
+    """
+    return {name: owner.attrs[name] for name in list(owner.attrs)}
+
+
+def _check_storage(dataset: h5py.Dataset, size: int) -> None:
+    """Checks that a file of `size` bytes holds all of a dataset, so that no shape is only made to fill the memory.
+
+    Raises:
+        ValueError: it does not, or its chunks are stored as none of ours are.
+    """
+    plan, total = dataset.id.get_create_plist(), math.prod(dataset.shape) * dataset.dtype.itemsize
+    filters = {plan.get_filter(k)[0] for k in range(plan.get_nfilters())}
+    if not total:
+        return
+    if dataset.chunks is None:
+        if total > size or dataset.id.get_storage_size() < total:
+            raise ValueError(f"its {total} bytes do not lie in one piece within the file")
+        return
+    if math.prod(dataset.chunks) * dataset.dtype.itemsize > _CHUNK or not filters <= _FILTERS:
+        raise ValueError(f"it is stored in chunks of {dataset.chunks} with filters {sorted(filters)}")
+    expected = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+    if dataset.id.get_num_chunks() != expected:
+        raise ValueError(f"some of its {expected} chunks are missing")
 
 
 def holds(path: Path, run_id: str, stop: int | None = None) -> bool:
@@ -327,8 +406,8 @@ def _check_signature(path: Path) -> None:
 
 def _check_version(path: Path, version: str) -> None:
     ours, theirs = VERSION.split(".")[0], version.split(".")[0]
-    if not theirs.isdigit():
-        raise DamagedRunError(f"{path}: its format version reads {version!r}; the file is damaged.")
+    if not re.fullmatch(r"[0-9]{1,9}", theirs):
+        raise DamagedRunError(f"{path}: its format version reads {version!r:.40}; the file is damaged.")
     if int(theirs) > int(ours):
         raise NewerFormatError(
             f"{path} has format version {version}; this trajrec reads versions up to {ours}.x. Update trajrec."

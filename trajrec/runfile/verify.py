@@ -14,12 +14,14 @@ from pathlib import Path
 
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NotARunError, RunFileError
+from trajrec.records import Keyframe, RunSpec
 from trajrec.runfile import trailer
 from trajrec.runfile.folder import SUFFIX, Folder
 from trajrec.runfile.keyfile import read_inputs, read_keyframe
 from trajrec.runfile.pieces import Pieces
 from trajrec.runfile.ring import Ring
 from trajrec.runfile.rowfile import SharedRows
+from trajrec.runfile.soundness import sound_keyframe
 from trajrec.runfile.source import TABLE_STEPS
 from trajrec.runfile.stored import COLUMNS, StoredRun
 from trajrec.runfile.table import StepTable
@@ -187,9 +189,10 @@ def _folder_problems(folder: Folder) -> Iterator[Problem]:
     )
     if links:
         return
-    with_rows = True
+    with_rows, spec = True, None
     try:
-        with_rows = folder.read_manifest().keep == "steps"
+        manifest = folder.read_manifest()
+        with_rows, spec = manifest.keep == "steps", manifest.spec
     except DamagedRunError as error:
         yield Problem(folder.manifest, "", None, None, _short(error, folder.manifest))
     segments = folder.segments()
@@ -204,9 +207,14 @@ def _folder_problems(folder: Folder) -> Iterator[Problem]:
         except RunFileError as error:
             yield Problem(segment.path, "", segment.first, segment.stop - 1, _short(error, segment.path))
     rows.close()
-    yield from _raw_problems(folder.keyframes(), read_keyframe)
+    yield from _raw_problems(folder.keyframes(), lambda path: _read_keyframe(path, spec))
     yield from _raw_problems(folder.raw_inputs(), read_inputs)
     yield from _ring_problems(folder, segments[-1].stop if segments else 0)
+
+
+def _read_keyframe(path: Path, spec: RunSpec | None) -> Keyframe:
+    found = read_keyframe(path)
+    return found if spec is None else sound_keyframe(found, found.step, spec, path)
 
 
 def _raw_problems(files: dict[int, Path], read: Callable[[Path], object]) -> Iterator[Problem]:
