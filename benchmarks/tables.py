@@ -18,7 +18,6 @@ NAMES = {
     "trajrec-raw": "trajrec, every step, uncompressed",
     "trajrec-zstd": "trajrec, every step (default)",
     "trajrec-keyframes": "trajrec, keyframes every 50 steps",
-    "trajrec-python": "trajrec, every step (default), hooks not compiled",
     "torch.save": "torch.save a step",
     "safetensors": "safetensors a step",
     "h5py": "h5py a step, one row",
