@@ -130,7 +130,13 @@ class Session:
         return self._test
 
     def _largest_id(self) -> int:
-        return max(int(self.run.sample_ids(t).max(initial=-1)) for t in range(1, self.run.steps + 1))
+        largest = -1
+        for t in range(1, self.run.steps + 1):
+            ids = self.run.sample_ids(t)
+            if not len(ids):
+                raise ReplayError(f"The recording names no sample of step {t}: its gradient cannot be made again.")
+            largest = max(largest, int(ids.max()))
+        return largest
 
     def _check_data(self) -> None:
         recorded = self.run.spec.data.get("first_batch_crc32")

@@ -356,7 +356,7 @@ def _in_folder(path: Path, rng: random.Random, forger: Forger) -> str:
         _file,
     ]
     change = rng.choice([lambda path, rng: _segment(path, rng, forger), *changes])
-    with suppress(OSError, struct.error, DamagedRunError):  # of what was forged before
+    with suppress(OSError, IndexError, ValueError, struct.error, DamagedRunError):  # of what was forged before
         return f"{change.__name__}: {change(path, rng)}"
     return "nothing"
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import trajrec
-from tests import small_run
+from tests import forging, small_run
 from tests.forging import Forger
 from trajrec.cli.maintenance import _facts
-from trajrec.errors import DamagedRunError, RunFileError, TrajrecError
+from trajrec.errors import DamagedRunError, ReplayError, RunFileError, TrajrecError
 from trajrec.replay.session import Session
 from trajrec.runfile import trailer
 from trajrec.runfile.packing import pack
@@ -175,6 +175,17 @@ def test_what_a_file_does_not_hold_is_not_made_room_for(forger, tmp_path, change
     with limited():
         assert verify(path)
         assert any(isinstance(one, RunFileError) for one in read_everything(path, replay=True))
+
+
+def test_a_step_without_samples_is_named(forger, tmp_path):
+    def change(file: h5py.File) -> None:
+        file["batches/ids_offsets"][...] = 1
+        forging._mend_records(file)
+
+    path = forged(forger.folder / "zstd.h5", tmp_path / "run.h5", change)
+    assert verify(path) == []
+    with trajrec.open(path) as run, pytest.raises(ReplayError, match="names no sample of step 1"):
+        Session(run, small_run.task())
 
 
 def test_a_refusal_leaves_the_library_to_other_threads(forger, tmp_path):
