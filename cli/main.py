@@ -88,6 +88,9 @@ def _options(
 
 def main() -> None:
     """Entry point of the command."""
+    import trajrec.cli.record
+
+    trajrec.cli.record.is_command = True
     app()
 
 

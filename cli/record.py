@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from trajrec.recorder import Recorder
 
 NOT_RECORDED = 5
+is_command = False  # whether this process is that of the command, and ends with it
 
 
 class RecordCommand(TyperCommand):
@@ -163,10 +165,7 @@ def _run(recorder: Recorder, script: Path, module: str | None, arguments: list[s
     """Runs the script under the recorder. Returns the exit code it asked for."""
     try:
         with recorder, _as_main(script, module, arguments):
-            if module is not None:
-                runpy.run_module(module, run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(str(script), run_name="__main__")
+            _execute(script, module)
     except SystemExit as stop:
         return _exit_code(stop.code)
     except TrajrecError:
@@ -180,6 +179,47 @@ def _run(recorder: Recorder, script: Path, module: str | None, arguments: list[s
     return 0
 
 
+def _execute(script: Path, module: str | None) -> None:
+    """Runs the script, or the module, as `__main__`.
+
+    That it stays: what a script leaves to the end of the process (an `atexit` function, a thread) finds its classes
+    there.
+
+    Raises:
+        TrajrecError: there is no such module.
+    """
+    main = ModuleType("__main__")
+    if module is None:
+        path = os.path.abspath(script)  # as Python itself names the file that it is given
+        code, main.__file__ = compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), path
+    else:
+        spec = _module_spec(module)
+        code, main.__file__, main.__spec__ = spec.loader.get_code(spec.name), spec.origin, spec
+        main.__package__, main.__loader__ = spec.parent, spec.loader
+        sys.argv[0] = spec.origin
+    sys.modules["__main__"] = main
+    exec(code, main.__dict__)
+
+
+def _module_spec(module: str) -> Any:
+    """What `python -m` would run.
+
+    Raises:
+        TrajrecError: there is no such module.
+    """
+    from importlib.util import find_spec
+
+    try:
+        spec = find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = find_spec(f"{module}.__main__")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or not hasattr(spec.loader, "get_code"):
+        raise TrajrecError(f"There is no module {module} that could be run. Is its folder the one you are in?")
+    return spec
+
+
 def _exit_code(code: Any) -> int:
     """As Python does it: nothing is 0, a number itself, anything else is printed and 1."""
     if code is None or isinstance(code, int):
@@ -190,14 +230,16 @@ def _exit_code(code: Any) -> int:
 
 @contextmanager
 def _as_main(script: Path, module: str | None, arguments: list[str]) -> Iterator[None]:
-    """sys.argv and sys.path as Python sets them for a script."""
-    argv, first = sys.argv, sys.path[0] if sys.path else ""
+    """sys.argv and sys.path as Python sets them for a script; the command's process keeps the script's `__main__`."""
+    argv, first, main = sys.argv, sys.path[0] if sys.path else "", sys.modules["__main__"]
     sys.argv = [module or str(script), *arguments]
     sys.path.insert(0, "" if module is not None else str(script.resolve().parent))
     try:
         yield
     finally:
         sys.argv = argv
+        if not is_command:
+            sys.modules["__main__"] = main
         if sys.path and sys.path[0] != first:
             del sys.path[0]
 
@@ -207,7 +249,7 @@ def _show_traceback(error: Exception) -> None:
     import traceback
 
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
     traceback.print_exception(type(error), error, trace)
 
@@ -219,7 +261,7 @@ def _say(recorder: Recorder, name: str, reference: str | None, start: Path) -> N
     summary = recorder.summary
     assert summary is not None
     assert summary.path is not None
-    cost = recorder.seconds / max(recorder.training_seconds, 1e-9)
+    taken = recorder.seconds / max(recorder.training_seconds, 1e-9)
     path = summary.path
     newest = path.parent == start / RUNS and newest_run(start / RUNS) == path
     path = path.relative_to(start) if path.is_relative_to(start) else path
@@ -228,9 +270,10 @@ def _say(recorder: Recorder, name: str, reference: str | None, start: Path) -> N
         + ("" if newest else f" {shlex.quote(str(path))}")
         + ("" if reference else " --task FILE.py:ATTR")
     )
-    gaps = f", {len(summary.gaps)} gap(s)" if summary.gaps else ""
-    say(
-        f"Recorded {summary.steps:,} steps of {name} into {path} ({size_text(summary.size)}{gaps}; recording took "
-        f"{cost:.1%} of the training thread's time). Next: {command} --exact",
-        err=True,
-    )
+    gaps = f", {len(summary.gaps)} gap{'s' * (len(summary.gaps) > 1)}" if summary.gaps else ""
+    cost = f"; recording took {taken:.1%} of the training thread's time" if recorder.training_seconds > 1 else ""
+    others = ", ".join(f"{count:,} of {optimizer}" for optimizer, count in recorder.others.items())
+    beside = f" Steps of other models were made, and are not recorded: {others}." if others else ""
+    steps = f"{summary.steps:,} step{'s' * (summary.steps != 1)}"
+    about = f"{size_text(summary.size)}{gaps}{cost}"
+    say(f"Recorded {steps} of {name} into {path} ({about}).{beside} Next: {command} --exact", err=True)

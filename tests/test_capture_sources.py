@@ -284,3 +284,62 @@ def test_losses_of_several_batches_may_be_added_up_before_one_backward_pass():
             training.step(loss + training.model(other / 2).square().mean(), [*ids, *more])
     assert ids_of(recorder) == training.made
     assert [record.parts.tolist() for record in recorder.sink.records[1:]] == [[4, 4]] * 3
+
+
+class Adversaries:
+    """A generator and a discriminator, each with its optimizer."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.makes, self.judges = nn.Linear(2, 4), nn.Linear(4, 1)
+        self.optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (self.makes, self.judges)]
+        self.made, self.kept = [], []
+
+    def generator(self, fake):
+        self.optimizers[0].zero_grad()
+        self.judges(fake).mean().backward()
+        self.optimizers[0].step()
+
+    def discriminator(self, x, fake, at_once):
+        self.optimizers[1].zero_grad()
+        real = self.judges(x).mean()
+        if at_once:
+            (real + self.judges(fake.detach()).square().mean()).backward()
+        else:
+            real.backward()
+            other = self.judges(fake.detach()).square().mean()
+            other.backward()
+            self.kept = [real, other]  # as scripts do that print them
+        self.optimizers[1].step()
+
+    def run(self, generator_first, at_once):
+        for x, ids in DataLoader(data(), 4, shuffle=True):
+            fake = self.makes(torch.randn(4, 2))
+            if generator_first:
+                self.generator(fake)
+            self.discriminator(x, fake, at_once)
+            if not generator_first:
+                self.kept.append(self.judges(fake))
+                self.generator(fake)
+            self.made.append(ids.tolist())
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_judge_of_two_adversaries_is_recorded_with_what_it_was_shown(at_once):
+    training = Adversaries()
+    with Recorder(MemorySink()) as recorder:
+        training.run(False, at_once)
+    assert recorder.model is training.judges
+    assert ids_of(recorder) == training.made
+    assert recorder.others == {"SGD": 6}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_model_that_sees_no_sample_has_no_ids(given):
+    """Its steps are made of noise, while a batch for the other model waits."""
+    training = Adversaries()
+    whole = {"model": training.makes, "optimizer": training.optimizers[0]}
+    with Recorder(MemorySink(), **(whole if given else {})) as recorder:
+        training.run(True, True)
+    assert ids_of(recorder) == []
+    assert "The gradient is that of another model, too" in recorder.problem

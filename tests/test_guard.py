@@ -376,3 +376,24 @@ def test_hooks_on_a_model_may_be_copied_and_pickled():
 def test_wrong_words_are_said_at_once():
     with pytest.raises(RecordingError, match="takes the DataLoader"):
         Recorder(MemorySink(), loader=[1])
+
+
+LATE = """
+import atexit, os, pickle, sys
+{training}
+class Kept: pass
+@atexit.register
+def save():
+    with open("kept.pickle", "wb") as file: pickle.dump(Kept(), file)
+print(os.path.isabs(__file__), sys.argv[0], __name__, __spec__ is None)
+"""
+
+
+def test_the_script_finds_itself_as_python_lets_it(tmp_path):
+    """Its file's name is absolute, and it stays `__main__` to the very end."""
+    (tmp_path / "train.py").write_text(LATE.format(training=SCRIPT.format(extra="pass")))
+    plain = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (tmp_path / "kept.pickle").unlink()
+    done = command("record", "--out", "run.h5", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, plain.stdout), done.stderr
+    assert (tmp_path / "kept.pickle").exists()

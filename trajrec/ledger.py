@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from trajrec.batches import (
@@ -68,6 +68,8 @@ class Use:
         states: of the generators before it.
         marks: of its outputs in autograd's graph; none if they are not known.
         is_guess: no pass was seen: the batch is thought to have been used because it was there.
+        is_shown: what the model was called on was the batch, a view or a copy of it.
+        is_stale: the gradient of an earlier backward pass was thrown away.
     """
 
     batch: MicroBatch | None
@@ -77,6 +79,8 @@ class Use:
     states: States | None = None
     marks: list[ref[_Token]] = field(default_factory=list)
     is_guess: bool = False
+    is_shown: bool = False
+    is_stale: bool = False
 
     def mark(self, outputs: Any) -> None:
         """Marks the outputs in autograd's graph, so that a backward pass can be seen to come from them."""
@@ -140,10 +144,22 @@ class BatchLedger:
         self._cleared = False
         self.owners: list[Any] = []  # of the gradients: the model, its optimizers
         self._accumulates: Callable[[], bool] | None = None
+        self.needs_proof = False  # the gradient is another model's, too: that a batch is there says nothing
+        self._leaves: list[Tensor] = []  # that the gradients of the first step are of
 
     def ask_for_gradients(self, accumulates: Callable[[], bool]) -> None:
         """Gives the ledger a way to know whether gradients of an earlier backward pass are still there."""
         self._accumulates = accumulates
+
+    def know(self, model: nn.Module) -> None:
+        """This is the model that is recorded: before the samples of its first step are taken.
+
+        Where the gradient is also that of another model, as in adversarial training, the recorded one may be called on
+        what that one made, or on noise.
+        """
+        own = {id(p) for p in model.parameters()}
+        self.needs_proof = any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in self._leaves)
+        self._leaves = []
 
     # ---- batches
 
@@ -239,10 +255,10 @@ class BatchLedger:
             size = samples_in(inputs)
             if self._given_is_open:
                 self._given[-1].passes.append((size, states()))
-            batch, why = self._used(inputs)
-            if batch is not None:
-                batch.is_used = True
-            use = Use(batch, why, training, size, states())
+            use = self._used(inputs)
+            if use.batch is not None:
+                use.batch.is_used = True
+            use.training, use.size, use.states = training, size, states()
             self._uses.append(use)
             self._forwards.append(use)
 
@@ -259,27 +275,31 @@ class BatchLedger:
         if batch is not None and not batch.is_used:
             batch.evaluated, batch.is_known = True, found is not None
 
-    def _used(self, inputs: tuple[Any, ...]) -> tuple[MicroBatch | None, str]:
+    def _used(self, inputs: tuple[Any, ...]) -> Use:
         """The batch that a forward pass with gradients is about; None and why, if that cannot be told."""
         thread = threading.get_ident()
         if self._thread not in (0, thread):
-            return None, (
-                f"More than one thread calls the model, and it cannot be told which of them makes a step. {_HINT}"
+            return Use(
+                None, f"More than one thread calls the model, and it cannot be told which of them makes a step. {_HINT}"
             )
         self._thread = thread
-        if self._lone is not None and not (self._lone.evaluated and self.dataset is None):
+        asks = self.needs_proof or self._first
+        if self._lone is not None and not asks and not (self._lone.evaluated and self.dataset is None):
             self._learn(self._lone)
-            return self._lone, ""
-        uses = (*self._made, *[use for use in self._uses if not use.is_gone])
+            return Use(self._lone)
+        uses = (*self._made, *[use for use in self._uses if not use.is_gone and not use.is_stale])
         before = [use.batch for use in uses if use.batch is not None and not use.is_guess]
         known = list({id(batch): batch for batch in (*before, *self._waiting)}.values())
-        is_plain = len(known) == 1 and not known[0].evaluated
+        is_plain = len(known) == 1 and not known[0].evaluated and not asks
         found = None if is_plain else which_holds([batch.traces_now() for batch in known], inputs)
         if found is not None:
             self._learn(known[found])
             known[found].is_known = True
-            return known[found], ""
-        return self._only(before)
+            return Use(known[found], is_shown=True)
+        if self._lone is not None and not (self._lone.evaluated and self.dataset is None):
+            self._learn(self._lone)
+            return Use(self._lone)
+        return Use(*self._only(before))
 
     def _learn(self, batch: MicroBatch) -> None:
         """Notes whether the loop uses batches as it draws them, or draws some ahead of those that it uses."""
@@ -293,13 +313,21 @@ class BatchLedger:
         waiting = [b for b in self._own(self._waiting) if not (b.evaluated and (b.is_known or _is_over(b)))]
         fitting = [batch for batch in waiting if batch not in before]
         if not fitting:
-            last = before[-1] if before else None
-            return last, "" if last is not None else _why_none()
+            return self._again(before)
         if before and fitting[0].number <= self._drawn_before:
             return None, _why_several([before[-1], *fitting])  # it was there already when the last one was used
         if len(fitting) == 1:
             return fitting[0], ""
         return (fitting[-1], "") if self._is_newest_meant(fitting) else (None, _why_several(fitting))
+
+    def _again(self, before: Sequence[MicroBatch]) -> tuple[MicroBatch | None, str]:
+        """The batch that is used once more, where no other waits: the one of the step, or the newest of several."""
+        if not before:
+            return None, _why_none()
+        in_turn = self._uses_newest and not self._draws_ahead
+        if len({id(batch) for batch in before}) > 1 and not in_turn:
+            return None, _why_several(before)
+        return max(before, key=lambda batch: batch.number), ""
 
     def _is_newest_meant(self, batches: Sequence[MicroBatch]) -> bool:
         """Whether the loop, by all that was seen of it, uses the newest of these batches, and has skipped the others.
@@ -332,18 +360,24 @@ class BatchLedger:
         with self._lock:
             self.backwards += 1
             self._lone = None
-            self._book(loss)
+            is_ours = self._book(loss)
             self._drawn_before = self._number
             self._cleared = self._given_is_open = False
-            if isinstance(loss, Tensor) and loss.numel() == 1:
+            if is_ours and isinstance(loss, Tensor) and loss.numel() == 1:
                 # A number that is at hand is read at once; from another device it is fetched with the weights.
                 self._losses.append(loss.item() if loss.is_cpu else loss.detach())
 
-    def _book(self, loss: Any) -> None:
+    def _book(self, loss: Any) -> bool:
+        """Takes in what a backward pass comes from. Whether it may be one of the training that is recorded."""
         if self._made and (self._cleared or not self._adds_up(loss)):
             self._start_anew()
         pending = [use for use in self._uses if not use.is_gone]
-        reached = _reached(pending, loss)
+        marked = [use for use in (*pending, *self._made) if use.marks]
+        reached = _reached(marked, loss)
+        is_ours = bool(reached) or not marked
+        if is_ours and self._first:
+            self._leaves += [node.variable for node in _graph(loss) if hasattr(node, "variable")]
+        reached = [use for use in reached if use in pending]
         known = [use for use in pending if use.marks]
         if not known:
             # Nothing is known of their outputs.
@@ -353,6 +387,7 @@ class BatchLedger:
             reached = self._guessed()
         self._made += reached
         self._lay_aside()
+        return is_ours
 
     def _adds_up(self, loss: Any) -> bool:
         """Whether this backward pass adds to gradients of an earlier one."""
@@ -368,8 +403,10 @@ class BatchLedger:
         A scaler skipped it, or the pass was for something else (the gradient of the inputs, another model): then there
         may be another one from the same outputs, or the batch that was thought to be used still waits.
         """
-        self._losses = []
+        self._losses, self._leaves = [], []
         self._given = self._given[-1:] if self._given_is_open else []
+        for use in self._made:
+            use.is_stale = True
         self._uses = [use for use in self._made if use.marks and not use.is_gone] + self._uses
         self._made = []
 
@@ -453,6 +490,8 @@ class BatchLedger:
         for batch in batches.values():
             if batch.ids is None:
                 raise UnknownBatchError(_why_unknown(batch.loader))
+            if self.needs_proof and not any(use.is_shown for use in made if use.batch is batch):
+                raise UnknownBatchError(_WHY_UNPROVEN)
             batch.passes = [(use.size, use.states) for use in made if use.batch is batch and use.states is not None]
         return sorted(batches.values(), key=lambda batch: batch.number)
 
@@ -472,8 +511,9 @@ class BatchLedger:
             )
         if self.dataset is not None and id(self.dataset) not in known:
             raise UnknownBatchError(
-                f"This step was made of a batch of another data set ({type(next(iter(known.values()))).__name__}) than "
-                f"the steps before it ({type(self.dataset).__name__}). {_HINT}"
+                "This step was made of a batch of another data set than the steps before it (another object, a "
+                f"{type(next(iter(known.values()))).__name__}): ids of two data sets do not go together. Make the data "
+                f"set once, before the loop. {_HINT}"
             )
         return made
 
@@ -484,6 +524,8 @@ class BatchLedger:
         use = self._made[0]
         batch = use.batch
         if batch is None or batch.ids is None or use.states is None or batch.loader.dataset is not self.dataset:
+            return None
+        if self.needs_proof and not use.is_shown:
             return None
         losses = self._losses
         self._made, self._losses = [], []
@@ -540,6 +582,12 @@ def _metadata(node: Any) -> dict[str, Any]:
     """A dictionary that lives as long as a node of autograd's graph (torch's stubs take it for a method)."""
     found: dict[str, Any] = node.metadata
     return found
+
+
+_WHY_UNPROVEN = (
+    "The gradient is that of another model, too, as in adversarial training, and what the recorded model was called on "
+    f"is no batch of a DataLoader, nor a copy of one: it cannot be told whether samples made this step. {_HINT}"
+)
 
 
 def _why_none() -> str:

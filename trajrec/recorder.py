@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -97,6 +98,7 @@ class Recorder:
         problem: why recording has stopped, in words; None as long as it has not.
         summary: what was written, once the recording has ended.
         is_abandoned: whether this is the copy in a forked child, which records nothing.
+        others: steps of optimizers of other models, which are not recorded, by the class of the optimizer.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Recorder:
         self.summary: Summary | None = None
         self.problem: str | None = None
         self.is_abandoned = False
+        self.others: Counter[str] = Counter()
         self._strict = strict
         self._guard = Guard(self._fail, strict)
         loaders = None if loader is None else list(loader) if isinstance(loader, list | tuple) else [loader]
@@ -290,6 +293,7 @@ class Recorder:
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if self.optimizers and not self._is_ours(optimizer):
             self._refuse_second(optimizer)
+            self.others[type(optimizer).__name__] += 1
             return
         if self._pending is not None and is_within_step(optimizer):
             self._inner_steps += 1
@@ -298,7 +302,7 @@ class Recorder:
         if (options or len(arguments) > 1) and any(map(callable, (*arguments[1:], *options.values()))):
             raise RecordingError(
                 "optimizer.step(closure) cannot be recorded: the gradient is made inside the step. Call backward() "
-                "yourself and then optimizer.step() without a closure."
+                "yourself and then optimizer.step() without a closure (in Lightning: automatic_optimization = False)."
             )
         began = self._watch.start()
         if not self._round.is_open:
@@ -410,6 +414,7 @@ class Recorder:
             self.ledger.owners += self.optimizers
         for known in self.optimizers:
             check_recordable(known)
+        self.ledger.know(self.model)
         batch = self._first_batch = self.ledger.take()
         snapshot = Snapshot(self.model, *self.optimizers)
         spec = snapshot.spec(self._describe(batch))
