@@ -342,6 +342,19 @@ def test_paths_are_those_of_the_beginning(tmp_path):
         assert math.isfinite(opened.loss(300))
 
 
+def test_the_task_is_that_of_the_beginning(tmp_path, monkeypatch):
+    (tmp_path / "task.py").write_text("task = None")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    training, sink = Training(), MemorySink()
+    with Recorder(sink, model=training.model, optimizer=training.optimizer, task="task.py:task") as recorder:
+        monkeypatch.chdir(tmp_path / "there")
+        training.run()
+    assert recorder.problem is None
+    assert sink.spec.task == f"{tmp_path / 'task.py'}:task"
+    assert sink.spec.task_sha256 is not None
+
+
 def test_recorders_may_end_in_any_order():
     """The watching of torch's own parts is one for all of them."""
     before = (DataLoader.__iter__, torch.autograd.backward, nn.Module.zero_grad)

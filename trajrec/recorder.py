@@ -48,7 +48,7 @@ from trajrec.rules import check_recordable, rehearse
 from trajrec.seeding import find_seeded
 from trajrec.sink import Sink, Summary
 from trajrec.snapshot import Snapshot, copy_row
-from trajrec.task import file_sha256, task_file
+from trajrec.task import absolute, file_sha256, task_file
 
 logger = logging.getLogger("trajrec")
 
@@ -119,7 +119,7 @@ class Recorder:
         self.model = model
         self.optimizers = _listed(optimizer)
         self._round = Round(self.optimizers)
-        self.task = task
+        self.task = None if task is None else absolute(task)
         self.summary: Summary | None = None
         self.problem: str | None = None
         self.is_abandoned = False
@@ -451,7 +451,7 @@ class Recorder:
             "inputs": self.inputs,
             "data": data,
             "task": self.task,
-            "task_sha256": None if file is None else file_sha256(file),
+            "task_sha256": file_sha256(file) if file is not None and file.is_file() else None,
         }
 
     def _refuse_second(self, optimizer: Optimizer) -> None:

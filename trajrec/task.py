@@ -30,6 +30,7 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
@@ -240,6 +241,12 @@ def task_file(reference: str) -> Path | None:
     """The file that a reference names, or None for a module."""
     source = reference.rpartition(":")[0] if ":" in reference else reference
     return Path(source) if source.endswith(".py") else None
+
+
+def absolute(reference: str) -> str:
+    """The reference with the file that it names as seen from anywhere."""
+    source, colon, attribute = reference.rpartition(":") if ":" in reference else (reference, "", "")
+    return f"{os.path.abspath(source)}{colon}{attribute}" if source.endswith(".py") else reference
 
 
 def file_sha256(path: Path) -> str:
