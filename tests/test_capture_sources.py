@@ -1,5 +1,7 @@
 """Ids are right or absent, never wrong: loaders that draw ahead, batches of all kinds, two of everything."""
 
+import gc
+import pickle
 import threading
 from itertools import islice
 
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from trajrec.batches import Handed
 from trajrec.recorder import Recorder
 from trajrec.sink import MemorySink
 
@@ -343,3 +347,167 @@ def test_a_model_that_sees_no_sample_has_no_ids(given):
         training.run(True, True)
     assert ids_of(recorder) == []
     assert "The gradient is that of another model, too" in recorder.problem
+
+
+class Broken(TensorDataset):
+    def __getitem__(self, k):
+        if k == 5:
+            raise ValueError("cannot be read")
+        return super().__getitem__(k)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ids_after_a_batch_that_failed_are_unknown(workers):
+    training = Training()
+    batches = iter(DataLoader(Broken(*data().tensors), 4, num_workers=workers))
+    with training.recorder(**training.whole) as recorder:
+        batches = iter(DataLoader(Broken(*data().tensors), 4, num_workers=workers))
+        for _ in range(5):
+            try:
+                x, ids = next(batches)
+            except ValueError:
+                continue
+            training.step(training.model(x), ids)
+    assert ids_of(recorder) == training.made[:1]
+    assert "a batch before this one failed" in recorder.problem
+
+
+class Pairs(TensorDataset):
+    def __getitem__(self, pair):
+        return super().__getitem__(pair[0])
+
+
+def test_what_a_sampler_draws_may_be_something_else_than_ids():
+    training, pairs = Training(), [[(k, 224), (k + 1, 224)] for k in range(0, N, 2)]
+    with training.recorder(**training.whole) as recorder:
+        for x, ids in DataLoader(Pairs(*data().tensors), batch_sampler=pairs):
+            training.step(training.model(x), ids)
+    assert ids_of(recorder) == []
+
+
+class Reuses:
+    """Yields the same list again and again."""
+
+    def __init__(self):
+        self.ids = [0] * 4
+
+    def __iter__(self):
+        for k in range(0, N, 4):
+            self.ids[:] = range(k, k + 4)
+            yield self.ids
+
+
+def test_a_sampler_may_use_its_list_again():
+    training = Training()
+    with training.recorder(**training.whole) as recorder:
+        for x, ids in ahead(DataLoader(data(), batch_sampler=Reuses())):
+            training.step(training.model(x), ids)
+    assert ids_of(recorder) == training.made
+
+
+def test_a_loader_is_itself_while_it_is_recorded():
+    loader = DataLoader(data(), 4, shuffle=True)
+    sampler, training = loader.batch_sampler, Training()
+    with training.recorder(**training.whole) as recorder:
+        for x, ids in loader:
+            assert loader.batch_sampler is sampler
+            assert loader.batch_sampler.sampler is loader.sampler
+            training.step(training.model(x), ids)
+        pickle.loads(pickle.dumps(loader))
+    assert ids_of(recorder) == training.made
+
+
+class Checkpointed(Net):
+    def forward(self, features):
+        return checkpoint(self[2], torch.tanh(self[0](features)), use_reentrant=True)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_backward_pass_within_a_backward_pass_begins_nothing(every):
+    training = Training()
+    training.model = Checkpointed()
+    training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.01)
+    made = []
+    with training.recorder(**training.whole) as recorder:
+        for k, (x, ids) in enumerate(DataLoader(data(), 4, shuffle=True)):
+            training.model(x).square().mean().backward()
+            made += ids.tolist()
+            if k % every == every - 1:
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+                training.made.append(made)
+                made = []
+    assert ids_of(recorder) == training.made
+
+
+def test_a_wrapper_that_tells_nothing_keeps_no_batches():
+    class Changes(DataLoader):
+        def __iter__(self):
+            return ([x / 2 - 1, ids] for x, ids in ahead(super().__iter__()))
+
+    training, alive = Training(), []
+    with training.recorder(**training.whole) as recorder:
+        for x, ids in Changes(data(), 2):
+            training.step(training.model(x), ids)
+            alive.append(sum(type(thing) is Handed for thing in gc.get_objects()))
+    assert recorder.problem is not None
+    assert max(alive) <= 4
+
+
+def scores_first(training, loader):
+    """The best batch of three, of what was seen so far."""
+    batches = iter(loader)
+    for three in zip(batches, batches, batches, strict=False):
+        with torch.no_grad():
+            best = min(three, key=lambda batch: float(training.model(batch[0]).square().mean()))
+        yield best
+
+
+def from_a_buffer(training, loader):
+    """Now and then an earlier batch again."""
+    kept = []
+    for batch in loader:
+        kept.append(batch)
+        yield kept[len(kept) // 2]
+
+
+def joined_later(training, loader):
+    """Batches of two are joined from the second epoch on, which is not to be told."""
+    yield from loader
+    batches = iter(loader)
+    for first, second in zip(batches, batches, strict=True):
+        yield [torch.cat(pair) for pair in zip(first, second, strict=True)]
+
+
+@pytest.mark.parametrize("choose", [scores_first, from_a_buffer, joined_later])
+@pytest.mark.parametrize("found", [False, True])
+def test_batches_that_are_not_taken_in_turn(choose, found):
+    training, loader = Training(), DataLoader(data(), 4, shuffle=True)
+    with training.recorder(**({} if found else training.whole)) as recorder:
+        for x, ids in loader:  # an ordinary epoch before
+            training.step(training.model(x), ids)
+        for x, ids in choose(training, loader):
+            training.step(training.model(x), ids)
+    recorded = ids_of(recorder)
+    assert recorded == training.made[: len(recorded)]
+    assert len(recorded) == (12 if choose is joined_later else len(training.made))
+
+
+@pytest.mark.parametrize("how", ["by hand", "before the step"])
+def test_gradients_that_were_thrown_away(how):
+    training = Training()
+    with training.recorder(**training.whole) as recorder:
+        for k, (x, ids) in enumerate(DataLoader(data(), 4, shuffle=True)):
+            training.optimizer.zero_grad(set_to_none=how == "before the step")
+            training.model(x).square().mean().backward()
+            if how == "before the step" and k == 2:
+                training.optimizer.zero_grad()
+            elif how == "by hand" and k == 2:
+                for p in training.model.parameters():
+                    p.grad.zero_()
+                continue
+            training.optimizer.step()
+            training.made.append(ids.tolist())
+    recorded = ids_of(recorder)
+    assert recorded == training.made[: len(recorded)]
+    assert len(recorded) == (2 if how == "before the step" else 5)

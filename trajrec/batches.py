@@ -215,9 +215,9 @@ def as_ids(drawn: Any) -> IntArray | None:
         ids = np.asarray(drawn)
     except (TypeError, ValueError):
         return None
-    if ids.dtype.kind not in "iu":
+    if ids.dtype.kind not in "iu" or ids.ndim > 1:
         return None
-    return ids.astype(np.int64, copy=False).reshape(-1)
+    return ids.astype(np.int64).reshape(-1)
 
 
 def samples_in(inputs: tuple[Any, ...]) -> int:
@@ -285,19 +285,19 @@ def _places(count: int) -> Tensor:
     return torch.from_numpy(np.sort(np.random.Generator(np.random.PCG64(count)).integers(count, size=_COMPARED)))
 
 
-def which_holds(candidates: Sequence[Sequence[Trace]], inputs: Any) -> int | None:
-    """Which of several batches these inputs are taken from; None if that is not to be told.
+def holders_of(candidates: Sequence[Sequence[Trace]], inputs: Any, copies: bool = True) -> list[int]:
+    """Which of several batches these inputs are taken from; several where they fit equally well.
 
-    They are of the batch whose tensors they are, or are views of; or else copies of, by their values. Where two batches
-    fit equally well it is neither.
+    They are of the batch whose tensors they are, or are views of; or else, if `copies`, of the one that they have the
+    values of.
     """
     given = [tensor for tensor in tensors_in(inputs) if tensor.layout is torch.strided and tensor.numel()]
-    for fits in (_is_part, _is_copy):
+    for fits in (_is_part, _is_copy) if copies else (_is_part,):
         counts = [sum(any(fits(trace, tensor) for trace in traces) for tensor in given) for traces in candidates]
         most = max(counts, default=0)
         if most:
-            return counts.index(most) if counts.count(most) == 1 else None
-    return None
+            return [place for place, count in enumerate(counts) if count == most]
+    return []
 
 
 def _is_part(trace: Trace, tensor: Tensor) -> bool:

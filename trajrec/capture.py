@@ -38,7 +38,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from trajrec.batches import Handed, as_ids, traces_of, which_holds
+from trajrec.batches import Handed, as_ids, holders_of, traces_of
 from trajrec.errors import UnknownBatchError
 
 _DEPTH = 8  # calls between the making of an object and that of its loader
@@ -71,7 +71,11 @@ class Listener(Protocol):
 
 
 class SamplerTap:
-    """Stands in for a loader's (batch) sampler and remembers what it drew since the last `iter`."""
+    """Stands in for a loader's (batch) sampler and remembers what it drew since the last `iter`.
+
+    It does so only while the loader makes an iterator, which has then begun to draw from it: whoever looks for the
+    sampler finds it. An iterator whose workers live on keeps it until the recording ends.
+    """
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
@@ -83,21 +87,14 @@ class SamplerTap:
 
     def _draw(self, drawn: deque[Any]) -> Iterator[Any]:
         for ids in self.sampler:
-            drawn.append(ids)
+            drawn.append(as_ids(ids))  # now: samplers use their lists again
             yield ids
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "sampler":
-            raise AttributeError(name)  # not there yet while it is copied or unpickled
         return getattr(self.sampler, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """That of the sampler: who asks what kind of sampler a loader has is told the same as without a recorder."""
-        return type(self.sampler)
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -123,6 +120,12 @@ class _Iterator:
     def __init__(self, iterator: Any) -> None:
         self._iterator = iterator
 
+    def __len__(self) -> int:
+        return len(self._iterator)
+
+    def __bool__(self) -> bool:
+        return bool(self._iterator)
+
     def __getattr__(self, name: str) -> Any:
         if name == "_iterator":
             raise AttributeError(name)
@@ -144,9 +147,6 @@ class WatchedIterator(_Iterator):
     def __iter__(self) -> WatchedIterator:
         return self
 
-    def __len__(self) -> int:
-        return len(self._iterator)
-
     def belongs_to(self, outer: OuterIterator) -> bool:
         """Whether what it draws waits in another iterator."""
         return self._about.outer is outer
@@ -161,9 +161,12 @@ class WatchedIterator(_Iterator):
         except StopIteration:
             self._about.is_over = True
             raise
+        except Exception:
+            self._drawn = None  # which batch has failed, and whether it will come again, cannot be told
+            raise
         handed = Handed(self._about.loader, self._drawn.popleft() if self._drawn else None, content, self._about)
         outer = self._about.outer
-        if outer is None:
+        if outer is None or outer not in _stack():
             _tell(handed)
         else:
             outer.take(handed)
@@ -174,13 +177,14 @@ class OuterIterator(_Iterator):
     """The iterator of a loader that draws from another one.
 
     What it has drawn waits here until the loop receives it: as the batch itself, or a copy with the same values. Where
-    only one batch waits it is that one. Else the ids are unknown.
+    only one batch waits, and no other was known by its values, it is that one. Else the ids are unknown.
     """
 
     def __init__(self, iterator: Any, loader: Any) -> None:
         super().__init__(iterator)
         self.loader = loader
         self._waiting: list[Handed] = []
+        self._shows = False  # batches are known by their values
 
     def begin(self, iterator: Any) -> None:
         """Hands out from now on what this iterator does."""
@@ -206,11 +210,14 @@ class OuterIterator(_Iterator):
         waiting = self._waiting
         if not waiting:
             return  # made of nothing that was seen
-        found = which_holds([traces_of(handed.content) for handed in waiting], content)
-        if found is None and len(waiting) == 1:
+        holders = holders_of([traces_of(handed.content) for handed in waiting], content)
+        found = holders[0] if len(holders) == 1 else None
+        self._shows |= found is not None
+        if found is None and len(waiting) == 1 and not self._shows:
             found = 0
         if found is None:
             _tell(Handed(waiting[-1].loader, None, content, waiting[-1].about))
+            waiting.clear()
             return
         handed = waiting[found]
         del waiting[: found + 1]  # what comes before it was passed over: loaders yield in the order drawn
@@ -372,7 +379,11 @@ def _watched_iter(original: Any) -> Any:
     @wraps(original)
     def watched(loader: Any) -> Any:
         about, tap = _safely(_begin_pass, loader) or (None, None)
-        iterator = original(loader)
+        try:
+            iterator = original(loader)
+        finally:
+            if tap is not None:
+                _safely(_take_out, loader, tap)
         if about is None:
             return iterator
         # Read after the iterator exists: making it is what starts the sampler anew.
@@ -470,16 +481,20 @@ def _tap(loader: Any) -> SamplerTap | None:
         return sampler
     tap = SamplerTap(sampler)
     # DataLoader forbids to set its sampler later, to keep it consistent; a stand-in that draws the same is.
-    _put(loader, attribute, tap)
-    kept = getattr(loader, "_iterator", None)
-    if kept is not None:  # workers that live on: their iterator has the sampler at hand
-        _put(kept, "_index_sampler", tap)
+    object.__setattr__(loader, attribute, tap)
+    if getattr(loader, "_iterator", None) is not None:  # workers that live on: their iterator has the sampler at hand
+        object.__setattr__(loader._iterator, "_index_sampler", tap)
     return tap
 
 
-def _put(owner: Any, attribute: str, tap: SamplerTap) -> None:
-    object.__setattr__(owner, attribute, tap)
-    _watching.taps.append((owner, attribute, tap))
+def _take_out(loader: Any, tap: SamplerTap) -> None:
+    """Puts the sampler back into the loader, which has made its iterator."""
+    for attribute in ("batch_sampler", "sampler"):
+        if getattr(loader, attribute) is tap:
+            object.__setattr__(loader, attribute, tap.sampler)
+    kept = getattr(loader, "_iterator", None)
+    if kept is not None and kept._index_sampler is tap:
+        _watching.taps.append((kept, "_index_sampler", tap))
 
 
 def _subclasses(kind: type) -> list[type]:
@@ -501,7 +516,7 @@ def set_batch(ids: Any, weights: Any = None) -> None:
     Raises:
         UnknownBatchError: if ids are not integers, or weights have another length.
     """
-    named = as_ids(ids.tolist() if hasattr(ids, "tolist") else ids)
+    named = as_ids(ids.reshape(-1).tolist() if hasattr(ids, "reshape") else ids)
     if named is None:
         raise UnknownBatchError("trajrec.set_batch needs integer sample ids.")
     shares = None if weights is None else np.asarray(weights, dtype=np.float64).reshape(-1)

@@ -16,11 +16,13 @@ integers, loops without a DataLoader, two batches that could be meant) is an err
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
@@ -31,10 +33,11 @@ from trajrec.batches import (
     StepBatch,
     alone,
     as_ids,
+    holders_of,
     samples_in,
     step_of,
     tensors_in,
-    which_holds,
+    traces_of,
 )
 from trajrec.contents import contents_of
 from trajrec.errors import RecordingError, UnknownBatchError
@@ -46,6 +49,7 @@ from trajrec.task import digest, sketch
 
 _MOST_DRAWN = 64
 _MOST_EVALUATED = 16  # without a word which they are
+_MOST_RECENT = 32
 _HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
 _MARK = "trajrec"
 
@@ -70,6 +74,7 @@ class Use:
         is_guess: no pass was seen: the batch is thought to have been used because it was there.
         is_shown: what the model was called on was the batch, a view or a copy of it.
         is_stale: the gradient of an earlier backward pass was thrown away.
+        is_odd: none of the inputs is as long as the batch in any dimension.
     """
 
     batch: MicroBatch | None
@@ -81,6 +86,7 @@ class Use:
     is_guess: bool = False
     is_shown: bool = False
     is_stale: bool = False
+    is_odd: bool = False
 
     def mark(self, outputs: Any) -> None:
         """Marks the outputs in autograd's graph, so that a backward pass can be seen to come from them."""
@@ -145,7 +151,10 @@ class BatchLedger:
         self.owners: list[Any] = []  # of the gradients: the model, its optimizers
         self._accumulates: Callable[[], bool] | None = None
         self.needs_proof = False  # the gradient is another model's, too: that a batch is there says nothing
-        self._leaves: list[Tensor] = []  # that the gradients of the first step are of
+        self._leaves: dict[int, Tensor] = {}  # that the gradients of the first step are of, by their ids
+        self._recent: deque[MicroBatch] = deque(maxlen=_MOST_RECENT)
+        self._trained: WeakSet[Any] = WeakSet()  # the loaders that steps were made of
+        self._is_odd: bool | None = None  # whether the inputs of the first step were
 
     def ask_for_gradients(self, accumulates: Callable[[], bool]) -> None:
         """Gives the ledger a way to know whether gradients of an earlier backward pass are still there."""
@@ -158,8 +167,8 @@ class BatchLedger:
         what that one made, or on noise.
         """
         own = {id(p) for p in model.parameters()}
-        self.needs_proof = any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in self._leaves)
-        self._leaves = []
+        self.needs_proof = any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in self._leaves.values())
+        self._leaves = {}
 
     # ---- batches
 
@@ -212,7 +221,8 @@ class BatchLedger:
         """What this loader handed out before is done with, if it has been used; and there is an end to waiting."""
         for batch in (*self._waiting, *(use.batch for use in (*self._uses, *self._made) if use.batch is not None)):
             batch.let_go()
-        self._waiting = [batch for batch in self._waiting if not (batch.loader is loader and batch.is_known)]
+        is_done = [batch.loader is loader and batch.is_known and batch.is_used for batch in self._waiting]
+        self._waiting = [batch for batch, is_over in zip(self._waiting, is_done, strict=True) if not is_over]
         looked_at = [batch for batch in self._waiting if batch.evaluated][:-_MOST_EVALUATED]
         self._waiting = [batch for batch in self._waiting if batch not in looked_at][-_MOST_DRAWN:]
         self._uses = [use for use in self._uses if not use.is_gone]
@@ -259,6 +269,9 @@ class BatchLedger:
             if use.batch is not None:
                 use.batch.is_used = True
             use.training, use.size, use.states = training, size, states()
+            if use.batch is not None and use.batch.ids is not None:
+                count = len(use.batch.ids)
+                use.is_odd = size != count and not any(count in tensor.shape for tensor in tensors_in(inputs))
             self._uses.append(use)
             self._forwards.append(use)
 
@@ -270,10 +283,10 @@ class BatchLedger:
 
     def _evaluated(self, inputs: tuple[Any, ...]) -> None:
         """The model was called without gradients: on the batch that was drawn last, if nothing else is known."""
-        found = which_holds([batch.traces_now() for batch in self._waiting], inputs)
-        batch = self._waiting[-1 if found is None else found] if self._waiting else None
+        shown = _shown(self._waiting, inputs)
+        batch = shown or (self._waiting[-1] if self._waiting else None)
         if batch is not None and not batch.is_used:
-            batch.evaluated, batch.is_known = True, found is not None
+            batch.evaluated, batch.is_known = True, shown is not None
 
     def _used(self, inputs: tuple[Any, ...]) -> Use:
         """The batch that a forward pass with gradients is about; None and why, if that cannot be told."""
@@ -284,22 +297,37 @@ class BatchLedger:
             )
         self._thread = thread
         asks = self.needs_proof or self._first
-        if self._lone is not None and not asks and not (self._lone.evaluated and self.dataset is None):
+        if self._lone is not None and not asks and self._is_lone_meant(self._lone, inputs):
             self._learn(self._lone)
             return Use(self._lone)
         uses = (*self._made, *[use for use in self._uses if not use.is_gone and not use.is_stale])
         before = [use.batch for use in uses if use.batch is not None and not use.is_guess]
-        known = list({id(batch): batch for batch in (*before, *self._waiting)}.values())
-        is_plain = len(known) == 1 and not known[0].evaluated and not asks
-        found = None if is_plain else which_holds([batch.traces_now() for batch in known], inputs)
-        if found is not None:
-            self._learn(known[found])
-            known[found].is_known = True
-            return Use(known[found], is_shown=True)
-        if self._lone is not None and not (self._lone.evaluated and self.dataset is None):
+        there = (*before, *self._waiting)
+        shown = _shown((*self._recent, *there), inputs, copies=False) or _shown(there, inputs)
+        if shown is not None:
+            self._learn(shown)
+            shown.is_known = True
+            return Use(shown, is_shown=True)
+        if (
+            self._lone is not None
+            and not (self._lone.evaluated and self.dataset is None)
+            and self._is_usual(self._lone)
+        ):
             self._learn(self._lone)
             return Use(self._lone)
         return Use(*self._only(before))
+
+    def _is_lone_meant(self, lone: MicroBatch, inputs: tuple[Any, ...]) -> bool:
+        """Whether the only batch there is the one that the model is called on, as far as a short look tells."""
+        if _shown([lone], inputs, copies=False):
+            return True
+        if not self._is_usual(lone) or (lone.evaluated and self.dataset is None):
+            return False
+        return _shown(self._recent, inputs, copies=False) is None
+
+    def _is_usual(self, batch: MicroBatch) -> bool:
+        """Whether steps were made of this batch's loader before, or of none that is still there."""
+        return not self._trained or batch.loader in self._trained
 
     def _learn(self, batch: MicroBatch) -> None:
         """Notes whether the loop uses batches as it draws them, or draws some ahead of those that it uses."""
@@ -310,7 +338,8 @@ class BatchLedger:
     def _only(self, before: Sequence[MicroBatch]) -> tuple[MicroBatch | None, str]:
         """The batch that nothing but its being there speaks for."""
         # An evaluation is over when its pass is: until then a batch that was thought to be evaluated may be meant.
-        waiting = [b for b in self._own(self._waiting) if not (b.evaluated and (b.is_known or _is_over(b)))]
+        usual = [batch for batch in self._waiting if self._is_usual(batch)]
+        waiting = [b for b in self._own(usual) if not (b.evaluated and (b.is_known or _is_over(b)))]
         fitting = [batch for batch in waiting if batch not in before]
         if not fitting:
             return self._again(before)
@@ -358,30 +387,37 @@ class BatchLedger:
         if self._thread not in (0, thread):
             return  # of another training
         with self._lock:
-            self.backwards += 1
+            # A checkpoint calls backward within a backward pass.
+            is_nested = torch._C._current_graph_task_id() != -1
+            self.backwards += not is_nested
             self._lone = None
-            is_ours = self._book(loss)
+            is_ours = self._book(loss, is_nested)
             self._drawn_before = self._number
             self._cleared = self._given_is_open = False
             if is_ours and isinstance(loss, Tensor) and loss.numel() == 1:
                 # A number that is at hand is read at once; from another device it is fetched with the weights.
                 self._losses.append(loss.item() if loss.is_cpu else loss.detach())
 
-    def _book(self, loss: Any) -> bool:
+    def _book(self, loss: Any, is_nested: bool) -> bool:
         """Takes in what a backward pass comes from. Whether it may be one of the training that is recorded."""
-        if self._made and (self._cleared or not self._adds_up(loss)):
+        given = self._given[:-1] if self._given_is_open else self._given
+        if (self._made or given) and not is_nested and (self._cleared or not self._adds_up(loss)):
             self._start_anew()
         pending = [use for use in self._uses if not use.is_gone]
+        reached = _reached(pending, loss)
         marked = [use for use in (*pending, *self._made) if use.marks]
-        reached = _reached(marked, loss)
-        is_ours = bool(reached) or not marked
+        is_ours = bool(reached) or not marked or bool(_reached(self._made, loss))
         if is_ours and self._first:
-            self._leaves += [node.variable for node in _graph(loss) if hasattr(node, "variable")]
-        reached = [use for use in reached if use in pending]
+            self._leaves |= {id(node.variable): node.variable for node in _graph(loss) if hasattr(node, "variable")}
         known = [use for use in pending if use.marks]
         if not known:
             # Nothing is known of their outputs.
             reached = [use for use in pending if use.training] or pending
+            batches = [use.batch for use in reached if use.batch is not None]
+            if len({id(batch) for batch in batches}) > 1:
+                reached, self._uses, pending = [Use(None, _why_several(batches))], [], []
+                self._made += reached
+                return is_ours
         self._uses = [use for use in pending if use not in reached]
         if not pending and not any(not use.is_guess for use in self._made):
             reached = self._guessed()
@@ -403,7 +439,7 @@ class BatchLedger:
         A scaler skipped it, or the pass was for something else (the gradient of the inputs, another model): then there
         may be another one from the same outputs, or the batch that was thought to be used still waits.
         """
-        self._losses, self._leaves = [], []
+        self._losses, self._leaves = [], {}
         self._given = self._given[-1:] if self._given_is_open else []
         for use in self._made:
             use.is_stale = True
@@ -447,6 +483,10 @@ class BatchLedger:
                 )
             self._steps += 1
             self._forwards.clear()
+            # Of outputs that nobody knows no backward pass can be seen to come any more.
+            self._uses = [use for use in self._uses if use.marks and not use.is_gone]
+            if self._cleared and self._made:
+                self._start_anew()  # the gradient that the step is made of was thrown away
             return self._take_lone() or self._take_all()
 
     def _take_all(self) -> StepBatch:
@@ -492,8 +532,37 @@ class BatchLedger:
                 raise UnknownBatchError(_why_unknown(batch.loader))
             if self.needs_proof and not any(use.is_shown for use in made if use.batch is batch):
                 raise UnknownBatchError(_WHY_UNPROVEN)
+            self._check_size([use for use in made if use.batch is batch])
             batch.passes = [(use.size, use.states) for use in made if use.batch is batch and use.states is not None]
+        for batch in batches.values():
+            self._remember(batch)
         return sorted(batches.values(), key=lambda batch: batch.number)
+
+    def _check_size(self, uses: Sequence[Use]) -> None:
+        """Checks that the model was called on as many samples as the batch has, where it was so in the first step.
+
+        Raises:
+            UnknownBatchError: it was not: several batches were joined, perhaps.
+        """
+        batch = uses[0].batch
+        if batch is None or batch.ids is None or any(use.is_guess for use in uses):
+            return
+        is_odd = any(use.is_odd for use in uses) and sum(use.size for use in uses) % len(batch.ids) != 0
+        is_odd |= any(use.is_odd and use.size > len(batch.ids) for use in uses)
+        self._is_odd = is_odd if self._is_odd is None else self._is_odd
+        if is_odd and not self._is_odd:
+            raise UnknownBatchError(
+                f"The model was called on {uses[0].size} samples in this step, and the batch that it seems to be has "
+                f"{len(batch.ids)}: batches were joined, or cut. {_HINT}"
+            )
+
+    def _remember(self, batch: MicroBatch) -> None:
+        """Knows the batch again for a while, and its loader for as long as it is there."""
+        self._trained.add(batch.loader)
+        if batch.content is not None:
+            batch.traces, batch.content = traces_of(batch.content), None
+        if not self.keeps_contents and batch not in self._recent:
+            self._recent.append(batch)
 
     def _of_one_set(self, made: list[Use]) -> list[Use]:
         """These uses, if they are of one data set.
@@ -525,7 +594,7 @@ class BatchLedger:
         batch = use.batch
         if batch is None or batch.ids is None or use.states is None or batch.loader.dataset is not self.dataset:
             return None
-        if self.needs_proof and not use.is_shown:
+        if (self.needs_proof and not use.is_shown) or use.is_odd or self._cleared:
             return None
         losses = self._losses
         self._made, self._losses = [], []
@@ -536,7 +605,7 @@ class BatchLedger:
         self.seeded_pass = batch.seeded_pass
         if batch.sketch is not None:
             self._sums.note(batch.ids)
-        batch.content = None
+        self._remember(batch)
         return alone(batch, losses)
 
     def _count_epoch(self, batch: MicroBatch) -> None:
@@ -549,6 +618,18 @@ class BatchLedger:
             # where the loop comes back to a pass that it left for another.
             self._last_serial = batch.serial
             self.epochs += 1
+
+
+def _shown(batches: Iterable[MicroBatch], inputs: tuple[Any, ...], copies: bool = True) -> MicroBatch | None:
+    """The batch that inputs are taken from, the newest of several with the same samples; None if nothing tells."""
+    known = list({id(batch): batch for batch in batches}.values())
+    found = [known[place] for place in holders_of([batch.traces_now() for batch in known], inputs, copies)]
+    samples = {None if batch.ids is None else batch.ids.tobytes() for batch in found}
+    return (
+        max(found, key=lambda batch: batch.number)
+        if len(samples) == 1 and (len(found) == 1 or None not in samples)
+        else None
+    )
 
 
 def _is_over(batch: MicroBatch) -> bool:
@@ -615,4 +696,7 @@ def _why_unknown(loader: Any) -> str:
         return f"{dataset} is an iterable data set: its samples have no ids. {_HINT}"
     if not getattr(loader, "in_order", True):
         return f"The DataLoader over {dataset} has in_order=False: batches come in any order. {_HINT}"
-    return f"The sampler of the DataLoader over {dataset} does not draw integer ids. {_HINT}"
+    return (
+        f"The sampler of the DataLoader over {dataset} does not draw integer ids, or a batch before this one failed: "
+        f"its ids cannot be told. {_HINT}"
+    )

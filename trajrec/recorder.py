@@ -162,7 +162,13 @@ class Recorder:
         return (self._ended or time.thread_time()) - self._began
 
     def __enter__(self) -> Recorder:
-        self._guard.run(self._install)
+        try:
+            self._guard.run(self._install)
+        except BaseException:
+            self._detach()
+            raise
+        if not self._guard.is_open:
+            self._detach()
         return self
 
     def _install(self) -> None:
@@ -264,17 +270,22 @@ class Recorder:
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def _watch_model(self, model: nn.Module) -> None:
-        self._generators = Generators(next(model.parameters()).device)
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise RecordingError(f"model= has no parameters: a {type(model).__name__} does not train.")
+        self._generators = Generators(parameter.device)
         enter, leave = self._guard.around(self._on_forward), self._guard.around(self._on_forwarded)
         self._handles.append(model.register_forward_pre_hook(ModelHook(enter), with_kwargs=True))
-        self._handles.append(model.register_forward_hook(ModelHook(leave)))
+        if getattr(model, "_compiled_call_impl", None) is None:  # else a compiler would look into the outputs
+            self._handles.append(model.register_forward_hook(ModelHook(leave)))
         self.ledger.owners += [model, *self.optimizers]
         self.ledger.ask_for_gradients(self._has_gradients)
 
     def _has_gradients(self) -> bool:
         """Whether gradients of an earlier backward pass are there."""
         held = [p for optimizer in self.optimizers for p in parameters_of(optimizer)]
-        return any(p.grad is not None for p in held or (self.model.parameters() if self.model else ()))
+        parameters = held or (self.model.parameters() if self.model else ())
+        return any(p.grad is not None and bool(p.grad.any()) for p in parameters)
 
     def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if module is not self.model:
@@ -291,6 +302,8 @@ class Recorder:
             self._watch.stop(began)
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if self._is_made:
+            raise RecordingError(f"Step {self._step} was interrupted while it was being recorded.")
         if self.optimizers and not self._is_ours(optimizer):
             self._refuse_second(optimizer)
             self.others[type(optimizer).__name__] += 1
