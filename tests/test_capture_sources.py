@@ -443,7 +443,7 @@ def test_a_backward_pass_within_a_backward_pass_begins_nothing(every):
 def test_a_wrapper_that_tells_nothing_keeps_no_batches():
     class Changes(DataLoader):
         def __iter__(self):
-            return ([x / 2 - 1, ids] for x, ids in ahead(super().__iter__()))
+            return ([x / 2 - 1, -ids] for x, ids in ahead(super().__iter__()))
 
     training, alive = Training(), []
     with training.recorder(**training.whole) as recorder:
@@ -482,7 +482,7 @@ def joined_later(training, loader):
 @pytest.mark.parametrize("choose", [scores_first, from_a_buffer, joined_later])
 @pytest.mark.parametrize("found", [False, True])
 def test_batches_that_are_not_taken_in_turn(choose, found):
-    training, loader = Training(), DataLoader(data(), 4, shuffle=True)
+    training, loader = Training(), DataLoader(data(36), 6, shuffle=True)
     with training.recorder(**({} if found else training.whole)) as recorder:
         for x, ids in loader:  # an ordinary epoch before
             training.step(training.model(x), ids)

@@ -70,10 +70,10 @@ def compiled_in_place(loop):
     return loop.run
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
 COMPILED = [whole_step, step_cleared_by_the_model, whole_epoch, compiled_model, compiled_in_place]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(("compiled", "found"), [*[(how, False) for how in COMPILED], (whole_step, True)])
 def test_a_compiler_may_look_into_the_hooks(compiled, found):
     torch.compiler.reset()

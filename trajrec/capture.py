@@ -184,7 +184,7 @@ class OuterIterator(_Iterator):
         super().__init__(iterator)
         self.loader = loader
         self._waiting: list[Handed] = []
-        self._shows = False  # batches are known by their values
+        self._shows = False  # batches are known by their values, if at all
 
     def begin(self, iterator: Any) -> None:
         """Hands out from now on what this iterator does."""
@@ -212,9 +212,10 @@ class OuterIterator(_Iterator):
             return  # made of nothing that was seen
         holders = holders_of([traces_of(handed.content) for handed in waiting], content)
         found = holders[0] if len(holders) == 1 else None
-        self._shows |= found is not None
         if found is None and len(waiting) == 1 and not self._shows:
             found = 0
+        else:
+            self._shows = True
         if found is None:
             _tell(Handed(waiting[-1].loader, None, content, waiting[-1].about))
             waiting.clear()

@@ -74,7 +74,7 @@ class Use:
         is_guess: no pass was seen: the batch is thought to have been used because it was there.
         is_shown: what the model was called on was the batch, a view or a copy of it.
         is_stale: the gradient of an earlier backward pass was thrown away.
-        is_odd: none of the inputs is as long as the batch in any dimension.
+        lengths: the dimensions of the first input in which it is as long as the batch.
     """
 
     batch: MicroBatch | None
@@ -86,7 +86,7 @@ class Use:
     is_guess: bool = False
     is_shown: bool = False
     is_stale: bool = False
-    is_odd: bool = False
+    lengths: frozenset[int] = frozenset()
 
     def mark(self, outputs: Any) -> None:
         """Marks the outputs in autograd's graph, so that a backward pass can be seen to come from them."""
@@ -154,7 +154,7 @@ class BatchLedger:
         self._leaves: dict[int, Tensor] = {}  # that the gradients of the first step are of, by their ids
         self._recent: deque[MicroBatch] = deque(maxlen=_MOST_RECENT)
         self._trained: WeakSet[Any] = WeakSet()  # the loaders that steps were made of
-        self._is_odd: bool | None = None  # whether the inputs of the first step were
+        self._lengths: frozenset[int] | None = None  # the same, of all steps before
 
     def ask_for_gradients(self, accumulates: Callable[[], bool]) -> None:
         """Gives the ledger a way to know whether gradients of an earlier backward pass are still there."""
@@ -270,8 +270,7 @@ class BatchLedger:
                 use.batch.is_used = True
             use.training, use.size, use.states = training, size, states()
             if use.batch is not None and use.batch.ids is not None:
-                count = len(use.batch.ids)
-                use.is_odd = size != count and not any(count in tensor.shape for tensor in tensors_in(inputs))
+                use.lengths = _lengths(inputs, len(use.batch.ids))
             self._uses.append(use)
             self._forwards.append(use)
 
@@ -539,7 +538,7 @@ class BatchLedger:
         return sorted(batches.values(), key=lambda batch: batch.number)
 
     def _check_size(self, uses: Sequence[Use]) -> None:
-        """Checks that the model was called on as many samples as the batch has, where it was so in the first step.
+        """Checks that the model was called on as many samples as the batch has, as in all steps before.
 
         Raises:
             UnknownBatchError: it was not: several batches were joined, perhaps.
@@ -547,14 +546,16 @@ class BatchLedger:
         batch = uses[0].batch
         if batch is None or batch.ids is None or any(use.is_guess for use in uses):
             return
-        is_odd = any(use.is_odd for use in uses) and sum(use.size for use in uses) % len(batch.ids) != 0
-        is_odd |= any(use.is_odd and use.size > len(batch.ids) for use in uses)
-        self._is_odd = is_odd if self._is_odd is None else self._is_odd
-        if is_odd and not self._is_odd:
+        size = sum(use.size for use in uses)
+        in_pieces = len(uses) > 1 and size == len(batch.ids)
+        lengths = frozenset({0}) if in_pieces else frozenset().union(*(use.lengths for use in uses))
+        known = lengths if self._lengths is None else self._lengths & lengths
+        if self._lengths and not known:
             raise UnknownBatchError(
-                f"The model was called on {uses[0].size} samples in this step, and the batch that it seems to be has "
+                f"The model was called on {size} samples in this step, and the batch that it seems to be has "
                 f"{len(batch.ids)}: batches were joined, or cut. {_HINT}"
             )
+        self._lengths = known
 
     def _remember(self, batch: MicroBatch) -> None:
         """Knows the batch again for a while, and its loader for as long as it is there."""
@@ -594,7 +595,7 @@ class BatchLedger:
         batch = use.batch
         if batch is None or batch.ids is None or use.states is None or batch.loader.dataset is not self.dataset:
             return None
-        if (self.needs_proof and not use.is_shown) or use.is_odd or self._cleared:
+        if (self.needs_proof and not use.is_shown) or use.lengths != self._lengths or self._cleared:
             return None
         losses = self._losses
         self._made, self._losses = [], []
@@ -618,6 +619,12 @@ class BatchLedger:
             # where the loop comes back to a pass that it left for another.
             self._last_serial = batch.serial
             self.epochs += 1
+
+
+def _lengths(inputs: tuple[Any, ...], count: int) -> frozenset[int]:
+    """The dimensions of the first tensor of these in which it is as long as a batch."""
+    first = next(tensors_in(inputs), None)
+    return frozenset() if first is None else frozenset(k for k, size in enumerate(first.shape) if size == count)
 
 
 def _shown(batches: Iterable[MicroBatch], inputs: tuple[Any, ...], copies: bool = True) -> MicroBatch | None:
