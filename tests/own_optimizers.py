@@ -278,7 +278,7 @@ def train(cls, eps=None, sink=None, dtype=torch.float64, dead=False, make=None, 
     if sink is None:
         loop()
     else:
-        with Recorder(sink, model=model, optimizer=optimizer if named else None, loader=loader):
+        with Recorder(sink, model=model, optimizer=optimizer if named else None, loader=loader, strict=True):
             loop()
     task = Task(lambda: build().to(dtype), data, test, loss=per_sample)
     with torch.no_grad():

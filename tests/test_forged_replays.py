@@ -19,6 +19,7 @@ from tests.forging import twisted
 from trajrec.errors import ReplayError, TrajrecError
 from trajrec.replay import cleaning, joining
 from trajrec.replay.inputs import load
+from trajrec.replay.place import Place
 from trajrec.replay.render import html, tables, terminal
 from trajrec.replay.report import Ask, build
 
@@ -102,7 +103,7 @@ def use(folder: Path, out: Path) -> None:
             html.write_html(found, out / "a.html", force=True)
     for rule in ("harmful:10%", "negative"):
         with refusing():
-            cleaning.write(cleaning.clean(load(folder), rule), out / "clean", force=True)
+            cleaning.write(cleaning.clean(load(folder), rule), Place(out / "clean", cleaning.OUTPUT, True, []))
 
 
 class refusing:  # noqa: N801

@@ -15,6 +15,7 @@ from tests.runfile_cases import MadeUpRun, spec
 from trajrec.errors import TrajrecError, printable
 from trajrec.replay import cleaning, spreadsheet
 from trajrec.replay.inputs import load
+from trajrec.replay.place import Place
 from trajrec.replay.render import tables, terminal
 from trajrec.replay.report import Ask, build
 from trajrec.runfile.recording import RunFileSink
@@ -144,7 +145,7 @@ def test_every_csv_is_defused(tmp_path):
         tmp_path / "r", [[2.0], [-1.0]], labels=["=1+1", "@x"], names=["+1+1", "-x"], target_labels=["=A1"]
     )
     tables.write_csv(build(folder), tmp_path / "top.csv")
-    cleaning.write(cleaning.clean(load(folder), "negative"), tmp_path / "clean")
+    cleaning.write(cleaning.clean(load(folder), "negative"), Place(tmp_path / "clean", cleaning.OUTPUT, False, []))
     for path in (tmp_path / "top.csv", tmp_path / "clean" / "samples.csv"):
         text = path.read_text()
         assert "'=1+1" in text

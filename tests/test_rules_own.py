@@ -253,13 +253,13 @@ def test_a_step_within_a_step_is_one_step():
     assert contributions(run, task).certificate.verdict == "bit-exact"
 
 
-def test_after_a_step_that_failed_inside_the_next_is_recorded():
+def test_a_step_that_failed_half_way_is_a_gap():
     torch.optim.AdamW(own.build().parameters())
     trajrec.register_rule(own.Subclassed)
     sink, model = MemorySink(interval=4), own.build()
     data = torch.utils.data.TensorDataset(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
     optimizer, loader = own.Subclassed(model.parameters()), torch.utils.data.DataLoader(data, 2)
-    with Recorder(sink, model=model, optimizer=optimizer, loader=loader):
+    with Recorder(sink, model=model, optimizer=optimizer, loader=loader) as recorder:
         for index, (x, y) in enumerate(loader):
             nn.functional.cross_entropy(model(x), y).backward()
             if index == 1:
@@ -269,7 +269,9 @@ def test_after_a_step_that_failed_inside_the_next_is_recorded():
                 optimizer.param_groups[0]["lr"] = rate
             else:
                 optimizer.step()
-    assert [record.ids.tolist() for record in sink.records[1:]] == [[0, 1], [4, 5]]
+    # What the step changed before it failed is in the weights.
+    assert [record.ids.tolist() for record in sink.records[1:]] == [[0, 1]]
+    assert "Step 2 changed the weights" in recorder.problem
 
 
 @pytest.mark.parametrize("cls", [own.Belief, own.Rounding])

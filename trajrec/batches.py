@@ -268,8 +268,16 @@ class Trace:
 
 def traces_of(content: Any, keeps: bool = False) -> list[Trace]:
     """Traces of the tensors in a batch; with `keeps` they outlive the tensors."""
-    found = [tensor for tensor in tensors_in(content) if tensor.layout is torch.strided]
+    found = [tensor for tensor in tensors_in(content) if _has_memory(tensor)]
     return [Trace(ref(tensor), tensor.shape, _some_of(tensor) if keeps else None) for tensor in found]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether values of a tensor can be looked at: not of a sparse one, or one that torch.func has wrapped."""
+    try:
+        return tensor.layout is torch.strided and tensor.numel() > 0 and tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def _some_of(tensor: Tensor) -> Tensor:
@@ -291,7 +299,7 @@ def holders_of(candidates: Sequence[Sequence[Trace]], inputs: Any, copies: bool 
     They are of the batch whose tensors they are, or are views of; or else, if `copies`, of the one that they have the
     values of.
     """
-    given = [tensor for tensor in tensors_in(inputs) if tensor.layout is torch.strided and tensor.numel()]
+    given = [tensor for tensor in tensors_in(inputs) if _has_memory(tensor)]
     for fits in (_is_part, _is_copy) if copies else (_is_part,):
         counts = [sum(any(fits(trace, tensor) for trace in traces) for tensor in given) for traces in candidates]
         most = max(counts, default=0)
