@@ -258,6 +258,8 @@ class BatchLedger:
         `states` reads the generators: their states belong to the batch that is used, so that other random numbers drawn
         before it (shuffling, an evaluation) do not count.
         """
+        if _is_transformed():
+            return
         with self._lock:
             if not gradients:
                 self._evaluated(inputs)
@@ -276,6 +278,8 @@ class BatchLedger:
 
     def forwarded(self, outputs: Any) -> None:
         """The forward pass with gradients that began last has ended with these outputs."""
+        if _is_transformed():
+            return
         with self._lock:
             if self._forwards:
                 self._forwards.pop().mark(outputs)
@@ -637,6 +641,11 @@ def _shown(batches: Iterable[MicroBatch], inputs: tuple[Any, ...], copies: bool 
         if len(samples) == 1 and (len(found) == 1 or None not in samples)
         else None
     )
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func is at work, which calls the model on tensors that have no values to look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_over(batch: MicroBatch) -> bool:
