@@ -1,4 +1,4 @@
-"""What a recording holds, by option set, against digests that are stored: no change of the code may change a byte of it.
+"""What a recording holds, by option set, against stored digests: no change of the code may change a byte of it.
 
 The training computes with dyadic numbers and a loss that is linear in the weights, so that every value of it is exact
 and the same on every machine. Left out are times, and what names the machine, its versions and the run.
@@ -62,7 +62,7 @@ class Net(nn.Module):
 
 def seeded() -> None:
     torch.manual_seed(3)
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)
     random.seed(3)
 
 
