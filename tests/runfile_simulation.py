@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 
-from trajrec.errors import TrajrecError
+from trajrec.errors import TrajrecError, is_disk_full
 from trajrec.runfile import files
-from trajrec.runfile.durable import is_disk_full
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.format import layout, rowfile
 from trajrec.runfile.ring import Control, Finish, Ring

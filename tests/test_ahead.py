@@ -6,7 +6,7 @@ import torch
 
 from tests import scenario
 from trajrec.replay import contributions
-from trajrec.replay.ahead import OwnStream, ahead
+from trajrec.replay.machine.prefetch import OwnStream, ahead
 
 
 class Noted:
@@ -51,7 +51,7 @@ def test_a_replay_through_transfers_gives_the_same_bits(monkeypatch, mode, exact
     s = scenario.train()
     expected = contributions(s.run, s.task, "each", exact=exact, mode=mode)
     monkeypatch.setattr(
-        "trajrec.replay.trajectory.StoredTrajectory._walk",
+        "trajrec.replay.trajectory.stored.StoredTrajectory._walk",
         lambda self, first, last: ahead(((t, self._vector(row, t)) for t, row in self.run.walk(first, last)), Own()),
     )
     found = contributions(s.run, s.task, "each", exact=exact, mode=mode)

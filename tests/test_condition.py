@@ -7,10 +7,11 @@ from rich.console import Console
 
 from tests import loops, replay_folder
 from tests.loops import Loop
-from trajrec.replay import contributions, report
-from trajrec.replay.condition import Sensitivity
-from trajrec.replay.render import terminal
-from trajrec.replay.render.html import html
+from trajrec.replay import contributions
+from trajrec.replay.report import report
+from trajrec.replay.report.render import terminal
+from trajrec.replay.report.render.html import html
+from trajrec.replay.report.sensitivity import Sensitivity
 
 
 def test_the_growth_is_that_of_the_adjoint():

@@ -17,11 +17,12 @@ from rich.console import Console
 from tests import replay_folder
 from tests.forging import twisted
 from trajrec.errors import ReplayError, TrajrecError
-from trajrec.replay import cleaning, joining
-from trajrec.replay.inputs import load
-from trajrec.replay.place import Place
-from trajrec.replay.render import html, tables, terminal
-from trajrec.replay.report import Ask, build
+from trajrec.replay.folder import shards
+from trajrec.replay.folder.place import Place
+from trajrec.replay.folder.read import load
+from trajrec.replay.report import cleaning
+from trajrec.replay.report.render import html, tables, terminal
+from trajrec.replay.report.report import Ask, build
 
 FILES = ["contributions.parquet", "samples.parquet", "targets.parquet", "thumbnails.parquet"]
 COLUMNS: list[Any] = [
@@ -118,9 +119,9 @@ class refusing:  # noqa: N801
 
 def merge(folders: list[Path], out: Path) -> None:
     with refusing():
-        shards = joining.read_shards(folders)
+        found = shards.read_shards(folders)
         (out / "whole").mkdir()
-        joining.join(shards, out / "whole")
+        shards.join(found, out / "whole")
 
 
 def try_out(folder: Path, seed: int) -> None:
@@ -144,8 +145,8 @@ def test_what_was_not_forged_is_read(tmp_path):
     folder = write(tmp_path / "a", question="same", shard=[1, 1])
     assert build(folder, ask=Ask(everything=True)).samples == 9
     (tmp_path / "out").mkdir()
-    assert len(joining.read_shards([folder])) == 1
-    joining.join(joining.read_shards([folder]), tmp_path / "out")
+    assert len(shards.read_shards([folder])) == 1
+    shards.join(shards.read_shards([folder]), tmp_path / "out")
     assert build(tmp_path / "out").samples == 9
 
 
@@ -164,4 +165,4 @@ def test_many_forged_folders_are_refused_or_read(tmp_path):
 def test_merge_says_which_folder_is_no_shard(tmp_path, text):
     (tmp_path / "replay.json").write_text(text)
     with pytest.raises(ReplayError, match="replay"):
-        joining.read_shards([tmp_path])
+        shards.read_shards([tmp_path])

@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn import functional
 
 from tests import scenario
-from trajrec.replay import choice
-from trajrec.replay.choice import Forms, agree, fastest, right_forms
-from trajrec.replay.contribution import solve
-from trajrec.replay.dual import DualOperators, pool_places
-from trajrec.replay.linearize import FORMS, gradient_of
+from trajrec.replay.derivatives import choice
+from trajrec.replay.derivatives.choice import FORMS, Forms, agree, fastest, right_forms
+from trajrec.replay.derivatives.dual_rules import DualOperators, pool_places
+from trajrec.replay.derivatives.tangents import dual_of, parts_of
+from trajrec.replay.losses.gradient import gradient_of
+from trajrec.replay.methods.contributions import solve
 from trajrec.replay.session import Session
-from trajrec.replay.tangents import dual_of, parts_of
-from trajrec.replay.trajectory import Part
+from trajrec.replay.step import Part
 
 
 class Attention(nn.Module):
@@ -119,7 +119,7 @@ def test_a_form_that_is_wrong_is_not_used(monkeypatch):
         return derivatives(session, step, form, directions)
 
     assert list(right_forms(("forward",), trial)) == ["reverse", "forward"]
-    monkeypatch.setattr("trajrec.replay.dual.HANDLERS", {})
+    monkeypatch.setattr("trajrec.replay.derivatives.dual_rules.HANDLERS", {})
     assert list(right_forms(("forward",), trial)) == ["reverse"]
     assert agree(trial("reverse"), trial("reverse"))
 

@@ -11,10 +11,10 @@ from tests import loops
 from tests.loops import Loop, Objective, cut
 from trajrec.errors import ReplayError
 from trajrec.replay import contributions
-from trajrec.replay.gaussnewton import GaussNewton
+from trajrec.replay.derivatives.gauss_newton import GaussNewton
+from trajrec.replay.losses.targets import choose_targets
 from trajrec.replay.session import Session
-from trajrec.replay.targets import choose_targets
-from trajrec.replay.trajectory import make_step, vector_of
+from trajrec.replay.step import make_step, vector_of
 
 
 def batch_norm():

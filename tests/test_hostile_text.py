@@ -13,11 +13,12 @@ from rich.console import Console
 from tests import replay_folder
 from tests.runfile_cases import MadeUpRun, spec
 from trajrec.errors import TrajrecError, printable
-from trajrec.replay import cleaning, spreadsheet
-from trajrec.replay.inputs import load
-from trajrec.replay.place import Place
-from trajrec.replay.render import tables, terminal
-from trajrec.replay.report import Ask, build
+from trajrec.replay.folder import spreadsheet
+from trajrec.replay.folder.place import Place
+from trajrec.replay.folder.read import load
+from trajrec.replay.report import cleaning
+from trajrec.replay.report.render import tables, terminal
+from trajrec.replay.report.report import Ask, build
 from trajrec.runfile.trainer.sink import RunFileSink
 
 HOSTILE = "a\x1b[2J\x9b\r\x07\x7f\u202e\u2066[red]b[/red]\ud800"

@@ -14,10 +14,10 @@ import pytest
 
 from tests import browser, replay_folder
 from trajrec.errors import OutputExistsError
-from trajrec.replay.render import charts
-from trajrec.replay.render.html import html, write_html
-from trajrec.replay.render.png import png
-from trajrec.replay.report import Ask, build
+from trajrec.replay.folder.png import png
+from trajrec.replay.report.render import charts
+from trajrec.replay.report.render.html import html, write_html
+from trajrec.replay.report.report import Ask, build
 
 CLASSES = ["cat", "dog", "emu"]
 HOSTILE = "<script>window.hacked = 1</script>"

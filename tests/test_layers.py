@@ -8,10 +8,10 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from tests import scenario
-from trajrec.replay import choice, contributions, layers
-from trajrec.replay.choice import right_forms
-from trajrec.replay.layers import Tape
-from trajrec.replay.linearize import FORMS
+from trajrec.replay import contributions
+from trajrec.replay.derivatives import choice, layers
+from trajrec.replay.derivatives.choice import FORMS, right_forms
+from trajrec.replay.derivatives.layers import Tape
 from trajrec.replay.session import Session
 
 

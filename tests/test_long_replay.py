@@ -17,9 +17,9 @@ from tests import scenario, user_project
 from tests.test_cli import TRAJREC, call
 from trajrec.errors import OutputExistsError, ReplayError
 from trajrec.replay import contributions
-from trajrec.replay.choice import Forms
-from trajrec.replay.contribution import solve
-from trajrec.replay.progress import ProgressFile
+from trajrec.replay.derivatives.choice import Forms
+from trajrec.replay.methods.contributions import solve
+from trajrec.replay.methods.resume import ProgressFile
 from trajrec.replay.session import Session
 
 SLOW_TASK = """

@@ -730,20 +730,19 @@ def noisy_biases():
 @pytest.mark.parametrize("mode", ["adjoint", "tangent"])
 def test_steps_made_of_rounding_are_no_drift(mode, monkeypatch):
     """Another machine rounds differently: here by last-place changes of every gradient."""
-    from trajrec.replay import certificate
 
     made = loops.train(Loop(build=noisy_biases, optimizer=adam, dtype=torch.float32))
-    step = certificate.Certifier._compare
+    step = stepwise.Certifier._compare
     nudged = lambda self, part, at, g, w, *rest: step(self, part, at, g, nudge(self, at, g, *rest), *rest)  # noqa: E731
 
     def nudge(self, at, gradient, growth, state):
         other = gradient + 1e-7 * gradient.abs().max() * torch.randn(gradient.shape)
         return self.rule.step(at.before, state, other, at.hyper)[0]
 
-    monkeypatch.setattr(certificate.Certifier, "_compare", nudged)
+    monkeypatch.setattr(stepwise.Certifier, "_compare", nudged)
     c = contributions(made.run, made.task, exact=True, mode=mode)
     assert c.certificate.verdict == "within rounding"
-    monkeypatch.setattr(certificate, "noisy", lambda rule, w, *rest: torch.zeros_like(w, dtype=torch.bool))
+    monkeypatch.setattr(stepwise, "noisy", lambda rule, w, *rest: torch.zeros_like(w, dtype=torch.bool))
     with pytest.raises(DriftError):
         contributions(made.run, made.task, exact=True, mode=mode)
 

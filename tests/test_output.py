@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import trajrec
-from trajrec.replay import thumbnails as thumbs
-from trajrec.replay.contribution import solve
-from trajrec.replay.inputs import load
-from trajrec.replay.output import write_replay
-from trajrec.replay.render.png import png
+from trajrec.replay.folder import thumbnails as thumbs
+from trajrec.replay.folder.png import png
+from trajrec.replay.folder.read import load
+from trajrec.replay.folder.write import write_replay
+from trajrec.replay.methods.contributions import solve
 from trajrec.replay.session import Session
 
 N, M = 12, 6
@@ -213,7 +213,7 @@ def test_a_data_set_that_fails_costs_only_that_file(tmp_path):
 
 
 def test_a_task_that_tests_on_its_training_set_asks_for_self_influence(tmp_path):
-    from trajrec.replay.suspects import self_influence
+    from trajrec.replay.report.suspects import self_influence
 
     train = Pictures(N, 1)
     folder, _ = replayed(tmp_path, train, train)

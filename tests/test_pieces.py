@@ -12,11 +12,10 @@ from tests import loops, scenario
 from tests.test_forms import Attention
 from trajrec.errors import ReplayError
 from trajrec.replay import contributions
-from trajrec.replay.adjoint import POINTS
-from trajrec.replay.choice import FIRST_ORDER
-from trajrec.replay.pieces import CutPoint, cut
+from trajrec.replay.derivatives.choice import FIRST_ORDER, POINTS
+from trajrec.replay.derivatives.pieces import CutPoint, cut
 from trajrec.replay.session import Session
-from trajrec.replay.trajectory import Part
+from trajrec.replay.step import Part
 
 
 def point(build=scenario.mlp, edges=(0, 5), penalty=False):
@@ -82,7 +81,7 @@ def test_batches_that_cannot_be_cut_are_refused_where_memory_was_given_and_else_
     s = scenario.train(build)
     with pytest.raises(ReplayError, match=r"Step 7 with its batch of 5 needs .* taken in pieces: " + reason):
         contributions(s.run, s.task, exact=True, memory=1)
-    monkeypatch.setattr("trajrec.replay.passes.budget", lambda memory, device: 8)
+    monkeypatch.setattr("trajrec.replay.methods.blocks.budget", lambda memory, device: 8)
     found = contributions(s.run, s.task, "each", exact=True).values
     assert abs(found - s.reference()).max() < 1e-9 * abs(s.reference()).max()
 

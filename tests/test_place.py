@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from trajrec.errors import OutputExistsError, TrajrecError
-from trajrec.replay import cleaning, output, place
-from trajrec.replay.place import Place
-from trajrec.replay.progress import ProgressFile
+from trajrec.replay.folder import place, write
+from trajrec.replay.folder.place import Place
+from trajrec.replay.methods.resume import ProgressFile
+from trajrec.replay.report import cleaning
 
 FACTS = {"run_id": "1", "method": "exact", "sign": "positive = helpful", "certificate": {}}
 
@@ -26,7 +27,7 @@ def finished(folder, **facts):
 
 
 def of_replay(folder, force=True, spared=()):
-    return Place(Path(folder), output.OUTPUT, force, spared)
+    return Place(Path(folder), write.OUTPUT, force, spared)
 
 
 def fill(where, text="new"):

@@ -5,7 +5,7 @@ from math import comb
 
 import pytest
 
-from trajrec.replay.plan import Advance, Drop, Hold, Load, Recall, Visit, backward_plan, cost
+from trajrec.replay.trajectory.schedule import Advance, Drop, Hold, Load, Recall, Visit, backward_plan, cost
 
 
 def carry_out(n, slots):

@@ -9,7 +9,7 @@ import pytest
 from tests import scenario
 from tests.test_long_replay import Always
 from trajrec.cli.progress import ReplayProgress
-from trajrec.replay.contribution import solve
+from trajrec.replay.methods.contributions import solve
 from trajrec.replay.session import Session
 
 

@@ -19,9 +19,9 @@ from tests.memory_run import MemoryRun
 from trajrec.capture.recorder import Recorder
 from trajrec.errors import DataMismatchError, DerivativeError, ReplayError, TaskError
 from trajrec.replay import contributions
-from trajrec.replay.gaussnewton import GaussNewton
+from trajrec.replay.derivatives.gauss_newton import GaussNewton
+from trajrec.replay.losses.watching import watch
 from trajrec.replay.session import Session
-from trajrec.replay.watching import watch
 from trajrec.sink import MemorySink
 from trajrec.task.task import Task
 

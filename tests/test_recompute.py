@@ -76,11 +76,11 @@ def test_hypergradients_and_float64_too(runs):
 
 def test_rounding_between_keyframes_is_measured_and_passes(runs, monkeypatch):
     """Another machine rounds differently: here by a last-place nudge of every gradient."""
-    from trajrec.replay import recompute
+    from trajrec.replay.trajectory import recomputed
 
     full, sparse, task = runs
-    exact = recompute.gradient_of
-    monkeypatch.setattr(recompute, "gradient_of", lambda *a: exact(*a) * (1 + 2e-7))
+    exact = recomputed.gradient_of
+    monkeypatch.setattr(recomputed, "gradient_of", lambda *a: exact(*a) * (1 + 2e-7))
     c = contributions(sparse, task, exact=True)
     assert c.certificate.verdict == "within rounding"
     assert 0 < c.certificate.max_drift < 1e-4

@@ -16,9 +16,9 @@ from tests import scenario, user_project
 from tests.test_cli import call
 from trajrec.cli.main import guarded
 from trajrec.cli.replay import replay
-from trajrec.replay import progress
-from trajrec.replay.contribution import solve
-from trajrec.replay.progress import ProgressFile
+from trajrec.replay.methods import resume
+from trajrec.replay.methods.contributions import solve
+from trajrec.replay.methods.resume import ProgressFile
 from trajrec.replay.session import Session
 
 
@@ -33,7 +33,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture
 def run(project, monkeypatch):
-    """Runs `trajrec replay run.h5` in this process; progress is written at every step."""
+    """Runs `trajrec replay run.h5` in this process; resume is written at every step."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("TRAJREC_PROGRESS_SECONDS", "0")
     monkeypatch.setenv("TRAJREC_FORM", "reverse")
@@ -68,7 +68,7 @@ def test_an_answer_that_does_not_fit_is_written_later_without_a_step(run, projec
     assert "the same command then only writes the answer" in said
     assert [path.name for path in out.iterdir()] == ["progress.npz"]
     with monkeypatch.context() as patch:
-        for name in ("trajrec.replay.adjoint.Adjoint.go", "trajrec.replay.tangent.Tangent.go"):
+        for name in ("trajrec.replay.methods.adjoint.Adjoint.go", "trajrec.replay.methods.tangent.Tangent.go"):
             patch.setattr(name, lambda *_: pytest.fail("a step was made again"))
         patch.setattr("trajrec.cli.replay._train_again", lambda *_: pytest.fail("it was trained again"))
         code, said, _ = run("--out", out, *options)
@@ -97,10 +97,10 @@ def test_a_forced_replay_whose_answer_does_not_fit_leaves_the_old_one_and_its_wo
 
 
 def test_progress_that_cannot_be_written_is_said_once_and_the_replay_goes_on(run, project, monkeypatch):
-    monkeypatch.setattr(progress.np, "savez", full)
+    monkeypatch.setattr(resume.np, "savez", full)
     code, said, _ = run("--out", project / "no-progress")
     assert code == 0, said
-    assert said.count("The disk is full: the progress could not be written") == 1
+    assert said.count("The disk is full: the resume could not be written") == 1
     assert values(project / "no-progress")
 
 
@@ -112,9 +112,9 @@ def test_where_neither_answer_nor_progress_can_be_written_the_work_goes_elsewher
     monkeypatch.setattr(
         ProgressFile, "_write", lambda self, path, *a: full() if path == file.path else write(self, path, *a)
     )
-    monkeypatch.setattr(progress.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(resume.tempfile, "gettempdir", lambda: str(tmp_path))
     said = file.keep()
-    (kept,) = tmp_path.glob("trajrec-*progress.npz")
+    (kept,) = tmp_path.glob("trajrec-*resume.npz")
     assert f"kept in {kept}. Make room and move it to {file.path}" in said
     kept.rename(tmp_path / "progress.npz")
     assert ProgressFile(tmp_path, "question").load()[0] == {"a": 1}
@@ -140,7 +140,7 @@ def test_damaged_progress_is_said_and_set_aside_and_the_replay_begins_anew(run, 
     code, said, _ = run("--out", out)
     assert code == 0, said
     assert "is damaged" in said
-    assert "set aside as progress-damaged.npz" in said
+    assert "set aside as resume-damaged.npz" in said
     assert (out / "progress-damaged.npz").read_bytes() == broken
     assert values(out)
     assert run("--out", out, "--force")[0] == 0

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from tests import replay_folder
 from trajrec.cli.report import report as command
 from trajrec.errors import DamagedRunError, NonFiniteError, OutputExistsError, ReplayError, TrajrecError
-from trajrec.replay import report
-from trajrec.replay.render import tables, terminal
+from trajrec.replay.report import report
+from trajrec.replay.report.render import tables, terminal
 
 VALUES = np.array([[4e-5], [-3e-5], [2e-5], [0.0], [-1e-5]])
 
@@ -99,7 +99,7 @@ def test_markup_and_control_characters_are_drawn_as_text(tmp_path: Path) -> None
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_any_encoding_of_a_pipe_is_respected(tmp_path: Path, encoding: str) -> None:
     path = replay_folder.write(tmp_path / "r", VALUES, labels=["Zürich"] * 5, names=["ü" * 90] * 5)
-    imports = "from trajrec.replay.report import build; from trajrec.replay.render.terminal import show"
+    imports = "from trajrec.replay.report.report import build; from trajrec.replay.report.render.terminal import show"
     code = f"{imports}; show(build({str(path)!r}))"
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from tests import replay_folder
 from trajrec.cli.clean import clean as command
 from trajrec.errors import OutputExistsError, ReplayError, TrajrecError
-from trajrec.replay import cleaning
-from trajrec.replay.inputs import load
+from trajrec.replay.folder.read import load
+from trajrec.replay.report import cleaning
 
 VALUES = np.array([[3.0], [-2.0], [1.0], [-5.0], [0.5], [-2.0], [4.0], [2.0], [6.0], [0.0]])
 

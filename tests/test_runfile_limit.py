@@ -10,8 +10,7 @@ import pytest
 
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
-from trajrec.errors import DiskFullError
-from trajrec.runfile.durable import is_disk_full, is_file_too_large
+from trajrec.errors import DiskFullError, is_disk_full, is_file_too_large
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.format import geometry
 from trajrec.runfile.reader.verify import verify

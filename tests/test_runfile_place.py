@@ -1,4 +1,4 @@
-"""Where a sink goes: nothing but recordings is replaced, and a start that fails leaves nothing behind."""
+"""Where a recording goes: nothing but recordings is replaced, and a start that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -221,19 +221,19 @@ def no_writer(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_lock(patch: pytest.MonkeyPatch) -> None:
-    """The folder cannot be made anew for the sink that replaces another."""
+    """The folder cannot be made anew for the recording that replaces another."""
     patch.setattr(place, "Lock", lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "Permission denied")))
 
 
 def no_second_lock(patch: pytest.MonkeyPatch) -> None:
-    """The folder of the new sink cannot be locked, where an earlier one was set aside for it."""
+    """The folder of the new recording cannot be locked, where an earlier one was set aside for it."""
     locks = iter([place.Lock])
     refuse = lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "Permission denied"))  # noqa: E731
     patch.setattr(place, "Lock", lambda path: next(locks, refuse)(path))
 
 
 FAILURES = {
-    no_ring: "The disk is full: sink needs",
+    no_ring: "The disk is full: recording needs",
     no_process: "Recording cannot begin in .*Resource temporarily unavailable",
     no_writer: "cannot be started. Its last words: no luck today",
     no_lock: "cannot be made: Permission denied",

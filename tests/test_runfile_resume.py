@@ -1,4 +1,4 @@
-"""Taking a sink up again: at the step whose weights training restarts with, or as a second part."""
+"""Taking a recording up again: at the step whose weights training restarts with, or as a second part."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def restart(path, at: int, last: int, complete: bool = True, made: MadeUpRun = M
 
 
 def cut_off(path, last: int, made: MadeUpRun = MADE, **options) -> None:
-    """A sink whose trainer and writer were killed."""
+    """A recording whose trainer and writer were killed."""
     sink = RunFileSink(path, **options)
     sink.open(made.spec)
     made.feed(sink, last)
@@ -52,7 +52,7 @@ def cut_off(path, last: int, made: MadeUpRun = MADE, **options) -> None:
 
 
 def begin(path, last: int, packed: bool, made: MadeUpRun = MADE, **options) -> None:
-    """A sink of a training that did not come to its end, packed or not."""
+    """A recording of a training that did not come to its end, packed or not."""
     if packed:
         made.write(RunFileSink(path, **options), last, complete=False)
     else:

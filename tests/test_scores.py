@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trajrec.replay import agreement, scores
+from trajrec.replay.report import agreement, scores
 
 # Rows: samples 0..4; columns: targets 10 and 11.
 HAND = np.array([[1.0, -1.0], [1.0, -1.0], [-2.0, -1.0], [0.0, 4.0], [3.0, 5.0]])

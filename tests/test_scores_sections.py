@@ -16,9 +16,9 @@ from sklearn.metrics import jaccard_score, roc_auc_score
 
 from tests import replay_folder
 from trajrec.errors import ReplayError, SampleRangeError
-from trajrec.replay import scores, suspects
-from trajrec.replay.render import tables
-from trajrec.replay.report import Ask, Report, build
+from trajrec.replay.report import scores, suspects
+from trajrec.replay.report.render import tables
+from trajrec.replay.report.report import Ask, Report, build
 
 RNG = np.random.default_rng(7)
 VALUES = RNG.standard_normal((60, 9)) * 1e-3

@@ -8,9 +8,9 @@ import trajrec
 from tests import loops
 from tests.loops import Loop, N, Objective, cut
 from trajrec.replay import contributions
+from trajrec.replay.losses.targets import choose_targets
 from trajrec.replay.session import Session
-from trajrec.replay.targets import choose_targets
-from trajrec.replay.taylor import TaylorCheck, taylor_check, taylor_steps
+from trajrec.replay.validation.taylor import TaylorCheck, taylor_check, taylor_steps
 
 SAMPLES = np.array([0, 5, 11])
 

@@ -10,11 +10,10 @@ from torch import nn
 from tests import scenario
 from trajrec.errors import DriftError
 from trajrec.replay import contributions
-from trajrec.replay.choice import Forms
-from trajrec.replay.contribution import solve
-from trajrec.replay.linearize import FORMS
+from trajrec.replay.derivatives.choice import FORMS, Forms
+from trajrec.replay.methods.contributions import solve
+from trajrec.replay.proof.turns import portions_of
 from trajrec.replay.session import Session
-from trajrec.replay.turns import portions_of
 
 
 def deep():

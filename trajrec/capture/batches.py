@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.inputs import Contents
 from trajrec.records import FloatArray, IntArray
-
-States = tuple[Tensor, ...]
+from trajrec.snapshot.generators import States
 
 
 @dataclass(frozen=True, slots=True)

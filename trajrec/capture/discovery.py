@@ -21,10 +21,9 @@ from torch.nn.modules import module as library
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from trajrec.capture.batches import States
 from trajrec.capture.ledger import BatchLedger
 from trajrec.errors import RecordingError
-from trajrec.snapshot.generators import Generators
+from trajrec.snapshot.generators import Generators, States
 
 
 def _states_for(module: nn.Module) -> Callable[[], States]:

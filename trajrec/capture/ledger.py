@@ -29,7 +29,6 @@ from torch.utils.data import IterableDataset
 from trajrec.capture.batches import (
     Handed,
     MicroBatch,
-    States,
     StepBatch,
     alone,
     as_ids,
@@ -45,6 +44,7 @@ from trajrec.digest import digest, sketch
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.inputs import contents_of
 from trajrec.records import FloatArray, IntArray
+from trajrec.snapshot.generators import States
 from trajrec.task.seeding import Seeded, find_seeded
 
 _MOST_DRAWN = 64

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from trajrec.capture.batches import States
+States = tuple[Tensor, ...]
 
 
 class Generators:
