@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import trajrec
 from trajrec.replay.methods.contributions import solve
-from trajrec.replay.session import Session, Silent
+from trajrec.replay.progress import Silent
+from trajrec.replay.session import Session
 
 SERIES = {
     "parameters": [("lenet", 4), ("densenet", 4), ("mobilenet", 4)],

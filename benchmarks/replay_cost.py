@@ -39,7 +39,8 @@ from trajrec.replay.methods.blocks import problem_of
 from trajrec.replay.methods.contributions import solve
 from trajrec.replay.methods.hypergradients import Hypergradients, hypergradients
 from trajrec.replay.methods.tangent import Tangent
-from trajrec.replay.session import Session, Silent
+from trajrec.replay.progress import Silent
+from trajrec.replay.session import Session
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"lenet": 96, "densenet": 6, "transformer": 16}
@@ -278,7 +279,7 @@ def streamed(run, task, count=64):
 
     Hypergradients.write = timed
     began = clock()
-    with hypergradients(run, task, range(count)) as found:
+    with hypergradients(run, task, samples=range(count)) as found:
         total, size = clock() - began, found.path.stat().st_size
     Hypergradients.write = plain
     return {"samples": count, "bytes": size, "over": round(sum(spent) / (total - sum(spent)), 4)}

@@ -44,7 +44,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class ProgressFile:
+class ResumeFile:
     """Progress in a folder.
 
     Args:

@@ -38,7 +38,6 @@ class Certificate:
         at_step: step of the largest drift; 0 if none was checked.
         tolerance: rtol.
         first_bad_step: first step found beyond tolerance, or None.
-        in_turns: each step was compared at the small tensors and a part of the large ones (`replay.turns`).
     """
 
     verdict: str
@@ -48,7 +47,6 @@ class Certificate:
     at_step: int
     tolerance: float
     first_bad_step: int | None = None
-    in_turns: bool = False
 
     @property
     def sentence(self) -> str:
@@ -56,8 +54,6 @@ class Certificate:
         if self.verdict == "unchecked":
             return "No step could be checked: they are hidden, or as small as rounding."
         checked = f"{self.steps_checked:,} of {self.steps:,} steps were made again"
-        if self.in_turns:
-            checked += ", their large tensors in turns"
         if self.verdict == "bit-exact":
             return f"{checked}, every one bit for bit as recorded."
         drift = f"largest drift {self.max_drift:.1e} at step {self.at_step:,}"
@@ -84,12 +80,11 @@ class StepChecks(Protocol):
 
     Attributes:
         stride: check the first, the last and every so many steps; 1 checks all.
+        tolerance: on the drift of a step.
     """
 
     stride: int
-
-    def take_turns(self, on: bool) -> None:
-        """Going backwards, checks a part of the weights at each step, or all of them."""
+    tolerance: float
 
     @property
     def waiting(self) -> tuple[Step, Tensor | None] | None:
@@ -101,7 +96,7 @@ class StepChecks(Protocol):
     def progress(self) -> dict[str, Any]:
         """What has been found so far, JSON-ready."""
 
-    def go_on(self, progress: dict[str, Any]) -> None:
+    def resume(self, progress: dict[str, Any]) -> None:
         """Takes up what another has found."""
 
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
@@ -109,9 +104,6 @@ class StepChecks(Protocol):
 
     def wants(self, step: Step) -> bool:
         """Whether `backwards` needs the gradient of this step."""
-
-    def among(self, step: Step) -> frozenset[str] | None:
-        """The parameters that `backwards` needs the gradient of a step for; None: all."""
 
     def backwards(self, step: Step, gradient: Tensor | None) -> None:
         """Takes a step going backwards."""

@@ -70,7 +70,7 @@ class KeyframeChecks:
             "first_bad": self._first_bad,
         }
 
-    def go_on(self, progress: dict[str, Any]) -> None:
+    def resume(self, progress: dict[str, Any]) -> None:
         """Takes up what another has found."""
         self._equal = {int(t): bool(equal) for t, equal in progress["equal"]}
         self._worst, self._worst_step = progress["worst"]
@@ -89,13 +89,6 @@ class KeyframeChecks:
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """The state after a step."""
         return self.rule.step(step.before, state, gradient, step.hyper)[1]
-
-    def take_turns(self, on: bool) -> None:
-        """Every row is compared as a whole."""
-
-    def among(self, step: Step) -> frozenset[str] | None:
-        """All."""
-        return None
 
     def wants(self, step: Step) -> bool:
         """Never."""

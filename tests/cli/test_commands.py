@@ -117,7 +117,9 @@ def test_replay_answers_every_kind_of_question(here, options):
     wanted = "each" if "each" in options else "class" if "class" in options else [2, 5]
     torch.set_num_threads(1)
     with trajrec.open(the_run(here)) as run:
-        c = contributions(run, load_task(f"{here / 'task.py'}"), wanted, dtype="float64", by_epoch="t.npy" in options)
+        c = contributions(
+            run, load_task(f"{here / 'task.py'}"), targets=wanted, dtype="float64", by_epoch="t.npy" in options
+        )
     joined = frame.join(c.frame().collect(), on=[n for n in frame.columns if n != "contribution"], suffix="_api")
     assert len(joined) == len(frame)
     np.testing.assert_allclose(joined["contribution"], joined["contribution_api"], rtol=1e-9, atol=1e-15)
