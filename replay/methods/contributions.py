@@ -151,11 +151,12 @@ def contributions(
 def solve(session: Session, question: Question, execution: Execution | None = None) -> Contributions:
     """`contributions` for a session that stands already, with the same errors."""
     scope = question.scope(session.samples, session.run.steps, lambda: session.test)
-    found: Contributions = session.guarded(lambda: _answer(session, scope, execution or Execution()))
+    found: Contributions = session.guarded(lambda: answer(session, scope, execution or Execution()))
     return found
 
 
-def _answer(session: Session, scope: Scope, execution: Execution) -> Contributions:
+def answer(session: Session, scope: Scope, execution: Execution) -> Contributions:
+    """The contributions of a scope, by going through the run."""
     session.checks.stride = scope.stride
     with kept():
         return (_by_adjoint if scope.mode == "adjoint" else _by_tangent)(session, scope, execution)
