@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 
 from trajrec.errors import ReplayError
-from trajrec.records import IntArray
+from trajrec.records import IntArray, Json
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.targets import NO_TARGETS, Targets, check_ids, choose_targets
 
@@ -85,7 +85,7 @@ class Question:
         if self.by_epoch and self.mode == "tangent":
             raise ReplayError('Contributions by epoch need mode="adjoint".')
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         """All that decides the numbers but targets, samples and shard, by name."""
         left_out = ("targets", "samples", "shard")
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}

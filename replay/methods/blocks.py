@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajrec.records import FloatArray, IntArray
+from trajrec.records import FloatArray, IntArray, Json
 from trajrec.replay.derivatives.choice import FORMS, Chosen, Plan, Problem
 from trajrec.replay.derivatives.pieces import Cutting, Form
 from trajrec.replay.losses.targets import Targets
@@ -116,7 +116,7 @@ class AdjointPasses:
         chosen.block = chosen.block or self._execution.block or block_size(self._session, kind)
         return blocks(len(self._scope.targets.names), most=chosen.block)
 
-    def _block(self, number: int, piece: slice, values: dict[str, Any], arrays: Arrays) -> None:
+    def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> None:
         session, targets = self._session, self._scope.targets
         part = Targets(targets.kind, targets.names[piece], targets.groups[piece])
         adjoint = Adjoint.begin(self._problem, session.target_gradients(part), part.names, self._scope.window[0])
@@ -133,7 +133,7 @@ class AdjointPasses:
 
         adjoint.go(checks, lambda step, found: self._collect(piece, step, found), after_step)
 
-    def _done_in_block(self, values: dict[str, Any]) -> int:
+    def _done_in_block(self, values: Json) -> int:
         """Steps of the first block that an earlier replay has done."""
         return self._session.run.steps - values["first"] if values else 0
 
@@ -156,7 +156,7 @@ class AdjointPasses:
             values |= {"number": pieces, "first": self._session.run.steps, "growth": self._growth}
             self._execution.file.finish(values, arrays)
 
-    def _restore(self, adjoint: Adjoint, values: dict[str, Any], arrays: Arrays) -> None:
+    def _restore(self, adjoint: Adjoint, values: Json, arrays: Arrays) -> None:
         adjoint.puller.lam = torch.from_numpy(arrays["lam"]).to(adjoint.puller.lam.device)
         adjoint.puller.sigma = vectors_in(arrays, "sigma/", self._session.device)
         adjoint.first = values["first"]
@@ -191,7 +191,7 @@ class TangentPasses:
             values = common_values(self._session, self._problem.chosen, {}) | {"number": len(pieces), "first": 1}
             self._execution.file.finish(values, {"sums": self._values})
 
-    def _block(self, number: int, piece: slice, values: dict[str, Any], arrays: Arrays) -> Tensor:
+    def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> Tensor:
         session, scope = self._session, self._scope
         tangent = Tangent.begin(self._problem, scope.samples[piece], session.samples, scope.window)
         if values:
@@ -232,7 +232,7 @@ def problem_of(session: Session, curvature: Curvature, execution: Execution) -> 
     return Problem(session.trajectory, session.function, session.train, session.rule, plan)
 
 
-def resumed(file: ResumeFile | None, chosen: Chosen) -> tuple[dict[str, Any], Arrays]:
+def resumed(file: ResumeFile | None, chosen: Chosen) -> tuple[Json, Arrays]:
     """The values and arrays of an earlier replay, or nothing; what it chose is chosen again."""
     found = None if file is None else file.load()
     if found is None:
@@ -264,7 +264,7 @@ def vectors_in(arrays: Arrays, prefix: str, device: torch.device) -> dict[str, T
     return {name.removeprefix(prefix): torch.from_numpy(arrays[name]).to(device) for name in names}
 
 
-def common_values(session: Session, chosen: Chosen, arrays: Arrays) -> dict[str, Any]:
+def common_values(session: Session, chosen: Chosen, arrays: Arrays) -> Json:
     """What progress of both directions holds; the gradient that a check waits with joins the arrays."""
     waiting = session.checks.waiting
     if waiting is not None and waiting[1] is not None:
@@ -275,7 +275,7 @@ def common_values(session: Session, chosen: Chosen, arrays: Arrays) -> dict[str,
     }
 
 
-def resume_checks(session: Session, values: dict[str, Any], arrays: Arrays, *, backwards: bool) -> None:
+def resume_checks(session: Session, values: Json, arrays: Arrays, *, backwards: bool) -> None:
     """Gives the certifier what it had found, and the step that waited."""
     session.checks.resume(values["checks"])
     if backwards and values["waiting"] is not None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trajrec.records import IntArray
+from trajrec.records import Array, IntArray
 from trajrec.replay.machine.memory import kept
 from trajrec.replay.methods.blocks import Execution, TangentPasses
 from trajrec.replay.progress import Progress, Silent
@@ -30,10 +29,10 @@ from trajrec.task.task import Task
 class Vectors(Protocol):
     """Where hypergradients [S, P'] are kept."""
 
-    def write(self, piece: slice, vectors: npt.NDArray[Any]) -> None:
+    def write(self, piece: slice, vectors: Array) -> None:
         """Stores vectors [K, P'] of a piece of the samples."""
 
-    def read(self, place: int) -> npt.NDArray[Any]:
+    def read(self, place: int) -> Array:
         """The vector [P'] at a place."""
 
     def close(self) -> None:

@@ -18,10 +18,11 @@ unchecked.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from trajrec.records import Json
 from trajrec.replay.step import Step
 from trajrec.rules.step import State
 
@@ -61,7 +62,7 @@ class Certificate:
             return f"{checked}, but from step {self.first_bad_step:,} on they differ ({drift}): NOT the recorded run."
         return f"{checked} and agree with the recording within rounding ({drift})."
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON-ready values, with the sentence."""
         return asdict(self) | {"sentence": self.sentence}
 
@@ -93,10 +94,10 @@ class StepChecks(Protocol):
     @waiting.setter
     def waiting(self, waiting: tuple[Step, Tensor | None] | None) -> None: ...
 
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> Json:
         """What has been found so far, JSON-ready."""
 
-    def resume(self, progress: dict[str, Any]) -> None:
+    def resume(self, progress: Json) -> None:
         """Takes up what another has found."""
 
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from trajrec.records import FloatArray
+from trajrec.records import FloatArray, Json
 from trajrec.replay.machine.torch_switches import tolerance_of
 from trajrec.replay.proof.certificate import Certificate, verdict_of
 from trajrec.replay.proof.drift import PROVES, ROUNDING, movements, noisy, worst_group
@@ -122,7 +120,7 @@ class StepwiseChecks:
             if not self.allow_drift:
                 raise Drifted(step.t, drift, step, step.t, state, step.after)
 
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> Json:
         """What has been found so far, JSON-ready."""
         return {
             "checked": sorted(self._checked),
@@ -131,7 +129,7 @@ class StepwiseChecks:
             "exact": self._exact,
         }
 
-    def resume(self, progress: dict[str, Any]) -> None:
+    def resume(self, progress: Json) -> None:
         """Takes up what another certifier has found."""
         self._checked = set(progress["checked"])
         self._worst, self._worst_step = progress["worst"]
