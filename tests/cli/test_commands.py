@@ -18,17 +18,9 @@ import torch
 import trajrec
 import trajrec.errors
 from tests.made import user_project
+from tests.made.command import TRAJREC, call
 from trajrec.replay import contributions
 from trajrec.task.loading import load_task
-
-TRAJREC = [sys.executable, "-m", "trajrec.cli.main"]
-
-
-def call(*arguments, cwd, **options):
-    """Runs the command in a process of its own, one thread, no colour."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "80"}
-    command = [*TRAJREC, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture(scope="module")

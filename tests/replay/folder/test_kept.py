@@ -12,8 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.cli.test_commands import call
 from tests.made import scenario, user_project
+from tests.made.command import call
 from tests.made.replays import solved
 from trajrec.cli.main import guarded
 from trajrec.cli.replay import replay

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import trajrec
-from tests.cli.test_commands import TRAJREC, call
 from tests.made import scenario, user_project
+from tests.made.command import TRAJREC, call
 from tests.made.replays import solved
 from trajrec.errors import OutputExistsError, ReplayError
 from trajrec.replay import contributions
