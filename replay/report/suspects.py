@@ -30,7 +30,7 @@ import polars as pl
 
 from trajrec.errors import ReplayError
 from trajrec.replay.report import scores
-from trajrec.replay.report.agreement import ranks
+from trajrec.replay.report.agreement import known_mean, ranks
 
 Array = npt.NDArray[Any]
 FEATURES = 1000
@@ -215,13 +215,7 @@ def jaccard(clusters: pl.DataFrame, noisy: pl.DataFrame) -> Jaccard | None:
         (_overlap(~group["apart"], ~group["noisy"]), _overlap(group["apart"], group["noisy"]))
         for _, group in known.group_by("label", maintain_order=True)
     ]
-    correct, wrong = (_mean([pair[side] for pair in both]) for side in (0, 1))
-    return Jaccard(correct, wrong)
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    return Jaccard(*(known_mean(pair[side] for pair in both) for side in (0, 1)))
 
 
 def _overlap(found: pl.Series, true: pl.Series) -> float:
