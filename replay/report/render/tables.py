@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,8 @@ import polars as pl
 
 from trajrec.errors import OutputExistsError
 from trajrec.replay.folder import spreadsheet
-from trajrec.replay.report.report import Report, entries
-
-COLUMNS: dict[str, type[pl.DataType]] = {
-    "rank": pl.Int64,
-    "side": pl.String,
-    "sample": pl.Int64,
-    "label": pl.String,
-    "target": pl.Int64,
-    "contribution": pl.Float64,
-    "share": pl.Float64,
-}
+from trajrec.replay.report import blocks
+from trajrec.replay.report.report import Report
 
 
 def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
@@ -46,7 +37,9 @@ def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    rows = frame(report) if report.groups or report.why else frame(report).drop("table")
+    whole = frame(report)
+    written = [part for part in report.parts() if any(table.files for table in blocks.tables([part]))]
+    rows = whole if len(written) > 1 else whole.drop("table", strict=False)
     return save(path, lambda file: spreadsheet.write_csv(rows, file), force)
 
 
@@ -56,30 +49,36 @@ def write_parquet(report: Report, path: str | Path, force: bool = False) -> Path
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    facts = {"sign": report.settings.sign, "unit": report.settings.unit or "", "run_id": report.settings.run_id or ""}
+    settings = report.head.settings
+    facts = {"sign": settings.sign, "unit": settings.unit or "", "run_id": settings.run_id or ""}
     return save(path, lambda file: frame(report).write_parquet(file, metadata=facts), force)
 
 
 def write_json(report: Report, path: str | Path, force: bool = False) -> Path:
-    """Write every section of a report, pictures left out.
+    """Write what every section found, pictures left out.
 
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    text = json.dumps(plain({**asdict(report), "pictures": ()}), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(plain(report.values()), indent=1, allow_nan=False, ensure_ascii=False)
     return save(path, lambda file: file.write_text(text + "\n", encoding="utf-8"), force)
 
 
 def frame(report: Report) -> pl.DataFrame:
-    """All top tables of a report as one data frame, with the title of its table behind every row."""
-    tables = [report.overall, *report.groups, *(why.top for why in report.why)]
-    titles = [top.title for top in tables for _ in (*top.helpful, *top.harmful)]
-    rows = [{name: values[name] for name in COLUMNS} for values in map(asdict, entries(report))]
-    return pl.DataFrame(rows, schema=COLUMNS).with_columns(pl.Series("table", titles, dtype=pl.String))
+    """All tables that are written to files as one data frame; of several kinds, each with nulls for the others."""
+    rows = [_rows(table) for table in blocks.tables(report.parts()) if table.files]
+    whole = pl.concat(rows, how="diagonal")
+    return whole.select(pl.exclude("table"), "table") if "table" in whole.columns else whole
+
+
+def _rows(table: blocks.Table) -> pl.DataFrame:
+    return pl.DataFrame([pl.Series(column.name, column.values, column.kind.dtype) for column in table.files])
 
 
 def plain(value: Any) -> Any:
-    """A value that JSON can hold: paths as strings, NaN and infinity as None."""
+    """A value that JSON can hold: paths as strings, NaN and infinity as None, findings by their fields."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -11,7 +11,9 @@ import numpy as np
 import polars as pl
 
 from trajrec.replay.folder.read import Inputs
-from trajrec.replay.report import scores
+from trajrec.replay.report import scores, words
+from trajrec.replay.report.blocks import Bar, Chapter, Chart, Column, Fact, Facts, Kind, Part, Table
+from trajrec.replay.report.section import Material, Section
 from trajrec.replay.report.sections.common import blocks_of, rows_with_facts
 
 BINS = 61
@@ -78,18 +80,18 @@ class Statistics:
     outliers: tuple[Outlier, ...]
 
 
-def statistics(inputs: Inputs, totals: pl.DataFrame, targets: list[int], k: int) -> Statistics:
+def find(material: Material) -> Statistics:
     """Mean, deviation, concentration, histogram and outliers."""
-    spread = _spread(totals.lazy())
+    inputs, totals, targets = material.inputs, material.totals, material.targets
     far = scores.collect(scores.outliers(totals.lazy()))
     shares = scores.collect(scores.concentration(totals.lazy())).rows()
     return Statistics(
-        samples=spread,
+        samples=_spread(totals.lazy()),
         pairs=_pair_spread(inputs, targets, totals.height) if len(targets) > 1 else None,
         concentration=tuple(shares),
         histogram=_histogram(totals),
         far=far.height,
-        outliers=tuple(Outlier(**row) for row in rows_with_facts(far.head(k), inputs.samples)),
+        outliers=tuple(Outlier(**row) for row in rows_with_facts(far.head(material.k), inputs.samples)),
     )
 
 
@@ -130,3 +132,66 @@ def _histogram(totals: pl.DataFrame) -> Histogram:
         low, high = low - 0.5, high + 0.5
     counts = scores.collect(scores.histogram(totals.lazy(), low, high, BINS))["count"]
     return Histogram(low, high, tuple(counts.to_list()))
+
+
+def chapter(found: Statistics) -> Chapter:
+    """The histogram beside the spreads, then the outliers."""
+    spreads = [_facts("samples", found.samples), *([_facts("pairs", found.pairs)] if found.pairs else [])]
+    carried = tuple(Fact(_part(part), _carries(count, share)) for part, count, share in found.concentration)
+    facts = Facts((*spreads, carried), "How the contributions are distributed", short="")
+    outliers = (Part((_outliers(found),)),) if found.outliers else ()
+    part, _, share = found.concentration[0]
+    tiles = (
+        (words.whole(found.samples.positive / found.samples.count), "of the training samples help"),
+        (words.whole(share), f"of all influence lies in the {_part(part)}"),
+    )
+    title = "How contributions are distributed"
+    intro = "A pair is a sample and a target. What samples carry is a share of the sum of |contribution|."
+    parts = (Part((_chart(found.histogram), facts), beside=True), *outliers)
+    return Chapter("Distribution", title, parts, intro, tiles)
+
+
+def _facts(name: str, spread: Spread) -> tuple[Fact, ...]:
+    signs = ((spread.positive, "help"), (spread.negative, "harm"), (spread.zero, "neither"))
+    return (
+        Fact(f"{spread.count:,} {name}", f"mean {words.number(spread.mean)}, standard deviation {spread.std:.3e}"),
+        Fact("", f"from {words.number(spread.min)} to {words.number(spread.max)}"),
+        Fact("sign", ", ".join(f"{words.percent(number / spread.count)} {word}" for number, word in signs)),
+    )
+
+
+def _part(fraction: float) -> str:
+    return f"top {100 * fraction:g} %"
+
+
+def _carries(count: int, share: float) -> str:
+    return f"{words.counted(count, 'sample')} carr{'ies' if count == 1 else 'y'} {words.percent(share)}"
+
+
+def _outliers(found: Statistics) -> Table:
+    def column(name: str, kind: Kind) -> Column:
+        return Column(name, tuple(getattr(row, name) for row in found.outliers), kind)
+
+    columns = (
+        column("sample", Kind.SAMPLE),
+        column("label", Kind.LABEL),
+        Column("name", tuple(row.name for row in found.outliers), Kind.NAME, aside=True),
+        column("contribution", Kind.SIGNED),
+        column("z", Kind.DEVIATION),
+    )
+    return Table(columns, f"{found.far:,} outliers: 3 standard deviations or more from the mean")
+
+
+def _chart(found: Histogram) -> Chart:
+    width = (found.high - found.low) / len(found.counts)
+    bars = []
+    for i, count in enumerate(found.counts):
+        low, high = found.low + i * width, found.low + (i + 1) * width
+        beyond = " and beyond" if i in (0, len(found.counts) - 1) else ""
+        text = f"{count:,} samples from {words.number(low)} to {words.number(high)}{beyond}"
+        bars.append(Bar(low, high, count, scores.HELPFUL if low + high > 0 else scores.HARMFUL, text))
+    text = "Number of samples by contribution"
+    return Chart(text, "contribution", "samples", (found.low, found.high), tuple(bars))
+
+
+SECTION = Section("statistics", lambda ask: ask.statistics, find, chapter, "spread")

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from trajrec.replay.folder.read import Inputs
-from trajrec.replay.report import scores, suspects
+from trajrec.replay.report import scores, suspects, words
+from trajrec.replay.report.blocks import Chapter, Column, Kind, Part, Table
+from trajrec.replay.report.section import Material, Section
 from trajrec.replay.report.sections.common import mean_of, order, rows_with_facts
 from trajrec.replay.report.suspects import ClassClusters, Detection, Jaccard
 
@@ -63,16 +65,19 @@ class Suspicions:
     clusters: Clusters | None
 
 
-def suspicions(inputs: Inputs, totals: pl.DataFrame, targets: int, k: int, cluster: bool = True) -> Suspicions:
+def find(material: Material) -> Suspicions:
     """Suspected wrong labels, by every means the folder allows.
 
     Raises:
-        ReplayError: scikit-learn is missing and `cluster` is set.
+        ReplayError: scikit-learn is missing, and suspects were asked for by name.
     """
+    inputs, totals, k = material.inputs, material.totals, material.k
     noisy = scores.collect(inputs.samples.select("sample", "noisy").drop_nulls())
     found = [_ranking(inputs, title, scores.collect(frame), noisy, k) for title, frame in _score_frames(inputs, totals)]
     labelled = not scores.collect(inputs.samples.select("label").drop_nulls().head(1)).is_empty()
-    clusters = _clusters(inputs, totals, noisy) if cluster and targets >= suspects.FEWEST and labelled else None
+    clusters = None
+    if labelled and len(material.targets) >= suspects.FEWEST:
+        clusters = material.unless_refused(material.ask.suspects, lambda: _clusters(inputs, totals, noisy))
     return Suspicions(tuple(found), clusters)
 
 
@@ -98,3 +103,72 @@ def _clusters(inputs: Inputs, totals: pl.DataFrame, noisy: pl.DataFrame) -> Clus
     key = order(inputs.settings)
     ordered = tuple(sorted(classes, key=lambda found: key(found.label)))
     return Clusters(ordered, int(clusters["suspected"].sum()), suspects.jaccard(clusters, noisy))
+
+
+def chapter(found: Suspicions) -> Chapter:
+    """A table for each suspicion, and one of the clusters."""
+    parts = [Part((_suspects(ranking),)) for ranking in found.rankings]
+    parts += [Part((_classes(found.clusters),))] if found.clusters else []
+    known, tiles = found.rankings[0].detection, []
+    if known and known.wrong:
+        tiles.append((words.whole(known.found_20), "of known wrong labels are in the most harmful 20 %"))
+    return Chapter("Suspects", "Suspected wrong labels", tuple(parts), tiles=tuple(tiles))
+
+
+def _suspects(ranking: Ranking) -> Table:
+    def column(name: str, kind: Kind) -> Column:
+        return Column(name, tuple(getattr(row, name) for row in ranking.suspects), kind)
+
+    columns = [
+        column("rank", Kind.RANK),
+        column("sample", Kind.SAMPLE),
+        column("label", Kind.LABEL),
+        Column("name", tuple(row.name for row in ranking.suspects), Kind.NAME, aside=True),
+        column("score", Kind.NUMBER),
+    ]
+    if any(row.noisy is not None for row in ranking.suspects):
+        known = tuple({True: "wrong", False: "right", None: None}[row.noisy] for row in ranking.suspects)
+        columns.append(Column("known", known, Kind.MARK))
+    note = _detection(ranking.detection) if ranking.detection else ""
+    return Table(tuple(columns), f"Suspected wrong labels, by {ranking.title}", f"By {ranking.title}", note=note)
+
+
+def _detection(found: Detection) -> str:
+    """How well a score finds the known wrong labels."""
+    if not found.wrong:
+        return f"no wrong label is known among {found.samples:,} samples"
+    tenth, fifth = words.percent(found.found_10), words.percent(found.found_20)
+    return (
+        f"{found.wrong:,} of {found.samples:,} labels are known to be wrong: ROC-AUC {words.ratio(found.auc)}; "
+        f"{tenth} of them found after inspecting 10 %, {fifth} after 20 %"
+    )
+
+
+def _classes(found: Clusters) -> Table:
+    def column(name: str, key: str, kind: Kind) -> Column:
+        return Column(name, tuple(getattr(each, key) for each in found.classes), kind)
+
+    columns = (
+        column("class", "label", Kind.TEXT),
+        column("samples", "samples", Kind.COUNT),
+        column("apart", "apart", Kind.COUNT),
+        column("mean apart", "mean_apart", Kind.SIGNED),
+        column("mean of the rest", "mean_rest", Kind.SIGNED),
+        Column("what", tuple("suspected" if each.suspected else None for each in found.classes), Kind.TEXT),
+    )
+    return Table(columns, "Two clusters of each class by the signs of contributions", note=_meaning(found))
+
+
+def _meaning(found: Clusters) -> str:
+    """What the clusters suspect, and how far that is right."""
+    text = (
+        "Two clusters are always found, also where every label is right. "
+        f"{found.suspected:,} samples are in clusters that harm on the whole: suspected"
+    )
+    if found.jaccard is None:
+        return text
+    right, wrong = words.percent(found.jaccard.correct), words.percent(found.jaccard.wrong)
+    return f"{text}; Jaccard index with the known truth: right labels {right}, wrong labels {wrong}"
+
+
+SECTION = Section("suspicions", lambda ask: ask.suspects, find, chapter, "suspects")

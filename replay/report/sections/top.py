@@ -1,4 +1,4 @@
-"""The samples with the largest contributions: overall, by target, by class; and why a target is as it is."""
+"""The samples with the largest contributions to the mean target, and the tables of such samples for any target."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import polars as pl
 
-from trajrec.errors import ReplayError, SampleRangeError
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores
-from trajrec.replay.report.sections.common import blocks_of, mean_of, named, needs, order, parts_by
+from trajrec.replay.report.blocks import Chapter, Column, Kind, Part, Table
+from trajrec.replay.report.section import Material, Section
+from trajrec.replay.report.sections.common import mean_of, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,72 +58,10 @@ class Top:
     harmful: tuple[Entry, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Why:
-    """What taught the model one target: its top samples, and the sum of contributions of every training class.
-
-    Attributes:
-        target: the test sample.
-        label: its true label, prediction: what the final model reads; None where unknown.
-        by_label: (training label, samples, sum of contributions), largest sum first.
-    """
-
-    target: int
-    label: str | None
-    prediction: str | None
-    name: str | None
-    top: Top
-    by_label: tuple[tuple[str, int, float], ...]
-
-
-def overall(inputs: Inputs, totals: pl.DataFrame, k: int) -> Top:
+def find(material: Material) -> Top:
     """The top samples for the mean target."""
-    rows = scores.collect(scores.top(totals.lazy(), k))
-    return top(mean_of(inputs.settings), scores.MEAN, named(rows, inputs.samples))
-
-
-def by_target(inputs: Inputs, targets: list[int], samples: int, k: int) -> tuple[Top, ...]:
-    """The top samples for every target."""
-    titles = {row["target"]: target_title(inputs, row) for row in target_rows(inputs, targets)}
-    rows = [scores.collect(scores.top(block, k, by="target")) for block in blocks_of(inputs, targets, samples)]
-    labelled = named(pl.concat(rows), inputs.samples)
-    return tuple(top(titles[target], target, part) for target, part in parts_by(labelled, "target"))
-
-
-def by_class(inputs: Inputs, k: int) -> tuple[Top, ...]:
-    """The top samples for the mean loss of every class of targets.
-
-    Raises:
-        ReplayError: the labels of the targets are not known.
-    """
-    if inputs.settings.targets == "mean":
-        raise ReplayError(needs("--by class", "more than the mean target", "--targets class"))
-    totals = scores.totals_by_class(inputs.contributions, inputs.targets)
-    labelled = named(scores.collect(scores.top(totals, k, by="class")), inputs.samples)
-    if labelled.is_empty():
-        raise ReplayError(needs("--by class", "labels of the test samples (targets.parquet)", "--targets class"))
-    key = order(inputs.settings)
-    parts = sorted(parts_by(labelled, "class"), key=lambda part: key(part[0]))
-    return tuple(top(f"class {name}", scores.MEAN, part) for name, part in parts)
-
-
-def why(inputs: Inputs, target: int, k: int) -> Why:
-    """What taught the model this target.
-
-    Raises:
-        SampleRangeError: the replay has no such target.
-    """
-    rows = scores.collect(scores.only(inputs.contributions, target))
-    if rows.is_empty():
-        raise SampleRangeError(
-            f"{inputs.folder} has no target {target}; it was replayed for targets={inputs.settings.targets}. "
-            "Replay with --targets each, or with a file of test ids."
-        )
-    facts = next(iter(target_rows(inputs, [target])))
-    best = named(scores.collect(scores.top(rows.lazy(), k)), inputs.samples)
-    sums = scores.collect(scores.by_label(rows.lazy(), inputs.samples)).rows()
-    found = top(target_title(inputs, facts), target, best)
-    return Why(target, facts["label"], facts["prediction"], facts["name"], found, tuple(sums))
+    rows = scores.collect(scores.top(material.totals.lazy(), material.k))
+    return top(mean_of(material.inputs.settings), scores.MEAN, named(rows, material.inputs.samples))
 
 
 def top(title: str, target: int, rows: pl.DataFrame) -> Top:
@@ -149,3 +88,42 @@ def target_title(inputs: Inputs, row: dict[str, Any]) -> str:
     words = {"label": row["label"], "read as": row["prediction"]}
     known = ", ".join(f"{word} {value}" for word, value in words.items() if value is not None)
     return f"{inputs.settings.target_set} sample {row['target']}{f' ({known})' if known else ''}"
+
+
+def both(found: Top, first: int = 10) -> tuple[Table, Table]:
+    """The two tables of a top, of which a page shows so many rows first."""
+    helpful = _table(found, scores.HELPFUL, found.helpful, "no sample has a positive contribution", first)
+    return helpful, _table(found, scores.HARMFUL, found.harmful, "no sample has a negative contribution", first)
+
+
+def _table(found: Top, side: str, rows: tuple[Entry, ...], empty: str, first: int) -> Table:
+    def column(name: str, kind: Kind, tone: str = "") -> Column:
+        return Column(name, tuple(getattr(row, name) for row in rows), kind, tone)
+
+    rank, sample, share = column("rank", Kind.RANK), column("sample", Kind.SAMPLE), column("share", Kind.SHARE)
+    label, name = column("label", Kind.LABEL), column("name", Kind.NAME)
+    contribution = column("contribution", Kind.SIGNED)
+    wrong = Column("known", tuple("wrong label" if row.noisy else None for row in rows), Kind.MARK)
+    known = [each for each in (label, name) if any(value is not None for value in each.values)]
+    marks = [wrong] if any(wrong.values) else []
+    bars = Column("", share.values, Kind.BAR, side)
+    side_, target = column("side", Kind.TEXT), column("target", Kind.COUNT)
+    title = Column("table", (found.title,) * len(rows), Kind.TEXT)
+    return Table(
+        (rank, sample, *known, contribution, share, *marks, bars),
+        title=f"Most {side} for {found.title}",
+        short=f"Most {side}",
+        tone=side,
+        empty=empty,
+        first=first,
+        files=(rank, side_, sample, label, target, contribution, share, title),
+    )
+
+
+def chapter(found: Top) -> Chapter:
+    """The two tables side by side."""
+    parts = (Part(both(found, 15), beside=True),)
+    return Chapter("Top samples", f"Samples that mattered most for {found.title}", parts)
+
+
+SECTION = Section("overall", lambda ask: True, find, chapter, "top")
