@@ -19,7 +19,7 @@ import polars as pl
 from trajrec.replay.folder.format import CONTRIBUTIONS
 from trajrec.replay.folder.read import Inputs, load, reading
 from trajrec.replay.report import scores
-from trajrec.replay.report.blocks import Chapter, Kind, Part, tables
+from trajrec.replay.report.blocks import Chapter, Kind
 from trajrec.replay.report.section import Ask, Material, Section
 from trajrec.replay.report.sections import SECTIONS, head
 from trajrec.replay.report.sections.common import sound_totals
@@ -68,10 +68,6 @@ class Report:
         answered = [(section, self.found[section.name]) for section in self.sections]
         return [(section, section.chapter(found)) for section, found in answered if found]
 
-    def parts(self) -> list[Part]:
-        """The blocks of all chapters."""
-        return [part for _, chapter in self.chapters() for part in chapter.parts]
-
     def values(self) -> dict[str, Any]:
         """Everything but pictures, by the names that it has in JSON."""
         return {**head.values(self.head), **self.found, "pictures": (), "notes": self.notes}
@@ -109,10 +105,10 @@ def _pictures(report: Report, inputs: Inputs) -> tuple[Picture, ...]:
     """The thumbnails of the samples that are shown, as far as the folder has them."""
     if inputs.thumbnails is None:
         return ()
-    parts = report.parts()
-    columns = (table.column(Kind.SAMPLE) for table in tables(parts))
-    train = {sample for column in columns if column for sample in column.values}
-    test = {part.test for part in parts if part.test is not None}
+    chapters = [chapter for _, chapter in report.chapters()]
+    tables = [table for chapter in chapters for table in chapter.tables()]
+    train = {sample for table in tables if (name := table.of(Kind.SAMPLE)) for sample in table.rows[name]}
+    test = {part.test for chapter in chapters for part in chapter.parts if part.test is not None}
     wanted = (pl.col("set") == "train") & pl.col("sample").is_in(sorted(train))
     wanted |= (pl.col("set") == "test") & pl.col("sample").is_in(sorted(test))
     return tuple(Picture(**row) for row in scores.collect(inputs.thumbnails.filter(wanted)).iter_rows(named=True))

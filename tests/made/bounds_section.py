@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trajrec.replay.report.blocks import Bar, Chapter, Chart, Column, Fact, Facts, Heat, Kind, Note, Part, Table
+import polars as pl
+
+from trajrec.replay.report.blocks import Bar, Chapter, Chart, Fact, Facts, Heat, Kind, Note, Part, Table
 from trajrec.replay.report.section import Material, Section
 
 
@@ -23,17 +25,16 @@ def find(material: Material) -> Bounds:
 
 def chapter(found: Bounds) -> Chapter:
     """One block of each kind."""
-    samples, errors, bounds = zip(*found.rows, strict=True)
-    sample, error = Column("sample", samples, Kind.SAMPLE), Column("error", errors, Kind.SIGNED)
-    bound = Column("bound", bounds, Kind.NUMBER)
-    title = Column("table", ("bounds",) * len(samples), Kind.TEXT)
+    columns = {"sample": Kind.SAMPLE, "error": Kind.SIGNED, "bound": Kind.NUMBER}
+    rows = pl.DataFrame(found.rows, schema=list(columns), orient="row").with_columns(table=pl.lit("bounds"))
+    errors = rows["error"].to_list()
     bars = tuple(Bar(i - 0.5, i + 0.5, value, "helpful", f"error {value}") for i, value in enumerate(errors))
     blocks = (
         Facts(((Fact("theorem", "1 of <4>"),),), title="Which theorem"),
-        Table((sample, error, bound), title="Bounds beside errors", files=(sample, error, bound, title)),
+        Table(rows=rows, columns=columns, title="Bounds beside errors", files=(*columns, "table")),
         Note("A bound that holds proves nothing.\x1b[2J"),
-        Chart("Errors", "sample", "error", (-0.5, len(samples) - 0.5), bars),
-        Heat(("a",), ("b",), (("Ratio", ((2.0,),)),), title="Ratios", note="bound over error"),
+        Chart("Errors", "sample", "error", (-0.5, len(errors) - 0.5), bars),
+        Heat("theorems", ("a",), ("b",), (("Ratio", ((2.0,),)),), title="Ratios", note="bound over error"),
     )
     return Chapter("Bounds", "How far the error may go", (Part(blocks),), tiles=(("2", "times the error"),))
 

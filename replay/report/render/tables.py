@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import polars as pl
 
 from trajrec.errors import OutputExistsError
 from trajrec.replay.folder import spreadsheet
-from trajrec.replay.report import blocks
+from trajrec.replay.report.blocks import Table
 from trajrec.replay.report.report import Report
 
 
@@ -37,9 +36,8 @@ def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    whole = frame(report)
-    written = [part for part in report.parts() if any(table.files for table in blocks.tables([part]))]
-    rows = whole if len(written) > 1 else whole.drop("table", strict=False)
+    rows = frame(report)
+    rows = rows if len(_written(report)) > 1 else rows.drop("table", strict=False)
     return save(path, lambda file: spreadsheet.write_csv(rows, file), force)
 
 
@@ -66,19 +64,23 @@ def write_json(report: Report, path: str | Path, force: bool = False) -> Path:
 
 def frame(report: Report) -> pl.DataFrame:
     """All tables that are written to files as one data frame; of several kinds, each with nulls for the others."""
-    rows = [_rows(table) for table in blocks.tables(report.parts()) if table.files]
-    whole = pl.concat(rows, how="diagonal")
+    whole = pl.concat((table.rows.select(table.files) for part in _written(report) for table in part), how="diagonal")
     return whole.select(pl.exclude("table"), "table") if "table" in whole.columns else whole
 
 
-def _rows(table: blocks.Table) -> pl.DataFrame:
-    return pl.DataFrame([pl.Series(column.name, column.values, column.kind.dtype) for column in table.files])
+def _written(report: Report) -> list[list[Table]]:
+    """The tables that are written, part by part."""
+    parts = [part.blocks for _, chapter in report.chapters() for part in chapter.parts]
+    found = [[block for block in blocks if isinstance(block, Table) and block.files] for blocks in parts]
+    return [tables for tables in found if tables]
 
 
 def plain(value: Any) -> Any:
     """A value that JSON can hold: paths as strings, NaN and infinity as None, findings by their fields."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
+    if isinstance(value, pl.DataFrame):
+        value = value.to_dicts()
+    if is_dataclass(value):
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -115,19 +117,11 @@ def save(path: str | Path, write: Callable[[Path], object], force: bool) -> Path
     """
     path = claim(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        write(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        write(unfinished)
+        unfinished.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -44,13 +44,13 @@ def standard_output() -> Console:
 
 
 def _blocks(chapter: Chapter, console: Console) -> None:
-    folded = [place for place, part in enumerate(chapter.parts) if part.folded]
-    left = folded[FOLDED:]
-    for part in chapter.parts[: left[0] if left else None]:
+    shown = chapter.parts[: FOLDED if chapter.folded else None]
+    for part in shown:
         for block in part.blocks:
             _print(block, console)
-    if left:
-        draw.note(f"... and {len(left):,} more tables: write them with --csv or --json", console)
+    if len(shown) < len(chapter.parts):
+        left = len(chapter.parts) - len(shown)
+        draw.note(f"... and {left:,} more tables: write them with --csv or --json", console)
 
 
 def _print(block: Block, console: Console) -> None:
@@ -74,19 +74,17 @@ def _facts(facts: Facts, console: Console) -> None:
 
 
 def _table(table: Table, console: Console) -> None:
-    if not len(table):
+    if table.rows.is_empty():
         draw.note(table.empty, console)
         return
-    columns: list[draw.Column] = []
-    for column in (column for column in table.columns if not column.aside):
-        if column.kind is Kind.BAR:
-            # names need the room
-            cells = [] if table.column(Kind.NAME) else draw.bars(list(column.values), STYLES[column.tone])
-        else:
-            styles = (STYLES[tone] for tone in column.tones())
-            cells = [draw.plain(text, style) for text, style in zip(column.texts(), styles, strict=True)]
-        if cells:
-            columns.append(draw.Column(column.name, column.kind, cells))
+    columns = []
+    for name, kind in table.columns.items():
+        values = table.rows[name].to_list()
+        if kind is Kind.BAR and not table.of(Kind.NAME):  # names need the room
+            columns.append(draw.Column(name, kind, draw.bars(values, STYLES[table.tone])))
+        elif kind not in (Kind.BAR, Kind.CAPTION):
+            cells = [draw.plain(kind.text(value), STYLES[kind.tone(value)]) for value in values]
+            columns.append(draw.Column(name, kind, cells))
     console.print(draw.table(columns, console.width))
     if table.note:
         draw.note(table.note, console)

@@ -71,12 +71,6 @@ def order(settings: Settings) -> Callable[[str], tuple[int, float, str]]:
     return key
 
 
-def rows_with_facts(rows: pl.DataFrame, known: pl.LazyFrame, *more: str) -> list[dict[str, Any]]:
-    """Rows with the label and the name of their sample, and more of its columns."""
-    keep = [*rows.columns, "label", "name", *more]
-    return named(rows, known).select(keep).to_dicts()
-
-
 def parts_by(rows: pl.DataFrame, column: str) -> Iterator[tuple[Any, pl.DataFrame]]:
     """The rows of each value of a column."""
     for (value,), part in rows.group_by(column, maintain_order=True):

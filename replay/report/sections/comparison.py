@@ -12,7 +12,7 @@ from trajrec.replay.folder.format import CONTRIBUTIONS
 from trajrec.replay.folder.read import Inputs, reading
 from trajrec.replay.report import scores, words
 from trajrec.replay.report.agreement import Agreement, agree, joined, known_mean, sign_error, spearman
-from trajrec.replay.report.blocks import Chapter, Chart, Column, Kind, Part, Table
+from trajrec.replay.report.blocks import Chapter, Chart, Kind, Part, Table
 from trajrec.replay.report.section import Material, Section
 from trajrec.replay.report.sections.common import blocks_of, sound_totals
 
@@ -90,14 +90,10 @@ def chapter(found: Comparison) -> Chapter:
         (min(a for _, a, _ in found.points), max(a for _, a, _ in found.points)),
         dots=tuple((a, b) for _, a, b in found.points),
     )
-    measures, values, meanings = zip(*_measures(found), strict=True)
-    columns = (
-        Column("what", measures, Kind.TEXT),
-        Column("value", values, Kind.FIGURE),
-        Column("", meanings, Kind.TEXT),
-    )
+    columns = {"what": Kind.TEXT, "value": Kind.FIGURE, "": Kind.TEXT}
+    rows = pl.DataFrame(_measures(found), schema=dict.fromkeys(columns, pl.String), orient="row")
     tiles = ((words.ratio(found.agreement.spearman), "Spearman with the other replay"),)
-    parts = (Part((chart, Table(columns, title, short="")), beside=True),)
+    parts = (Part((chart, Table(rows=rows, columns=columns, title=title, short="")), beside=True),)
     return Chapter("Agreement", title, parts, tiles=tiles)
 
 

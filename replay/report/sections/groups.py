@@ -49,11 +49,10 @@ def _by_class(inputs: Inputs, k: int) -> tuple[Top, ...]:
 
 
 def chapter(groups: tuple[Top, ...]) -> Chapter:
-    """A folded part of two tables for each."""
-    parts = tuple(Part(both(top), top.title, beside=True, folded=True) for top in groups)
-    if groups[0].target == scores.MEAN:
-        return Chapter("By class", "Class by class", parts)
-    return Chapter("By target", "Target by target", parts)
+    """Two tables for each."""
+    kind = "class" if groups[0].target == scores.MEAN else "target"
+    parts = tuple(Part(both(top), top.title, beside=True) for top in groups)
+    return Chapter(f"By {kind}", f"{kind.capitalize()} by {kind}", parts, folded=True)
 
 
 SECTION = Section("groups", lambda ask: ask.by is not None, find, chapter, "groups", nothing=())

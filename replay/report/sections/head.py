@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def values(head: Head) -> dict[str, Any]:
     said |= {"version": settings.trajrec, "command": settings.command, "details": settings.details}
     said |= {"curvature": settings.curvature, "growth": settings.growth, "taylor": settings.taylor}
     proved = proof and {name: getattr(proof, name) for name in PROVED}
-    return asdict(head) | {"settings": said, "certificate": proved}
+    return {each.name: getattr(head, each.name) for each in fields(head)} | {"settings": said, "certificate": proved}
 
 
 def find(inputs: Inputs, totals: pl.DataFrame, targets: int) -> Head:

@@ -63,7 +63,7 @@ def chapter(found: Matrix) -> Chapter:
         layers.append(("Normalised by \N{SQUARE ROOT}(row sum x column sum)", found.normalised))
     title = "Mean contribution of training classes (rows) to test classes (columns)"
     note = "not normalised (paper, equation 23)"
-    heat = Heat(found.train, found.test, tuple(layers), title, short="", note=note)
+    heat = Heat("classes", found.train, found.test, tuple(layers), title, short="", note=note)
     intro = (
         "Rows are training classes, columns are test classes; every cell is the mean contribution over all pairs "
         "(HYDRA, equation 23)."

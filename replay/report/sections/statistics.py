@@ -12,9 +12,9 @@ import polars as pl
 
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores, words
-from trajrec.replay.report.blocks import Bar, Chapter, Chart, Column, Fact, Facts, Kind, Part, Table
+from trajrec.replay.report.blocks import Bar, Chapter, Chart, Fact, Facts, Kind, Part, Table
 from trajrec.replay.report.section import Material, Section
-from trajrec.replay.report.sections.common import blocks_of, rows_with_facts
+from trajrec.replay.report.sections.common import blocks_of, named
 
 BINS = 61
 
@@ -40,17 +40,6 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlier:
-    """A sample far from the mean; z in standard deviations."""
-
-    sample: int
-    label: str | None
-    name: str | None
-    contribution: float
-    z: float
-
-
-@dataclass(frozen=True, slots=True)
 class Histogram:
     """Counts [bins] in equal bins from low to high; the first and last also count what lies outside."""
 
@@ -59,7 +48,7 @@ class Histogram:
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
     """Mean, deviation, concentration and outliers.
 
@@ -69,7 +58,7 @@ class Statistics:
         concentration: (fraction of the samples, how many that are, share of the sum of |C| they carry).
         histogram: of the samples.
         far: how many samples are outliers (3 standard deviations or more).
-        outliers: the farthest of them.
+        outliers: the farthest of them: sample, label, name, contribution, z in standard deviations.
     """
 
     samples: Spread
@@ -77,7 +66,7 @@ class Statistics:
     concentration: tuple[tuple[float, int, float], ...]
     histogram: Histogram
     far: int
-    outliers: tuple[Outlier, ...]
+    outliers: pl.DataFrame
 
 
 def find(material: Material) -> Statistics:
@@ -91,7 +80,7 @@ def find(material: Material) -> Statistics:
         concentration=tuple(shares),
         histogram=_histogram(totals),
         far=far.height,
-        outliers=tuple(Outlier(**row) for row in rows_with_facts(far.head(material.k), inputs.samples)),
+        outliers=named(far.head(material.k), inputs.samples).select("sample", "label", "name", "contribution", "z"),
     )
 
 
@@ -139,7 +128,7 @@ def chapter(found: Statistics) -> Chapter:
     spreads = [_facts("samples", found.samples), *([_facts("pairs", found.pairs)] if found.pairs else [])]
     carried = tuple(Fact(_part(part), _carries(count, share)) for part, count, share in found.concentration)
     facts = Facts((*spreads, carried), "How the contributions are distributed", short="")
-    outliers = (Part((_outliers(found),)),) if found.outliers else ()
+    outliers = (Part((_outliers(found),)),) if found.far else ()
     part, _, share = found.concentration[0]
     tiles = (
         (words.whole(found.samples.positive / found.samples.count), "of the training samples help"),
@@ -169,17 +158,10 @@ def _carries(count: int, share: float) -> str:
 
 
 def _outliers(found: Statistics) -> Table:
-    def column(name: str, kind: Kind) -> Column:
-        return Column(name, tuple(getattr(row, name) for row in found.outliers), kind)
-
-    columns = (
-        column("sample", Kind.SAMPLE),
-        column("label", Kind.LABEL),
-        Column("name", tuple(row.name for row in found.outliers), Kind.NAME, aside=True),
-        column("contribution", Kind.SIGNED),
-        column("z", Kind.DEVIATION),
-    )
-    return Table(columns, f"{found.far:,} outliers: 3 standard deviations or more from the mean")
+    columns = {"sample": Kind.SAMPLE, "label": Kind.LABEL, "name": Kind.CAPTION}
+    columns |= {"contribution": Kind.SIGNED, "z": Kind.DEVIATION}
+    title = f"{found.far:,} outliers: 3 standard deviations or more from the mean"
+    return Table(rows=found.outliers, columns=columns, title=title)
 
 
 def _chart(found: Histogram) -> Chart:

@@ -9,50 +9,38 @@ import polars as pl
 
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores, suspects, words
-from trajrec.replay.report.blocks import Chapter, Column, Kind, Part, Table
+from trajrec.replay.report.blocks import Chapter, Kind, Part, Table
 from trajrec.replay.report.section import Material, Section
-from trajrec.replay.report.sections.common import mean_of, order, rows_with_facts
-from trajrec.replay.report.suspects import ClassClusters, Detection, Jaccard
+from trajrec.replay.report.sections.common import mean_of, named, order
+from trajrec.replay.report.suspects import Detection, Jaccard
 
 
-@dataclass(frozen=True, slots=True)
-class Suspect:
-    """A sample whose label may be wrong; a larger score is more suspected."""
-
-    rank: int
-    sample: int
-    label: str | None
-    name: str | None
-    noisy: bool | None
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ranking:
     """Samples by one suspicion.
 
     Attributes:
         title: what the score is.
-        suspects: the k most suspected.
+        suspects: the k most suspected: rank, sample, label, name, noisy, score.
         detection: how well it finds known wrong labels, if any are known.
     """
 
     title: str
-    suspects: tuple[Suspect, ...]
+    suspects: pl.DataFrame
     detection: Detection | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Clusters:
     """The paper's clustering by signs.
 
     Attributes:
-        classes: the two clusters of every class.
+        classes: the two clusters of every class (`suspects.signs`).
         suspected: how many samples are in clusters that harm.
         jaccard: overlap with the known wrong labels, if any are known.
     """
 
-    classes: tuple[ClassClusters, ...]
+    classes: pl.DataFrame
     suspected: int
     jaccard: Jaccard | None
 
@@ -92,17 +80,17 @@ def _score_frames(inputs: Inputs, totals: pl.DataFrame) -> Iterator[tuple[str, p
 
 
 def _ranking(inputs: Inputs, title: str, ranked: pl.DataFrame, noisy: pl.DataFrame, k: int) -> Ranking:
-    first = rows_with_facts(ranked.head(k), inputs.samples, "noisy")
+    first = named(ranked.head(k), inputs.samples).with_row_index("rank", 1)
     known = ranked.join(noisy, on="sample", maintain_order="left")
     detection = suspects.detect(known["score"].to_numpy(), known["noisy"].to_numpy()) if known.height else None
-    return Ranking(title, tuple(Suspect(rank=i, **row) for i, row in enumerate(first, 1)), detection)
+    return Ranking(title, first.select("rank", "sample", "label", "name", "noisy", "score"), detection)
 
 
 def _clusters(inputs: Inputs, totals: pl.DataFrame, noisy: pl.DataFrame) -> Clusters:
     clusters, classes = suspects.signs(inputs.contributions, inputs.samples, totals)
-    key = order(inputs.settings)
-    ordered = tuple(sorted(classes, key=lambda found: key(found.label)))
-    return Clusters(ordered, int(clusters["suspected"].sum()), suspects.jaccard(clusters, noisy))
+    labels, key = classes["label"].to_list(), order(inputs.settings)
+    places = sorted(range(len(labels)), key=lambda place: key(labels[place]))
+    return Clusters(classes[places], int(clusters["suspected"].sum()), suspects.jaccard(clusters, noisy))
 
 
 def chapter(found: Suspicions) -> Chapter:
@@ -116,21 +104,17 @@ def chapter(found: Suspicions) -> Chapter:
 
 
 def _suspects(ranking: Ranking) -> Table:
-    def column(name: str, kind: Kind) -> Column:
-        return Column(name, tuple(getattr(row, name) for row in ranking.suspects), kind)
-
-    columns = [
-        column("rank", Kind.RANK),
-        column("sample", Kind.SAMPLE),
-        column("label", Kind.LABEL),
-        Column("name", tuple(row.name for row in ranking.suspects), Kind.NAME, aside=True),
-        column("score", Kind.NUMBER),
-    ]
-    if any(row.noisy is not None for row in ranking.suspects):
-        known = tuple({True: "wrong", False: "right", None: None}[row.noisy] for row in ranking.suspects)
-        columns.append(Column("known", known, Kind.MARK))
-    note = _detection(ranking.detection) if ranking.detection else ""
-    return Table(tuple(columns), f"Suspected wrong labels, by {ranking.title}", f"By {ranking.title}", note=note)
+    known = pl.col("noisy").replace_strict([True, False], ["wrong", "right"], default=None, return_dtype=pl.String)
+    columns = {"rank": Kind.RANK, "sample": Kind.SAMPLE, "label": Kind.LABEL, "name": Kind.CAPTION}
+    columns |= {"score": Kind.NUMBER}
+    columns |= {"known": Kind.MARK} if ranking.suspects["noisy"].count() else {}
+    return Table(
+        rows=ranking.suspects.with_columns(known=known),
+        columns=columns,
+        title=f"Suspected wrong labels, by {ranking.title}",
+        short=f"By {ranking.title}",
+        note=_detection(ranking.detection) if ranking.detection else "",
+    )
 
 
 def _detection(found: Detection) -> str:
@@ -145,18 +129,16 @@ def _detection(found: Detection) -> str:
 
 
 def _classes(found: Clusters) -> Table:
-    def column(name: str, key: str, kind: Kind) -> Column:
-        return Column(name, tuple(getattr(each, key) for each in found.classes), kind)
-
-    columns = (
-        column("class", "label", Kind.TEXT),
-        column("samples", "samples", Kind.COUNT),
-        column("apart", "apart", Kind.COUNT),
-        column("mean apart", "mean_apart", Kind.SIGNED),
-        column("mean of the rest", "mean_rest", Kind.SIGNED),
-        Column("what", tuple("suspected" if each.suspected else None for each in found.classes), Kind.TEXT),
+    names = {"label": "class", "mean_apart": "mean apart", "mean_rest": "mean of the rest"}
+    what = pl.when(pl.col("mean_apart") < 0).then(pl.lit("suspected"))
+    columns = {"class": Kind.TEXT, "samples": Kind.COUNT, "apart": Kind.COUNT}
+    columns |= {"mean apart": Kind.SIGNED, "mean of the rest": Kind.SIGNED, "what": Kind.TEXT}
+    return Table(
+        rows=found.classes.with_columns(what=what).rename(names),
+        columns=columns,
+        title="Two clusters of each class by the signs of contributions",
+        note=_meaning(found),
     )
-    return Table(columns, "Two clusters of each class by the signs of contributions", note=_meaning(found))
 
 
 def _meaning(found: Clusters) -> str:

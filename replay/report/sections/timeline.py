@@ -10,9 +10,9 @@ import polars as pl
 from trajrec.errors import ReplayError, SampleRangeError
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores, words
-from trajrec.replay.report.blocks import Bar, Chapter, Chart, Column, Kind, Line, Note, Part, Table
+from trajrec.replay.report.blocks import Bar, Chapter, Chart, Kind, Line, Note, Part, Table
 from trajrec.replay.report.section import Material, Section
-from trajrec.replay.report.sections.common import needs, rows_with_facts
+from trajrec.replay.report.sections.common import named, needs
 
 TRACKED = 3
 
@@ -76,9 +76,10 @@ def _tracks(inputs: Inputs, samples: list[int], epochs: list[int]) -> Iterator[T
     missing = sorted(set(samples) - set(rows["sample"].to_list()))
     if missing:
         raise SampleRangeError(f"{inputs.folder} has no training sample {missing[0]}.")
+    ids = pl.DataFrame({"sample": samples}, schema={"sample": pl.Int64})
     values = {(sample, epoch): value for sample, epoch, value in rows.iter_rows()}
-    for row in rows_with_facts(pl.DataFrame({"sample": samples}, schema={"sample": pl.Int64}), inputs.samples):
-        yield Track(**row, values=tuple(values.get((row["sample"], epoch), 0.0) for epoch in epochs))
+    for sample, label, name in named(ids, inputs.samples).select("sample", "label", "name").rows():
+        yield Track(sample, label, name, tuple(values.get((sample, epoch), 0.0) for epoch in epochs))
 
 
 def chapter(found: Timeline) -> Chapter:
@@ -94,13 +95,9 @@ def _phases(found: Timeline) -> Chart:
         for way, values in ways
         for i, value in enumerate(values)
     ]
-    mass = tuple(a - b for a, b in zip(found.helpful, found.harmful, strict=True))
-    columns = (
-        Column("epoch", found.epochs, Kind.RANK),
-        Column("helpful", found.helpful, Kind.SIGNED),
-        Column("harmful", found.harmful, Kind.SIGNED),
-        Column("", mass, Kind.BAR),
-    )
+    columns = {"epoch": Kind.RANK, "helpful": Kind.SIGNED, "harmful": Kind.SIGNED, "": Kind.BAR}
+    rows = pl.DataFrame({"epoch": found.epochs, "helpful": found.helpful, "harmful": found.harmful})
+    rows = rows.with_columns((pl.col("helpful") - pl.col("harmful")).alias(""))
     return Chart(
         "Sums of helpful and harmful contributions by epoch",
         "epoch",
@@ -109,7 +106,7 @@ def _phases(found: Timeline) -> Chart:
         bars=tuple(bars),
         ticks=_ticks(found),
         title="All samples",
-        instead=(Table(columns, "Which epochs mattered (sums over samples)"),),
+        instead=(Table(rows=rows, columns=columns, title="Which epochs mattered (sums over samples)"),),
     )
 
 

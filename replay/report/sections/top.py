@@ -9,41 +9,19 @@ import polars as pl
 
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores
-from trajrec.replay.report.blocks import Chapter, Column, Kind, Part, Table
+from trajrec.replay.report.blocks import Chapter, Kind, Part, Table
 from trajrec.replay.report.section import Material, Section
 from trajrec.replay.report.sections.common import mean_of, named
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One row of a table of samples.
-
-    Attributes:
-        rank: from 1, within its side.
-        side: "helpful" or "harmful".
-        sample: id of the training sample.
-        label: its label, if known.
-        name: its name, if the data set gives one.
-        noisy: whether its label is known to be wrong, if that is known at all.
-        target: id of the target, -1 for a mean.
-        contribution: C(i, j), in the unit of the target.
-        share: |C| as a fraction of the sum of |C| over all tracked samples.
-    """
-
-    rank: int
-    side: str
-    sample: int
-    label: str | None
-    name: str | None
-    noisy: bool | None
-    target: int
-    contribution: float
-    share: float
+FILES = ("rank", "side", "sample", "label", "target", "contribution", "share", "table")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Top:
     """The most helpful and the most harmful samples of one target, or of a mean of targets.
+
+    The rows have rank (from 1), side, sample, label, name, noisy (the label is known to be wrong), target,
+    contribution, and share, |C| as a fraction of the sum of |C| over all tracked samples; null where unknown.
 
     Attributes:
         title: what they help or harm, in words.
@@ -54,8 +32,8 @@ class Top:
 
     title: str
     target: int
-    helpful: tuple[Entry, ...]
-    harmful: tuple[Entry, ...]
+    helpful: pl.DataFrame
+    harmful: pl.DataFrame
 
 
 def find(material: Material) -> Top:
@@ -66,10 +44,9 @@ def find(material: Material) -> Top:
 
 def top(title: str, target: int, rows: pl.DataFrame) -> Top:
     """A finding from the rows of `scores.top`, joined with names."""
-    names = ("rank", "side", "sample", "label", "name", "noisy", "contribution", "share")
-    entries = [Entry(target=target, **{name: row[name] for name in names}) for row in rows.iter_rows(named=True)]
-    sides = (tuple(e for e in entries if e.side == side) for side in (scores.HELPFUL, scores.HARMFUL))
-    return Top(title, target, *sides)
+    id_ = pl.lit(target, pl.Int64).alias("target")
+    rows = rows.select("rank", "side", "sample", "label", "name", "noisy", id_, "contribution", "share")
+    return Top(title, target, *(rows.filter(side=side) for side in (scores.HELPFUL, scores.HARMFUL)))
 
 
 def target_rows(inputs: Inputs, targets: list[int]) -> list[dict[str, Any]]:
@@ -92,38 +69,32 @@ def target_title(inputs: Inputs, row: dict[str, Any]) -> str:
 
 def both(found: Top, first: int = 10) -> tuple[Table, Table]:
     """The two tables of a top, of which a page shows so many rows first."""
-    helpful = _table(found, scores.HELPFUL, found.helpful, "no sample has a positive contribution", first)
-    return helpful, _table(found, scores.HARMFUL, found.harmful, "no sample has a negative contribution", first)
+    helpful = _table(found.title, scores.HELPFUL, found.helpful, "positive", first)
+    return helpful, _table(found.title, scores.HARMFUL, found.harmful, "negative", first)
 
 
-def _table(found: Top, side: str, rows: tuple[Entry, ...], empty: str, first: int) -> Table:
-    def column(name: str, kind: Kind, tone: str = "") -> Column:
-        return Column(name, tuple(getattr(row, name) for row in rows), kind, tone)
-
-    rank, sample, share = column("rank", Kind.RANK), column("sample", Kind.SAMPLE), column("share", Kind.SHARE)
-    label, name = column("label", Kind.LABEL), column("name", Kind.NAME)
-    contribution = column("contribution", Kind.SIGNED)
-    wrong = Column("known", tuple("wrong label" if row.noisy else None for row in rows), Kind.MARK)
-    known = [each for each in (label, name) if any(value is not None for value in each.values)]
-    marks = [wrong] if any(wrong.values) else []
-    bars = Column("", share.values, Kind.BAR, side)
-    side_, target = column("side", Kind.TEXT), column("target", Kind.COUNT)
-    title = Column("table", (found.title,) * len(rows), Kind.TEXT)
+def _table(title: str, side: str, rows: pl.DataFrame, sign: str, first: int) -> Table:
+    wrong = pl.when("noisy").then(pl.lit("wrong label"))
+    rows = rows.with_columns(pl.col("share").alias(""), known=wrong, table=pl.lit(title))
+    columns = {"rank": Kind.RANK, "sample": Kind.SAMPLE, "label": Kind.LABEL, "name": Kind.NAME}
+    columns |= {"contribution": Kind.SIGNED, "share": Kind.SHARE, "known": Kind.MARK, "": Kind.BAR}
+    unknown = [name for name in ("label", "name", "known") if rows[name].null_count() == rows.height]
     return Table(
-        (rank, sample, *known, contribution, share, *marks, bars),
-        title=f"Most {side} for {found.title}",
+        rows=rows,
+        columns={name: kind for name, kind in columns.items() if name not in unknown},
+        title=f"Most {side} for {title}",
         short=f"Most {side}",
         tone=side,
-        empty=empty,
+        empty=f"no sample has a {sign} contribution",
         first=first,
-        files=(rank, side_, sample, label, target, contribution, share, title),
+        files=FILES,
     )
 
 
 def chapter(found: Top) -> Chapter:
     """The two tables side by side."""
-    parts = (Part(both(found, 15), beside=True),)
-    return Chapter("Top samples", f"Samples that mattered most for {found.title}", parts)
+    title = f"Samples that mattered most for {found.title}"
+    return Chapter("Top samples", title, (Part(both(found, first=15), beside=True),))
 
 
 SECTION = Section("overall", lambda ask: True, find, chapter, "top")

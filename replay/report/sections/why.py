@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import polars as pl
+
 from trajrec.errors import SampleRangeError
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores
-from trajrec.replay.report.blocks import Chapter, Column, Kind, Part, Table
+from trajrec.replay.report.blocks import Chapter, Kind, Part, Table
 from trajrec.replay.report.section import Material, Section
 from trajrec.replay.report.sections.common import named
 from trajrec.replay.report.sections.top import Top, both, target_rows, target_title, top
@@ -74,15 +76,13 @@ def _parts(why: Why) -> Iterator[Part]:
 
 
 def _by_label(why: Why) -> Table:
-    labels, counts, sums = zip(*why.by_label, strict=True)
-    columns = (
-        Column("class", labels, Kind.TEXT),
-        Column("samples", counts, Kind.COUNT),
-        Column("sum of contributions", sums, Kind.SIGNED),
-        Column("", tuple(map(abs, sums)), Kind.BAR),
+    rows = pl.DataFrame(why.by_label, schema=["class", "samples", "sum of contributions"], orient="row")
+    return Table(
+        rows=rows.with_columns(pl.col("sum of contributions").abs().alias("")),
+        columns={"class": Kind.TEXT, "samples": Kind.COUNT, "sum of contributions": Kind.SIGNED, "": Kind.BAR},
+        title=f"Which training classes taught {why.top.title}",
+        short="Training classes that taught it",
     )
-    short = "Training classes that taught it"
-    return Table(columns, f"Which training classes taught {why.top.title}", short)
 
 
 SECTION = Section("why", lambda ask: bool(ask.why), find, chapter, "why", nothing=())

@@ -118,9 +118,9 @@ def test_page_has_every_section_and_loads_every_picture(visit: Any, full: Path) 
 def test_numbers_on_the_page_are_those_of_the_report(visit: Any, folder: Path, full: Path) -> None:
     report = build(folder, 15)
     page = visit(full)
-    assert column(page, "overall-1-1", 1) == [str(e.sample) for e in report["overall"].helpful]
+    assert column(page, "overall-1-1", 1) == [str(sample) for sample in report["overall"].helpful["sample"]]
     shown = page.eval_on_selector_all("#overall-1-2 td[data-v].harmful", "cells => cells.map(c => +c.dataset.v)")
-    assert shown[:15] == [e.contribution for e in report["overall"].harmful]
+    assert shown[:15] == report["overall"].harmful["contribution"].to_list()
 
 
 def test_a_click_and_a_key_sort_a_table(visit: Any, full: Path) -> None:

@@ -44,12 +44,12 @@ def run(*args: object) -> tuple[int, str, BaseException | None]:
 
 def test_report_has_ranks_labels_and_shares(folder: Path) -> None:
     result = report.build(folder)
-    assert [(e.rank, e.sample, e.label, e.contribution) for e in result["overall"].helpful] == [
+    assert result["overall"].helpful.select("rank", "sample", "label", "contribution").rows() == [
         (1, 0, "7", 4e-5),
         (2, 2, "7", 2e-5),
     ]
-    assert [e.sample for e in result["overall"].harmful] == [1, 4]
-    assert [e.share for e in result["overall"].helpful] == pytest.approx([0.4, 0.2])
+    assert result["overall"].harmful["sample"].to_list() == [1, 4]
+    assert result["overall"].helpful["share"].to_list() == pytest.approx([0.4, 0.2])
     assert (result.head.samples, result.head.targets) == (5, 1)
     assert result.head.mass == pytest.approx(1e-4)
     assert result.head.total == pytest.approx(2e-5)
@@ -58,7 +58,7 @@ def test_report_has_ranks_labels_and_shares(folder: Path) -> None:
 def test_class_names_replace_class_numbers(tmp_path: Path) -> None:
     path = replay_folder.write(tmp_path / "r", VALUES, labels=[1, 0, 1, 2, 5], classes=["cat", "dog", "emu"])
     top = report.build(path)["overall"]
-    labels = {e.sample: e.label for e in (*top.helpful, *top.harmful)}
+    labels = dict(pl.concat([top.helpful, top.harmful]).select("sample", "label").rows())
     assert labels == {0: "dog", 1: "cat", 2: "dog", 4: "5"}
 
 
@@ -145,7 +145,7 @@ def test_a_folder_with_contributions_only_is_enough(folder: Path) -> None:
     assert result.head.settings.exact is True  # from the metadata of the Parquet file
     assert result.head.certificate is not None
     assert result.head.certificate.steps_checked == 63
-    assert result["overall"].helpful[0].label is None
+    assert result["overall"].helpful["label"][0] is None
 
 
 def test_csv_has_the_columns_and_rows(folder: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_outliers_by_hand(tmp_path: Path) -> None:
     found = asked(replay_folder.write(tmp_path / "o", values), statistics=True)["statistics"]
     assert found is not None
     z = (values - values.mean()) / values.std(ddof=1)
-    assert [(o.sample, o.z) for o in found.outliers] == [(40, pytest.approx(z[40, 0])), (41, pytest.approx(z[41, 0]))]
+    assert found.outliers.select("sample", "z").rows() == [(40, pytest.approx(z[40, 0])), (41, pytest.approx(z[41, 0]))]
     assert found.far == 2
 
 
@@ -129,18 +129,18 @@ def test_groups_by_class_and_target(folder: Path) -> None:
     assert [g.title for g in groups] == ["class 0", "class 1", "class 2"]
     for label, group in enumerate(groups):
         means = VALUES[:, label == TEST].mean(1)
-        assert group.helpful[0].sample == means.argmax()
-        assert group.harmful[0].contribution == pytest.approx(means.min())
+        assert group.helpful["sample"][0] == means.argmax()
+        assert group.harmful["contribution"][0] == pytest.approx(means.min())
     targets = asked(folder, 1, by="target")["groups"]
-    assert [g.helpful[0].sample for g in targets] == VALUES.argmax(0).tolist()
+    assert [g.helpful["sample"][0] for g in targets] == VALUES.argmax(0).tolist()
     assert targets[2].title == "test sample 2 (label 2, read as 1)"
 
 
 def test_why_names_label_prediction_and_classes(folder: Path) -> None:
     (why,) = asked(folder, 3, why=(4,))["why"]
     assert (why.label, why.prediction) == ("1", "1")
-    assert [e.sample for e in why.top.helpful] == np.argsort(-VALUES[:, 4])[:3].tolist()
-    assert {e.target for e in why.top.helpful} == {4}
+    assert why.top.helpful["sample"].to_list() == np.argsort(-VALUES[:, 4])[:3].tolist()
+    assert set(why.top.helpful["target"]) == {4}
     sums = {label: value for label, _, value in why.by_label}
     assert sums == pytest.approx({str(c): VALUES[c == TRAIN, 4].sum() for c in range(3)})
     with pytest.raises(SampleRangeError, match="has no target 99; it was replayed for targets=each"):
@@ -190,7 +190,7 @@ def test_harm_ranks_the_most_harmful_first(tmp_path: Path) -> None:
     found = asked(path, suspects=True)["suspicions"]
     assert found is not None
     (ranking,) = found.rankings
-    assert [(s.rank, s.sample, s.score) for s in ranking.suspects[:2]] == [(1, 1, 3.0), (2, 2, 2.0)]
+    assert ranking.suspects.select("rank", "sample", "score").rows()[:2] == [(1, 1, 3.0), (2, 2, 2.0)]
     assert ranking.detection is not None
     assert ranking.detection.auc == 1
     assert found.clusters is None  # one target has no sign vectors, and few say little
@@ -202,7 +202,7 @@ def test_self_influence_needs_training_samples_as_targets(tmp_path: Path) -> Non
     found = asked(path, suspects=True)["suspicions"]
     assert found is not None
     assert [r.title for r in found.rankings][1] == "self-influence"
-    assert [(s.sample, s.score) for s in found.rankings[1].suspects] == [(1, 4.0), (0, 1.0)]
+    assert found.rankings[1].suspects.select("sample", "score").rows() == [(1, 4.0), (0, 1.0)]
     plain = replay_folder.write(tmp_path / "p", values, targets=[0, 1])
     only = asked(plain, suspects=True)["suspicions"]
     assert only is not None
@@ -214,7 +214,7 @@ def test_self_influence_is_read_from_samples_too(tmp_path: Path) -> None:
     pl.DataFrame({"sample": [0, 1], "self_influence": [0.1, 0.7]}).write_parquet(path / "samples.parquet")
     found = asked(path, suspects=True)["suspicions"]
     assert found is not None
-    assert [s.sample for s in found.rankings[1].suspects] == [1, 0]
+    assert found.rankings[1].suspects["sample"].to_list() == [1, 0]
 
 
 def planted(folder: Path, flip: float = 0.02) -> tuple[Path, np.ndarray, np.ndarray]:
@@ -235,7 +235,7 @@ def test_clusters_by_sign_find_planted_wrong_labels(tmp_path: Path) -> None:
     assert found.clusters.jaccard is not None
     assert found.clusters.suspected == wrong.sum()
     assert (found.clusters.jaccard.correct, found.clusters.jaccard.wrong) == (1, 1)
-    assert [(c.label, c.samples, c.apart) for c in found.clusters.classes] == [
+    assert found.clusters.classes.select("label", "samples", "apart").rows() == [
         (str(c), (labels == c).sum(), (wrong & (labels == c)).sum()) for c in range(4)
     ]
 
