@@ -33,6 +33,7 @@ REPLAY = "replay.json"
 TOP = "top.csv"
 
 SIGN = "positive = helpful"
+VERDICTS = {"drifted": False, "unchecked": None, "within rounding": True, "bit-exact": True}  # the weakest first
 PICTURES: dict[str, Any] = {"set": pl.String, "sample": pl.Int64, "png": pl.Binary, "text": pl.String}
 KNOWN: dict[str, Any] = {
     "label": pl.String,
@@ -117,9 +118,6 @@ def _known(kind: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-VERDICTS = {"drifted": False, "unchecked": None, "within rounding": True, "bit-exact": True}  # the weakest first
-
-
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """What replay could prove about having replayed this very run, as it stands in replay.json.
@@ -166,26 +164,15 @@ class Settings:
     """How a replay was asked and made: the fields are the keys of replay.json, in the order of the file.
 
     Attributes:
-        method: how contributions were computed, in words.
-        exact: with the Hessian (True), without it (False), or unknown.
-        curvature: "hessian", "ggn" or "none", where the folder says it.
-        mode: "adjoint" or "tangent".
-        unit: unit of a contribution.
-        run_id: the recording's identity.
+        curvature: "hessian", "ggn" or "none"; mode: "adjoint" or "tangent"; unit: of a contribution.
         targets: "mean", "each", "class" or "chosen".
         target_set: "test", or "train" when targets are training samples (then a target's id is a sample's id).
-        samples: S.
-        samples_total: N.
-        steps: T.
-        window: first and last step that were replayed, where that is not all.
+        samples, samples_total, steps: S, N, T; window: first and last step that were replayed, where not all were.
         growth: of the adjoint (`trajrec.replay.report.sensitivity`), or None.
         classes: names of the classes, by number.
-        trajrec: the version that wrote it.
-        run: the recording's path.
-        question: its identity (`trajrec.replay.folder.identity`).
-        shard: which piece of how many, or None for the whole answer.
-        taylor: what the Taylor check said, or None.
-        left_out: what could not be written, a sentence for each file.
+        trajrec: the version that wrote it; run: the recording's path.
+        question: its identity (`trajrec.replay.folder.identity`); shard: which piece of how many, or None.
+        taylor: what the Taylor check said; left_out: what could not be written, a sentence for each file.
     """
 
     method: str | None = _read(text)

@@ -8,7 +8,7 @@ What is missing is null: a report then says less, never wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,27 +154,22 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _described(path: Path, key: str, classes: tuple[str, ...]) -> pl.LazyFrame:
     """samples.parquet or targets.parquet with every optional column present; without the file, no rows."""
+    kinds = {key: pl.Int64, **KNOWN}
     if not path.is_file():
-        return pl.LazyFrame(schema={key: pl.Int64, **KNOWN})
+        return pl.LazyFrame(schema=kinds)
     frame = scan(path)
-    schema = frame.collect_schema()
-    columns = [pl.col(key).cast(pl.Int64)]
-    for name, kind in KNOWN.items():
-        column = pl.col(name) if name in schema else pl.lit(None)
-        if name in ("label", "prediction") and name in schema and schema[name].is_integer() and classes:
-            numbers = list(range(len(classes)))
-            column = column.replace_strict(numbers, list(classes), default=column.cast(pl.String))
-        columns.append(column.cast(kind).alias(name))
-    return frame.select(columns)
+    numbers = [name for name in ("label", "prediction") if frame.collect_schema().get(name, pl.String()).is_integer()]
+    columns = [pl.col(name) for name in numbers]
+    named = [c.replace_strict(range(len(classes)), classes, default=c.cast(pl.String)) for c in columns]
+    return _with_all(frame.with_columns(named) if classes else frame, kinds)
 
 
 def _thumbnails(path: Path) -> pl.LazyFrame | None:
-    if not path.is_file():
-        return None
-    frame = scan(path)
-    names = frame.collect_schema().names()
-    missing = {"set": pl.lit("train")}
-    return frame.select(
-        (pl.col(name) if name in names else missing.get(name, pl.lit(None))).cast(kind).alias(name)
-        for name, kind in PICTURES.items()
-    )
+    return _with_all(scan(path), PICTURES, {"set": "train"}) if path.is_file() else None
+
+
+def _with_all(frame: pl.LazyFrame, kinds: Mapping[str, Any], missing: Mapping[str, Any] | None = None) -> pl.LazyFrame:
+    """All these columns; those that are not there hold what stands for them, or null."""
+    there = frame.collect_schema()
+    columns = {name: pl.col(name) if name in there else pl.lit((missing or {}).get(name)) for name in kinds}
+    return frame.select(column.cast(kinds[name]).alias(name) for name, column in columns.items())

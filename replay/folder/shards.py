@@ -35,26 +35,19 @@ _MOST_NAMED = 20
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The folder of one piece of an answer.
+    """The folder of one piece of an answer, and its replay.json.
 
     Attributes:
-        folder: where it lies.
-        facts: its replay.json; what this version does not know is handed on as it is.
-        question: the question's identity.
-        piece: its number, from 1.
-        pieces: how many there are.
-        seconds: that it took.
-        growth: of the adjoint, where it went backwards.
+        facts: as they stand there; what this version does not know is handed on as it is.
+        settings: what is understood of them.
+        piece, pieces: its number from 1, and how many there are.
     """
 
     folder: Path
     facts: dict[str, Any]
-    question: str
+    settings: Settings
     piece: int
     pieces: int
-    certificate: Certificate
-    seconds: float
-    growth: float | None
 
 
 def read_shards(folders: Sequence[Path]) -> list[Shard]:
@@ -65,7 +58,7 @@ def read_shards(folders: Sequence[Path]) -> list[Shard]:
     """
     found = [_read(folder) for folder in folders]
     for shard in found[1:]:
-        if (shard.question, shard.pieces) != (found[0].question, found[0].pieces):
+        if (shard.settings.question, shard.pieces) != (found[0].settings.question, found[0].pieces):
             raise ReplayError(
                 f"{shard.folder} answers another question than {found[0].folder}: the run, the Task, the options "
                 "or the number of shards differ. Only shards of one `trajrec replay` question can be merged."
@@ -83,13 +76,13 @@ def _read(folder: Path) -> Shard:
         raise ReplayError(f"{folder} is not the folder of a finished replay (found {facts!a:.40}).")
     if not facts.get("shard"):
         raise ReplayError(f"{folder} is a whole replay, not a shard: there is nothing to merge.")
-    said = Settings.read(facts)
-    piece, pieces = said.shard or (0, 0)
-    if said.question is None or said.seconds is None or not 1 <= piece <= pieces:
+    found = Settings.read(facts)
+    piece, pieces = found.shard or (0, 0)
+    if found.question is None or found.seconds is None or not 1 <= piece <= pieces:
         raise ReplayError(f"{folder} is not the folder of a shard: its {REPLAY} has no question, piece or time.")
-    if said.certificate is None or said.certificate.verdict not in VERDICTS:
+    if found.certificate is None or found.certificate.verdict not in VERDICTS:
         raise ReplayError(f"{folder} is not the folder of a shard: its {REPLAY} has no certificate.")
-    return Shard(folder, facts, said.question, piece, pieces, said.certificate, said.seconds, said.growth)
+    return Shard(folder, facts, found, piece, pieces)
 
 
 def _check_complete(found: Sequence[Shard]) -> None:
@@ -106,11 +99,11 @@ def _check_complete(found: Sequence[Shard]) -> None:
 def join(shards: Sequence[Shard], folder: Path) -> None:
     """Writes the whole replay of complete shards (`read_shards`) into a folder."""
     contributions = _contributions([shard.folder for shard in shards])
-    growths = [shard.growth for shard in shards if shard.growth is not None]
+    growths = [growth for shard in shards if (growth := shard.settings.growth) is not None]
     facts = shards[0].facts | {
         "shard": None,
         "certificate": min(shards, key=_strength).facts["certificate"],
-        "seconds": round(sum(shard.seconds for shard in shards), 3),
+        "seconds": round(sum(shard.settings.seconds or 0 for shard in shards), 3),
         "growth": max(growths, default=None),
         "samples": contributions["sample"].n_unique(),
     }
@@ -126,7 +119,7 @@ def join(shards: Sequence[Shard], folder: Path) -> None:
 
 def _strength(shard: Shard) -> tuple[int, float]:
     """What a certificate proves, the weakest first; of two of one verdict that of the larger drift."""
-    proof = shard.certificate
+    proof = shard.settings.certificate or Certificate()
     return list(VERDICTS).index(proof.verdict or ""), -(math.inf if proof.max_drift is None else proof.max_drift)
 
 

@@ -26,6 +26,7 @@ import polars as pl
 from trajrec.replay.report import words
 
 Grid = tuple[tuple[float | None, ...], ...]
+Points = tuple[tuple[float, float], ...]
 
 
 class Kind(Enum):
@@ -135,20 +136,13 @@ class Bar:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """Points (x, y) with a name."""
-
-    name: str
-    points: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Chart:
     """Bars, lines, or dots with the line on which both axes say the same.
 
     Attributes:
         text: what is seen, in words.
         x: (lowest, highest) place on the x axis.
+        lines: (name, points) each.
         ticks: (x, text) on the x axis; round numbers if there are none.
         instead: the same in blocks, for a terminal.
     """
@@ -158,8 +152,8 @@ class Chart:
     y_name: str
     x: tuple[float, float]
     bars: tuple[Bar, ...] = ()
-    lines: tuple[Line, ...] = ()
-    dots: tuple[tuple[float, float], ...] = ()
+    lines: tuple[tuple[str, Points], ...] = ()
+    dots: Points = ()
     ticks: tuple[tuple[float, str], ...] = ()
     title: str = ""
     short: str | None = None

@@ -96,7 +96,7 @@ class Section(Generic[T]):
 
     Attributes:
         name: in the report, and in JSON.
-        asked: whether it was asked for by name; where it was not, it is tried where everything was asked for.
+        wanted: whether it was asked for by name; else it is tried where everything was asked for.
         find: the answer; None or empty where there is nothing to say.
         chapter: the answer in blocks.
         anchor: its name in the address of a page.
@@ -104,7 +104,7 @@ class Section(Generic[T]):
     """
 
     name: str
-    asked: Callable[[Ask], bool]
+    wanted: Callable[[Ask], bool]
     find: Callable[[Material], T | None]
     chapter: Callable[[T], Chapter]
     anchor: str
@@ -112,7 +112,7 @@ class Section(Generic[T]):
 
     def answer(self, material: Material) -> T | None:
         """What is found, if it was asked for."""
-        must = self.asked(material.ask)
+        must = self.wanted(material.ask)
         if not must and not material.ask.everything:
             return None
         return material.unless_refused(must, lambda: self.find(material))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trajrec.replay.report.blocks import Chart
 from trajrec.replay.report.words import axis
@@ -63,47 +64,32 @@ class Stroke:
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """Everything a template needs to draw a chart; `text` says in words what is seen."""
-
-    text: str
-    x_name: str
-    y_name: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    bars: list[Rectangle]
-    strokes: list[Stroke]
-    height: int
-    bottom: int
-    width: int = WIDTH
-    left: int = LEFT
-    right: int = WIDTH - RIGHT
-    top: int = TOP
-
-
-def drawing(chart: Chart) -> Drawing:
-    """The geometry of a chart."""
+def drawing(chart: Chart) -> dict[str, Any]:
+    """The geometry of a chart, by the names that a template draws it with; `text` says in words what is seen."""
     height = HIGHER if chart.dots else HEIGHT
     x, y = _scales(chart, height - BOTTOM)
-    return Drawing(
-        chart.text,
-        chart.x_name,
-        chart.y_name,
-        _x_ticks(chart, x),
-        y.ticks(),
-        list(_rectangles(chart, x, y)),
-        list(_strokes(chart, x, y)),
-        height,
-        height - BOTTOM,
-    )
+    return {
+        "text": chart.text,
+        "x_name": chart.x_name,
+        "y_name": chart.y_name,
+        "x_ticks": _x_ticks(chart, x),
+        "y_ticks": y.ticks(),
+        "bars": list(_rectangles(chart, x, y)),
+        "strokes": list(_strokes(chart, x, y)),
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "width": WIDTH,
+        "height": height,
+        "top": TOP,
+        "bottom": height - BOTTOM,
+    }
 
 
 def _scales(chart: Chart, bottom: int) -> tuple[Scale, Scale]:
     """Axes that hold everything: zero too where bars or lines are drawn, and some air around dots and lines."""
     low, high = chart.x
     air = 8 if chart.lines else 0
-    values = [0.0, *(bar.value for bar in chart.bars), *(y for line in chart.lines for _, y in line.points)]
+    values = [0.0, *(bar.value for bar in chart.bars), *(y for _, points in chart.lines for _, y in points)]
     if chart.dots:
         (low, high), values = _wide(chart.x), [*_wide([y for _, y in chart.dots])]
     least, most = min(values), max(values)
@@ -127,8 +113,8 @@ def _strokes(chart: Chart, x: Scale, y: Scale) -> Iterator[Stroke]:
         yield Stroke(f"M{LEFT} {y(0)}H{WIDTH - RIGHT}", "zero")
     elif x.low < 0 < x.high:
         yield Stroke(f"M{x(0)} {TOP}V{y(0)}", "zero")
-    for i, line in enumerate(chart.lines):
-        yield Stroke(_path([(x(a), y(b)) for a, b in line.points]), f"line line{i % 6}", line.name)
+    for i, (name, points) in enumerate(chart.lines):
+        yield Stroke(_path([(x(a), y(b)) for a, b in points]), f"line line{i % 6}", name)
 
 
 def _x_ticks(chart: Chart, x: Scale) -> list[tuple[float, str]]:

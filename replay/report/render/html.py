@@ -8,7 +8,6 @@ that got through could load nothing. Long tables show their first rows and hold 
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from trajrec.replay.report.words import axis
 
 PAGE = Path(__file__).parent
 TEXT_SHOWN = 280
-
-
-@dataclass(frozen=True, slots=True)
-class HeatCell:
-    """An entry of a heat map: its text, and its strength from -100 to 100 per cent of the largest."""
-
-    text: str
-    strength: int
 
 
 def write_html(report: Report, path: str | Path, force: bool = False) -> Path:
@@ -80,10 +71,7 @@ def shown(picture: Picture) -> dict[str, str | None]:
     return {"uri": uri, "text": text}
 
 
-def cells(grid: Grid) -> list[list[HeatCell]]:
-    """A grid as texts and strengths."""
+def cells(grid: Grid) -> list[list[tuple[str, int]]]:
+    """The entries of a heat map: their texts, and their strengths from -100 to 100 per cent of the largest."""
     largest = max((abs(value) for row in grid for value in row if value is not None), default=0.0) or 1.0
-    return [
-        [HeatCell("" if v is None else axis(v), 0 if v is None else round(100 * v / largest)) for v in row]
-        for row in grid
-    ]
+    return [[("", 0) if v is None else (axis(v), round(100 * v / largest)) for v in row] for row in grid]

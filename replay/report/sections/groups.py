@@ -12,7 +12,7 @@ from trajrec.replay.report.section import Material, Section
 from trajrec.replay.report.sections.common import blocks_of, named, needs, order, parts_by
 from trajrec.replay.report.sections.top import Top, both, target_rows, target_title, top
 
-UNASKED = 30
+MOST_UNNAMED = 30
 
 
 def find(material: Material) -> tuple[Top, ...]:
@@ -24,7 +24,7 @@ def find(material: Material) -> tuple[Top, ...]:
     if material.ask.by == "target":
         return _by_target(material)
     groups = _by_class(material.inputs, material.k)
-    return groups if material.ask.by or len(groups) <= UNASKED else ()
+    return groups if material.ask.by or len(groups) <= MOST_UNNAMED else ()
 
 
 def _by_target(material: Material) -> tuple[Top, ...]:

@@ -59,8 +59,8 @@ def values(head: Head) -> dict[str, Any]:
 def find(inputs: Inputs, totals: pl.DataFrame, targets: int) -> Head:
     """The head of a report on these totals [S]."""
     values = totals["contribution"]
-    total, mass = float(values.sum()), float(values.abs().sum())
-    return Head(inputs.folder, inputs.settings, inputs.certificate, totals.height, targets, total, mass)
+    sums = float(values.sum()), float(values.abs().sum())
+    return Head(inputs.folder, inputs.settings, inputs.certificate, totals.height, targets, *sums)
 
 
 def chapter(head: Head) -> Chapter:

@@ -98,20 +98,12 @@ def _pair_spread(inputs: Inputs, targets: list[int], samples: int) -> Spread:
 
 def merged(parts: Sequence[Spread]) -> Spread:
     """The spread of everything from the spreads of its parts."""
-    count = sum(part.count for part in parts)
-    mean = sum(part.count * part.mean for part in parts) / count
-    within = sum((part.count - 1) * part.std**2 for part in parts if part.count > 1)
-    squares = within + sum(part.count * (part.mean - mean) ** 2 for part in parts)
-    return Spread(
-        count=count,
-        mean=mean,
-        std=math.sqrt(squares / (count - 1)) if count > 1 else math.nan,
-        min=min(part.min for part in parts),
-        max=max(part.max for part in parts),
-        positive=sum(part.positive for part in parts),
-        negative=sum(part.negative for part in parts),
-        zero=sum(part.zero for part in parts),
-    )
+    rows = pl.DataFrame(parts)
+    sums = rows.select(pl.col("count", "positive", "negative", "zero").sum()).row(0, named=True)
+    count, mean = sums["count"], rows.select(pl.col("mean").dot("count")).item() / sums["count"]
+    apart = (pl.col("count") - 1) * pl.col("std").fill_nan(0) ** 2 + pl.col("count") * (pl.col("mean") - mean) ** 2
+    std = math.sqrt(rows.select(apart.sum()).item() / (count - 1)) if count > 1 else math.nan
+    return Spread(mean=mean, std=std, min=min(rows["min"]), max=max(rows["max"]), **sums)
 
 
 def _histogram(totals: pl.DataFrame) -> Histogram:

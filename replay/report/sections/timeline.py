@@ -10,7 +10,7 @@ import polars as pl
 from trajrec.errors import ReplayError, SampleRangeError
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores, words
-from trajrec.replay.report.blocks import Bar, Chapter, Chart, Kind, Line, Note, Part, Table
+from trajrec.replay.report.blocks import Bar, Chapter, Chart, Kind, Note, Part, Table
 from trajrec.replay.report.section import Material, Section
 from trajrec.replay.report.sections.common import named, needs
 
@@ -114,7 +114,7 @@ def _lines(found: Timeline) -> Chart:
     lines = []
     for track in found.tracks:
         name = f"sample {track.sample}" + (f" ({track.label})" if track.label is not None else "")
-        lines.append(Line(name, tuple(enumerate(track.values))))
+        lines.append((name, tuple(enumerate(track.values))))
     return Chart(
         "Contribution of single samples by epoch",
         "epoch",
