@@ -1,7 +1,7 @@
 """A report: the answers of a replay folder, as frozen values by the name of their section.
 
 `build` asks the sections one after the other (`trajrec.replay.report.sections`) and knows none of them by name. A
-renderer takes the blocks of what was found (`Report.chapters`), and computes no number.
+renderer takes the blocks of what was found, and computes no number.
 
 The contributions to several targets are summed up as the contribution to their mean, so that a report of
 targets=each begins with the same table as one of targets=mean.
@@ -45,14 +45,14 @@ class Report:
     Attributes:
         head: what it says first.
         found: what every section found, by its name; None or empty where it was not asked, or has no answer.
-        sections: in their order.
+        chapters: those that have an answer, with their sections, in order.
         pictures: of the samples in it.
         notes: what could not be answered, and why.
     """
 
     head: Head
     found: Mapping[str, Any]
-    sections: tuple[Section[Any], ...]
+    chapters: tuple[tuple[Section[Any], Chapter], ...]
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -62,11 +62,6 @@ class Report:
     def opening(self) -> Chapter:
         """The head, in blocks."""
         return head.chapter(self.head)
-
-    def chapters(self) -> list[tuple[Section[Any], Chapter]]:
-        """The sections that have an answer, in blocks."""
-        answered = [(section, self.found[section.name]) for section in self.sections]
-        return [(section, section.chapter(found)) for section, found in answered if found]
 
     def values(self) -> dict[str, Any]:
         """Everything but pictures, by the names that it has in JSON."""
@@ -97,7 +92,9 @@ def build(
         material = Material(inputs, ask, top, totals, targets, other)
         found = {section.name: section.answer(material) or section.nothing for section in sections}
         first = head.find(inputs, totals, len(targets))
-        report = Report(first, found, tuple(sections), notes=tuple(material.notes))
+        answered = [section for section in sections if found[section.name]]
+        chapters = tuple((section, section.chapter(found[section.name])) for section in answered)
+        report = Report(first, found, chapters, notes=tuple(material.notes))
         return replace(report, pictures=_pictures(report, inputs)) if ask.pictures else report
 
 
@@ -105,7 +102,7 @@ def _pictures(report: Report, inputs: Inputs) -> tuple[Picture, ...]:
     """The thumbnails of the samples that are shown, as far as the folder has them."""
     if inputs.thumbnails is None:
         return ()
-    chapters = [chapter for _, chapter in report.chapters()]
+    chapters = [chapter for _, chapter in report.chapters]
     tables = [table for chapter in chapters for table in chapter.tables()]
     train = {sample for table in tables if (name := table.of(Kind.SAMPLE)) for sample in table.rows[name]}
     test = {part.test for chapter in chapters for part in chapter.parts if part.test is not None}

@@ -47,7 +47,7 @@ def html(report: Report) -> str:
 
 def model(report: Report) -> dict[str, Any]:
     """Everything the template names."""
-    opening, chapters = report.opening(), report.chapters()
+    opening, chapters = report.opening(), report.chapters
     return {
         "report": report,
         "opening": opening,

@@ -70,7 +70,7 @@ def frame(report: Report) -> pl.DataFrame:
 
 def _written(report: Report) -> list[list[Table]]:
     """The tables that are written, part by part."""
-    parts = [part.blocks for _, chapter in report.chapters() for part in chapter.parts]
+    parts = [part.blocks for _, chapter in report.chapters for part in chapter.parts]
     found = [[block for block in blocks if isinstance(block, Table) and block.files] for blocks in parts]
     return [tables for tables in found if tables]
 

@@ -30,7 +30,7 @@ def show(report: Report, console: Console | None = None) -> None:
     first = report.opening()
     console.print(draw.plain(first.title, "bold"))
     _blocks(first, console)
-    for _, chapter in report.chapters():
+    for _, chapter in report.chapters:
         _blocks(chapter, console)
     for text in report.notes:
         draw.note(f"Not shown: {text}", console)
