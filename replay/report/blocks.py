@@ -56,9 +56,9 @@ class Kind(Enum):
 
     def tone(self, value: Any) -> str:
         """Whether a signed value is "helpful" or "harmful"; nothing for others."""
-        if self is not Kind.SIGNED or not value:
+        if self is not Kind.SIGNED or value is None:
             return ""
-        return "helpful" if value > 0 else "harmful"
+        return "helpful" if value > 0 else "harmful" if value < 0 else ""
 
 
 @dataclass(frozen=True, slots=True)

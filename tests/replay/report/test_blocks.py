@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from tests.made import bounds_section, replay_folder
+from trajrec.replay.report.blocks import Kind
 from trajrec.replay.report.render import tables, terminal
 from trajrec.replay.report.render.html import html
 from trajrec.replay.report.report import Ask, Report, build
@@ -77,3 +79,15 @@ def test_it_is_only_there_where_it_was_asked_for(report: Report) -> None:
         "share",
         "table",
     ]
+
+
+def test_what_is_not_a_number_has_no_colour() -> None:
+    assert [Kind.SIGNED.tone(value) for value in (2.0, -1e-9, 0.0, math.nan, None)] == [
+        "helpful",
+        "harmful",
+        "",
+        "",
+        "",
+    ]
+    assert [Kind.SIGNED.text(value) for value in (math.nan, None)] == ["undefined", ""]
+    assert Kind.NUMBER.tone(2.0) == ""
