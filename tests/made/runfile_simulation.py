@@ -131,7 +131,6 @@ class Process:
         """What the writer does when it is woken (writer.Writer.run)."""
         finish = Finish(self._writer.ring.get(Control.FINISH))
         if finish is Finish.NO:
-            self._writer._save_staged()
             self._writer._seal_ready()
             return
         self._writer.seal_everything()

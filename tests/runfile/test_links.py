@@ -28,14 +28,14 @@ from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.recovery import pack
 from trajrec.runfile.ring import allocate, create
 from trajrec.runfile.trainer.sink import RunFileSink
-from trajrec.runfile.trainer.staging import Staging, save
 
 MADE = MadeUpRun(spec(3000, inputs="store"))
 SECRET = b"precious" * 4096
-IN_PLACE = ("lock", "ring.bin", "rows.bin", "staged.bin", "writer.log")
+IN_PLACE = ("lock", "ring.bin", "rows.bin", "writer.log")
 NAMES = (
     *IN_PLACE,
     "manifest.json",
+    "staged.bin",
     "manifest.json.tmp",
     "packed.h5.tmp",
     "segment-0000000000-0000000031.h5",
@@ -162,7 +162,6 @@ def in_a_manifest(folder: Folder) -> None:
 
 WRITERS = {
     "ring.bin": in_a_ring,
-    "staged.bin": lambda folder: Staging(folder.staged, 4096),
     "lock": lambda folder: Lock(folder.lock),
     "rows.bin": lambda folder: RowFile(folder.rows, 12_000).write(0, [MADE.row(0)[None]]),
     "packed.h5.tmp": in_a_segment,
@@ -180,15 +179,6 @@ def test_writing_replaces_a_link_or_refuses_it(folder, precious, name, kind):
     with contextlib.suppress(DamagedRunError):
         WRITERS[name](folder)
     assert precious.read_bytes() == SECRET
-
-
-def test_saving_staged_keyframes_does_not_write_through_a_link(folder, tmp_path):
-    staged = folder.staged.rename(tmp_path / "staged")
-    folder.staged.symlink_to(staged)
-    before = staged.read_bytes()
-    with pytest.raises(DamagedRunError, match=r"staged\.bin"):
-        save(folder)
-    assert staged.read_bytes() == before
 
 
 def test_a_link_that_leads_nowhere_makes_no_file(folder, tmp_path):

@@ -3,7 +3,7 @@
     reserve()   waits for a free slot (there nearly always is one) and hands out its row
     commit()    encodes the record into the ring and publishes the slot; now and then wakes the writer
     inputs()    writes a raw file, which the writer takes into the step's segment
-    keyframe()  leaves it to the writer (staging.py), or writes a raw file
+    keyframe()  writes a raw file
     close()     waits until the writer has packed everything
 
 No HDF5 here: on a full disk it takes its process down with it. When the writer has no room it ends, and nothing
@@ -21,7 +21,6 @@ import logging
 import os
 import time
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -31,14 +30,13 @@ from trajrec.errors import DiskFullError, RecordingError
 from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
 from trajrec.runfile import register
 from trajrec.runfile.format.arrays import Piece, pieces_of, write_pieces
-from trajrec.runfile.format.geometry import PAGE, Geometry, geometry_for
+from trajrec.runfile.format.geometry import Geometry, geometry_for
 from trajrec.runfile.manifest import Manifest
 from trajrec.runfile.place import Place
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
 from trajrec.runfile.trainer.budget import Budget, parse_size
 from trajrec.runfile.trainer.fulldisk import LIMIT, OnFull, Room, no_start
 from trajrec.runfile.trainer.process import WriterProcess, rework
-from trajrec.runfile.trainer.staging import LARGEST, PLACES, Staging
 from trajrec.sink import Summary
 
 logger = logging.getLogger("trajrec")
@@ -103,7 +101,6 @@ class RunFileSink:
         self._largest_inputs = 0
         self._wanted = -1
         self._needed: set[int] = set()  # keyframes that came unasked
-        self._staging: Staging | None = None
         _check_options(keep, compression, on_full, self._interval)
         self._place.check()
 
@@ -319,20 +316,7 @@ class RunFileSink:
             self._needed.add(keyframe.step)
         if keyframe.step >= self._next:
             return
-        if not is_needed and self._staging is not None:
-            if self._staging.put(keyframe):
-                return
-            self._writer.wake()
-        size = self._write(self.folder.keyframe(keyframe.step), pieces_of(keyframe.copied()))
-        if not is_needed and self._staging is None:
-            self._prepare_staging(size)
-
-    def _prepare_staging(self, size: int) -> None:
-        """Makes room for keyframes of this size; none under a budget, or where the disk is filling up."""
-        needed = 2 * (self._geometry.segment_bytes + PLACES * size)
-        if self._budget is None and 0 < size <= LARGEST and self._room.free > needed:
-            with suppress(OSError):
-                self._staging = Staging(self.folder.staged, size + PAGE)
+        self._write(self.folder.keyframe(keyframe.step), pieces_of(keyframe.copied()))
 
     def inputs(self, inputs: Inputs) -> None:
         """Takes the inputs of the step that is committed next, before its row is reserved."""
