@@ -21,7 +21,7 @@ from tests.made.runfile_cases import (
     spec,
 )
 from trajrec.errors import DamagedRunError, TrajrecError
-from trajrec.runfile import folder as folder_module
+from trajrec.runfile import durable as durable_module
 from trajrec.runfile.durable import durable
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.format import geometry
@@ -264,7 +264,7 @@ def test_a_missing_segment_is_named(folder):
 def test_what_has_its_name_is_on_the_disk(tmp_path, monkeypatch):
     """The order of operations: write, sync, rename, sync the folder."""
     done = []
-    monkeypatch.setattr(folder_module, "sync", lambda path: done.append(f"sync {path.name}"))
+    monkeypatch.setattr(durable_module, "sync", lambda path: done.append(f"sync {path.name}"))
     monkeypatch.setattr(Path, "replace", lambda self, target: done.append(f"rename to {Path(target).name}"))
     with durable(tmp_path / "segment") as tmp:
         done.append(f"write {tmp.name}")
@@ -385,7 +385,7 @@ def test_opening_executes_nothing(small, tmp_path):
 
 
 def test_reading_code_never_unpickles():
-    package = Path(folder_module.__file__).parent
+    package = Path(durable_module.__file__).parent
     text = "\n".join(path.read_text() for path in package.rglob("*.py"))
     for word in ("import pickle", "pickle.", "torch.load", "allow_pickle", "eval(", "exec(", "import_module"):
         assert word not in text

@@ -23,7 +23,7 @@ from trajrec.runfile.format.rowfile import HEAD_BYTES
 from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.recovery import pack
 from trajrec.runfile.trainer.sink import RunFileSink
-from trajrec.runfile.writer import rework, sealing
+from trajrec.runfile.writer import packing, rework
 from trajrec.runfile.writer.loop import Writer
 
 MADE = MadeUpRun(spec(3000, rng=16))
@@ -134,15 +134,15 @@ def flip(path: Path, place: float) -> None:
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999999])
 def test_a_byte_that_changes_while_packing_is_found(folder, monkeypatch, place):
     """Wherever it is in the packed file: the folder stays, and the next attempt makes a good one."""
-    check = sealing.check_made
+    check = packing.check_made
 
     def spoiled(made: Path, source: Path) -> None:
         flip(made, place)
         check(made, source)
 
     with monkeypatch.context() as patch, pytest.raises(DamagedRunError, match="was kept as it is"):
-        patch.setattr(sealing, "check_made", spoiled)
-        sealing.pack(folder, folder.read_manifest(), "recovered", ())
+        patch.setattr(packing, "check_made", spoiled)
+        packing.pack(folder, folder.read_manifest(), "recovered", ())
     assert not folder.output.exists()
     if not folder.rows.exists():  # else the row itself may be what has changed
         with trajrec.open(pack(folder.path)) as run:

@@ -141,7 +141,7 @@ def test_an_earlier_recording_is_as_it_was_after_a_stop(tmp_path, simulation):
 SCRIPT = """
 import gc, os, sys
 from tests.made.runfile_cases import MadeUpRun, spec
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 made = MadeUpRun(spec(200, rng=16, inputs="store"))
 sink = RunFileSink(sys.argv[1])
@@ -213,7 +213,7 @@ def test_a_forked_child_has_no_part_in_the_recording(tmp_path):
 KILLED = """
 import os, sys, time
 from tests.made.runfile_cases import MadeUpRun, spec
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 made = MadeUpRun(spec(200))
 sink = RunFileSink(sys.argv[1])
