@@ -6,25 +6,20 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, spec
+from tests.made.runfile_cases import SMALL, MadeUpRun, assert_same_inputs, assert_same_keyframe, spec
 from trajrec.errors import RecordingError
-from trajrec.runfile.format import geometry
 from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.trainer import sink as trainer
 from trajrec.runfile.trainer.budget import parse_size
-from trajrec.runfile.trainer.sink import RunFileSink
 
 MADE = MadeUpRun(spec(2000))
-
-
-@pytest.fixture(autouse=True)
-def small_segments(monkeypatch):
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**19)
-    monkeypatch.setattr(geometry, "ARENA_BYTES", 2**20)
+RunFileSink = partial(trainer.RunFileSink, limits=SMALL)
 
 
 def used(folder: Path) -> int:
@@ -37,6 +32,11 @@ def used(folder: Path) -> int:
             except FileNotFoundError:
                 continue
     return sum(sizes)
+
+
+@pytest.fixture(autouse=True)
+def _simulated(simulation):
+    pass
 
 
 class Watch:
@@ -58,7 +58,7 @@ class Watch:
         return self.most
 
 
-@pytest.mark.parametrize(("budget", "last"), [(7_000_000, 1500), (9_000_000, 600), (30_000_000, 1500), (7_000_000, 50)])
+@pytest.mark.parametrize(("budget", "last"), [(7_000_000, 1500), (9_000_000, 600), (30_000_000, 900), (7_000_000, 50)])
 @pytest.mark.parametrize("compression", ["zstd", "none"])
 def test_the_limit_is_never_exceeded(tmp_path, budget, last, compression):
     watch = Watch(tmp_path)
@@ -77,7 +77,7 @@ def test_the_limit_is_never_exceeded(tmp_path, budget, last, compression):
             assert_same_keyframe(run.keyframe(t), MADE.keyframe(t, with_weights=run.keep == "keyframes"))
 
 
-@pytest.mark.parametrize(("pixels", "last"), [(100, 600), (2000, 600)])
+@pytest.mark.parametrize(("pixels", "last"), [(100, 300), (2000, 300)])
 def test_inputs_count(tmp_path, caplog, pixels, last):
     made = MadeUpRun(spec(2000, inputs="store"), pixels=pixels)
     watch = Watch(tmp_path)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, assert_same_keyframe, spec
-from tests.runfile.test_resume import cut_off, restart
+from tests.made.runfile_cases import MadeUpRun, assert_same_keyframe, cut_off, restart, spec
 from trajrec.errors import DamagedRunError
 from trajrec.records import LiveKeyframe, Parts
 from trajrec.runfile.folder import Folder
@@ -21,6 +20,11 @@ from trajrec.runfile.recovery import pack
 from trajrec.runfile.trainer.sink import RunFileSink
 
 MADE = MadeUpRun(spec(300, rng=100))
+
+
+@pytest.fixture(autouse=True)
+def _simulated(simulation):
+    pass
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, spec
-from tests.runfile.test_resume import cut_off
+from tests.made.runfile_cases import MadeUpRun, cut_off, spec
+from tests.made.runfile_simulation import Simulation
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, OutputExistsError, RecordingError, TrajrecError
 from trajrec.records import Keyframe
 from trajrec.runfile import files
 from trajrec.runfile.durable import durable
 from trajrec.runfile.folder import Folder
-from trajrec.runfile.format import geometry, layout
+from trajrec.runfile.format import layout
 from trajrec.runfile.format.arrays import write_arrays
 from trajrec.runfile.format.geometry import geometry_for
 from trajrec.runfile.format.layout import Head
@@ -55,8 +55,7 @@ def unfinished(tmp_path_factory) -> Path:
     """The folder of a recording that was cut off, with every kind of file in it."""
     path = tmp_path_factory.mktemp("links") / "run.h5"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "SEGMENT_BYTES", 2**19)
-        patch.setattr(geometry, "ARENA_BYTES", 2**20)
+        Simulation(patch)
         cut_off(path, 200, MADE, compression="none", keyframe_every=50)
     return Folder.of(path).path
 

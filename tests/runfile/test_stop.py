@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, assert_same_run, spec
-from tests.made.runfile_simulation import Simulation
-from tests.runfile.test_resume import cut_off
+from tests.made.runfile_cases import MadeUpRun, assert_same_run, cut_off, end_trainer, spec
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import holder
 from trajrec.runfile.reader.verify import verify
@@ -23,11 +21,6 @@ from trajrec.sink import MemorySink
 
 ROOT = Path(__file__).parents[2]
 MADE = MadeUpRun(spec(200, rng=16))
-
-
-@pytest.fixture
-def simulation(monkeypatch):
-    return Simulation(monkeypatch)
 
 
 @pytest.fixture(params=["memory", "zstd", "none", "keyframes"])
@@ -94,9 +87,7 @@ def test_a_noted_gap_survives_a_kill(tmp_path, simulation):
     sink.open(MADE.spec)
     MADE.feed(sink, 50)
     sink.note_gap(51)
-    sink._writer._process.kill()
-    sink._writer.close()
-    sink._lock.release()
+    end_trainer(sink)
     with trajrec.open(pack(tmp_path / "run.h5")) as run:
         assert (run.steps, run.gaps) == (50, ((51, 51),))
 
@@ -172,6 +163,7 @@ def lives_on():
 
 
 waits, ends = os.pipe()
+last = 100
 for what in (calls_on, is_collected, lives_on, lambda: None):
     child = os.fork()
     if child == 0:
@@ -183,8 +175,9 @@ for what in (calls_on, is_collected, lives_on, lambda: None):
         print(child, flush=True)
     else:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-    made.feed(sink, sink._next + 9, first=sink._next)
-made.feed(sink, 200, first=sink._next)
+    made.feed(sink, last + 10, first=last + 1)
+    last += 10
+made.feed(sink, 200, first=last + 1)
 summary = sink.close(complete=True)
 assert (summary.steps, summary.gaps) == (200, ()), summary
 made.write(RunFileSink(sys.argv[1] + "-second"), 10)

@@ -141,10 +141,10 @@ class WriterProcess:
         self._process.wait()
 
     def kill(self) -> None:
-        """Ends a writer that has nothing to seal."""
+        """Ends a writer at once, and waits until it has; what it had not sealed is still in the ring."""
         assert self._process is not None
         self._process.kill()
-        self.close()
+        self._process.wait()
 
     def abandon(self) -> None:
         """Closes the pipe's copy in a process that was forked; the writer belongs to the process it was forked from."""

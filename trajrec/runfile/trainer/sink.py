@@ -30,7 +30,7 @@ from trajrec.errors import DiskFullError, RecordingError
 from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
 from trajrec.runfile import register
 from trajrec.runfile.format.arrays import Piece, pieces_of, write_pieces
-from trajrec.runfile.format.geometry import Geometry, geometry_for
+from trajrec.runfile.format.geometry import LIMITS, Geometry, Limits, geometry_for
 from trajrec.runfile.manifest import Manifest
 from trajrec.runfile.place import Place
 from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
@@ -42,7 +42,6 @@ from trajrec.sink import Summary
 logger = logging.getLogger("trajrec")
 
 KEYFRAME_INTERVAL = 64
-INPUT_BYTES = 256 * 1024**2  # of raw inputs at a time; then training waits for the writer
 _NAP = 0.001
 _GLANCE = 0.1
 _GLANCE_STEPS = 128
@@ -61,6 +60,7 @@ class RunFileSink:
             if that would throw away a training that is complete, or all of one, record a second part beside it.
         budget: limit on disk space ("20GB", or bytes); rows and keyframes are dropped to stay below it.
         keyframe_every: keyframe interval with keep="steps" (optimizer state is rebuilt between).
+        limits: how large segments, ring and raw inputs get.
 
     Raises:
         OutputExistsError: there is a recording already, and neither `force` nor `resume` was given; or there is
@@ -81,20 +81,22 @@ class RunFileSink:
         resume: bool = False,
         budget: str | int | None = None,
         keyframe_every: int = KEYFRAME_INTERVAL,
+        limits: Limits = LIMITS,
     ) -> None:
-        self._place = Place(Path(os.path.abspath(path)), force, resume)
-        self.output, self.folder = self._place.output, self._place.folder
+        self.place = Place(Path(os.path.abspath(path)), force, resume)
+        self.output, self.folder = self.place.output, self.place.folder
         self.resumed_at = self.resumed_epochs = 0
         self._keep_rows = keep == "steps"
         self._interval = keyframe_every if isinstance(keep, str) else keep
         self._compression = compression
+        self._limits = limits
         self._room = Room(self.output, on_full)
         self._budget = None if budget is None else Budget(parse_size(budget), self.folder)
         self._next = 0
         self._resuming = False
         self._is_open = False
         self._live = False  # whether there are a ring and a writer to talk to
-        self._stopped: str | None = None  # why
+        self.stopped: str | None = None  # why
         self._gap: tuple[int, int] | None = None
         self._unkept: Row | None = None
         self._pending: deque[tuple[int, int]] = deque()
@@ -102,7 +104,7 @@ class RunFileSink:
         self._wanted = -1
         self._needed: set[int] = set()  # keyframes that came unasked
         _check_options(keep, compression, on_full, self._interval)
-        self._place.check()
+        self.place.check()
 
     def open(self, spec: RunSpec) -> None:
         """Starts the run: makes the ring and starts the writer. Where that fails nothing is left of it.
@@ -113,14 +115,14 @@ class RunFileSink:
             RecordingError: the budget is too small, or the writer cannot be started.
         """
         self._spec, self._is_open = spec, True
-        if self._stopped is not None:
+        if self.stopped is not None:
             return
         self._geometry = self._measure()
         if self._budget is not None:
             self._budget.check_minimum(self._geometry)
-        self._place.claim()
-        self._lock = self._place.lock
-        self._resuming = self._place.resume and not self._place.force and self._place.is_taken()
+        self.place.claim()
+        self._lock = self.place.lock
+        self._resuming = self.place.resume and not self.place.force and self.place.is_taken()
         if not self._resuming:
             self._begin()
 
@@ -132,17 +134,17 @@ class RunFileSink:
 
     def _measure(self) -> Geometry:
         spec = self._spec
-        return geometry_for(spec.row_length, np.dtype(spec.dtype).itemsize, self._keep_rows)
+        return geometry_for(spec.row_length, np.dtype(spec.dtype).itemsize, self._keep_rows, self._limits)
 
     def _begin(self) -> None:
         """Begins a new recording in the place that has been claimed; only then an earlier one goes."""
         try:
-            self._place.make_room()
-            self._lock = self._place.lock
+            self.place.make_room()
+            self._lock = self.place.lock
             keep = "steps" if self._keep_rows else "keyframes"
             self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
-            self._writer.check_started()
-            self._place.begun()
+            self.writer.check_started()
+            self.place.begun()
             register.enter(self._spec)
         except OSError as error:
             self._undo_start()
@@ -153,9 +155,10 @@ class RunFileSink:
 
     def _undo_start(self) -> None:
         if self._live:
-            self._writer.kill()
+            self.writer.kill()
+            self.writer.close()
         self._live = False
-        self._place.give_up()
+        self.place.give_up()
 
     def _start_writer(self, first: int, manifest: Manifest | None = None) -> None:
         """Makes a ring for the steps from `first` on and starts a writer."""
@@ -164,7 +167,7 @@ class RunFileSink:
             self._ring = create(self.folder.ring, self._geometry, first, self._spec.dtype)
             if manifest is not None:
                 self.folder.write_manifest(manifest)
-            self._writer = WriterProcess(self.folder, self._ring, self._lock)
+            self.writer = WriterProcess(self.folder, self._ring, self._lock)
         except OSError as error:
             raise no_start(error, self.folder.path, ring_bytes(self._geometry)) from error
         self._live = True
@@ -207,14 +210,14 @@ class RunFileSink:
 
     def _begin_second_part(self, record: StepRecord, why: str) -> None:
         row = self._scratch
-        self._place.give_up()
-        self._place = self._place.second_part()
-        self.output, self.folder = self._place.output, self._place.folder
+        self.place.give_up()
+        self.place = self.place.second_part()
+        self.output, self.folder = self.place.output, self.place.folder
         self._room = Room(self.output, self._room.on_full)
         if self._budget is not None:
             self._budget = Budget(self._budget.limit, self.folder)
         logger.warning("%s: this is recorded as a second part, %s.", why, self.output)
-        self._place.claim()
+        self.place.claim()
         self._begin()
         if (target := self.reserve()) is not None:
             target[:] = row
@@ -224,16 +227,16 @@ class RunFileSink:
 
     def reserve(self) -> Row | None:
         """The row [P] to fill before the next commit, or None if rows of single steps are not kept."""
-        if self._stopped is not None:
+        if self.stopped is not None:
             return self._unkept_row()
         if self._resuming:
             self._scratch = np.empty(self._spec.row_length, self._spec.dtype)
             return self._scratch if self._keep_rows else None
         if self._next % self._geometry.chunk_rows == 0:
             self._stay_in_budget()
-        while self._stopped is None and not self._ring.has_slot(self._next):
+        while self.stopped is None and not self._ring.has_slot(self._next):
             self._wait_for_writer()
-        return self._unkept_row() if self._stopped is not None else self._ring.open_slot(self._next)
+        return self._unkept_row() if self.stopped is not None else self._ring.open_slot(self._next)
 
     def _unkept_row(self) -> Row | None:
         """A row that may be filled, and goes nowhere."""
@@ -243,7 +246,7 @@ class RunFileSink:
 
     def commit(self, record: StepRecord) -> None:
         """Publishes the reserved row together with its record."""
-        if self._stopped is not None:
+        if self.stopped is not None:
             self.note_gap(record.step)
             return
         if self._resuming:
@@ -251,9 +254,9 @@ class RunFileSink:
             return
         if record.step != self._next:
             raise RecordingError(f"Step {self._next} was to be recorded, and step {record.step} was given.")
-        while self._stopped is None and not self._publish(record):
+        while self.stopped is None and not self._publish(record):
             pass
-        if self._stopped is not None:
+        if self.stopped is not None:
             self.note_gap(record.step)
             return
         self._next = record.step + 1
@@ -274,14 +277,14 @@ class RunFileSink:
     def _glance(self) -> None:
         """Looks after the writer now and then."""
         if self._next % self._pause == 0:
-            self._writer.wake()
-            if self._writer.status() is Status.DISK_FULL and self._room.free > 2 * self._geometry.segment_bytes:
-                self._writer.restart()
+            self.writer.wake()
+            if self.writer.status() is Status.DISK_FULL and self._room.free > 2 * self._geometry.segment_bytes:
+                self.writer.restart()
 
     def stop(self, reason: str) -> None:
         """Ends recording, and not the run: what comes now is noted as a gap, and nothing is kept. Says nothing."""
-        if self._stopped is None:
-            self._stopped = reason
+        if self.stopped is None:
+            self.stopped = reason
 
     def note_gap(self, step: int) -> None:
         """Notes that the steps from the last recorded one up to this one go unrecorded."""
@@ -296,20 +299,20 @@ class RunFileSink:
     def abandon(self) -> None:
         """Closes a forked process's copies of lock and pipe; whatever is called here from now on does nothing."""
         if self._live:
-            self._writer.abandon()
+            self.writer.abandon()
         self._live, self._next = False, 0
-        self._place.release()
+        self.place.release()
         self.stop("This process was forked from the one that is recorded.")
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""
-        wanted = step % self._interval == 0 and self._stopped is None
+        wanted = step % self._interval == 0 and self.stopped is None
         self._wanted = step if wanted else -1
         return wanted
 
     def keyframe(self, keyframe: LiveKeyframe) -> None:
         """Takes the state after a committed step; none once recording has stopped, because training has gone on."""
-        if self._stopped is not None:
+        if self.stopped is not None:
             return
         is_needed, self._wanted = keyframe.step != self._wanted, -1
         if is_needed:
@@ -320,7 +323,7 @@ class RunFileSink:
 
     def inputs(self, inputs: Inputs) -> None:
         """Takes the inputs of the step that is committed next, before its row is reserved."""
-        if self._stopped is not None:
+        if self.stopped is not None:
             return
         expected = sum(array.nbytes for array in inputs.arrays.values())
         if expected > self._largest_inputs:
@@ -328,10 +331,10 @@ class RunFileSink:
             self._stay_in_budget()
         size = self._write(self.folder.inputs(inputs.step), pieces_of(inputs))
         self._pending.append((inputs.step, size))
-        if self._pending_inputs() > INPUT_BYTES // 2:
+        if self._pending_inputs() > self._limits.input_bytes // 2:
             self._flush_before(inputs.step)
-            self._writer.wake()
-        while self._stopped is None and self._pending_inputs() > max(INPUT_BYTES, 4 * size):
+            self.writer.wake()
+        while self.stopped is None and self._pending_inputs() > max(self._limits.input_bytes, 4 * size):
             self._flush_before(inputs.step)
             self._wait_for_writer()
 
@@ -349,7 +352,7 @@ class RunFileSink:
 
     def _write(self, path: Path, pieces: list[Piece]) -> int:
         """Writes a raw file, and returns its size; 0 where recording has stopped."""
-        while self._stopped is None:
+        while self.stopped is None:
             try:
                 return write_pieces(path, pieces)
             except OSError as error:
@@ -363,7 +366,7 @@ class RunFileSink:
         if budget is None:
             return
         inputs = self._pending_inputs() + self._geometry.chunk_rows * self._largest_inputs
-        while self._stopped is None and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next) + inputs):
+        while self.stopped is None and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next) + inputs):
             if self._keep_rows:
                 self._drop_rows(budget)
             elif (interval := budget.thin(self._interval, self._needed)) is not None:
@@ -377,9 +380,9 @@ class RunFileSink:
         if status is not Status.DONE:
             self._act_on(status)
             return
-        self._writer.close()
+        self.writer.close()
         self._live = False
-        while self._stopped is None and not self._live:
+        while self.stopped is None and not self._live:
             try:
                 self._go_on_without_rows(budget)
             except DiskFullError:
@@ -396,24 +399,24 @@ class RunFileSink:
 
     def _wait_for_writer(self) -> None:
         """Waits a moment for the writer to free slots; acts if it has no room to."""
-        self._writer.wake()
+        self.writer.wake()
         tail, until = self._ring.get(Control.TAIL), time.monotonic() + _GLANCE
         while self._ring.get(Control.TAIL) == tail and time.monotonic() < until:
             time.sleep(_NAP)
         if self._ring.get(Control.TAIL) != tail:
             return  # what it has sealed made room here, also if there was none for more
-        self._act_on(self._writer.status())
+        self._act_on(self.writer.status())
 
     def _act_on(self, status: Status) -> None:
         """Does what there is to do about a writer that has ended before its time."""
         if status is Status.DISK_FULL:
             self._stop(self._room.act_on_full_disk(self._next, self._geometry.segment_bytes // 2))
-            if self._stopped is None:
-                self._writer.restart()
+            if self.stopped is None:
+                self.writer.restart()
         elif status is Status.FILE_TOO_LARGE:
             self._stop(self._room.act_on_limit(self._next))
         elif status is not Status.RUNNING:
-            self._stop(f"The writer of {self.output} cannot go on: {self._writer.reason()}")
+            self._stop(f"The writer of {self.output} cannot go on: {self.writer.reason()}")
 
     def _stop(self, why: str | None) -> None:
         """Stops recording if there is a reason to, and says so."""
@@ -430,7 +433,7 @@ class RunFileSink:
             RecordingError: the writer cannot finish.
         """
         if not self._live:
-            self._place.give_up()
+            self.place.give_up()
             return self._unpacked("It has no writer") if self._next else self._nothing()
         if not self._next:
             self._undo_start()
@@ -439,25 +442,25 @@ class RunFileSink:
         try:
             status = self._end_writer(Finish.COMPLETE if complete else Finish.RECOVERED)
         finally:
-            self._writer.close()
+            self.writer.close()
             if status is Status.DONE:
                 self.folder.remove()  # a writer may have been killed over it
-            self._place.release()
+            self.place.release()
         if status is Status.DONE:
-            return Summary(self.output, self._next - 1, self.output.stat().st_size, self._gaps, self._stopped)
+            return Summary(self.output, self._next - 1, self.output.stat().st_size, self._gaps, self.stopped)
         self.folder.sweep()
-        return self._unpacked(_WHY_UNPACKED.get(status) or self._writer.reason())
+        return self._unpacked(_WHY_UNPACKED.get(status) or self.writer.reason())
 
     def _end_writer(self, finish: Finish) -> Status:
         """Has the writer finish and waits for it: DONE, or why it is not; waits for room where `on_full` says so."""
         self._ring.set(Control.FINISH, finish)
-        self._writer.wake()
-        while (status := self._writer.status()) is not Status.DONE:
+        self.writer.wake()
+        while (status := self.writer.status()) is not Status.DONE:
             if status is Status.RUNNING:
-                self._writer.wait(_GLANCE)
+                self.writer.wait(_GLANCE)
             elif status is Status.DISK_FULL and self._room.on_full == "wait":
                 self._room.wait(f"The disk is full: {self.output} cannot be finished.", self.folder.packing_size())
-                self._writer.restart()
+                self.writer.restart()
             else:
                 break
         return status
@@ -467,7 +470,7 @@ class RunFileSink:
         return () if self._gap is None else (self._gap,)
 
     def _nothing(self) -> Summary:
-        return Summary(None, 0, 0, self._gaps, self._stopped)
+        return Summary(None, 0, 0, self._gaps, self.stopped)
 
     def _unpacked(self, why: str) -> Summary:
         folder = self.folder.path
@@ -476,7 +479,7 @@ class RunFileSink:
             "`trajrec pack %s` packs it once the cause is gone.",
             *(self.output, why.rstrip("."), folder, folder),
         )
-        return Summary(folder, self._next - 1, self.folder.size(), self._gaps, self._stopped)
+        return Summary(folder, self._next - 1, self.folder.size(), self._gaps, self.stopped)
 
 
 _WHY_UNPACKED = {
