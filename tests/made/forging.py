@@ -28,8 +28,9 @@ from trajrec.errors import DamagedRunError
 from trajrec.runfile.format import trailer
 from trajrec.runfile.format.arrays import MAGIC as KEYFILE
 from trajrec.runfile.format.codec import decode
+from trajrec.runfile.format.columns import FIXED, RAGGED
 from trajrec.runfile.format.geometry import GEOMETRY_BYTES, Limits
-from trajrec.runfile.format.table import PLAIN, RAGGED, StepTable, _checksums
+from trajrec.runfile.format.table import StepTable
 from trajrec.runfile.manifest import FORMAT, VERSION
 from trajrec.runfile.ring import Control, Ring
 from trajrec.runfile.trainer.sink import RunFileSink
@@ -325,11 +326,9 @@ def _replace(file: h5py.File, dataset: h5py.Dataset, values: np.ndarray) -> str:
 def _mend_records(file: h5py.File) -> None:
     if any(d.size > 10**6 for d in _datasets(file)):
         return
-    columns = {name: file[f"steps/{name}"][()] for name in PLAIN}
-    columns |= {name: file[f"batches/{name}"][()] for name in RAGGED}
-    columns |= {f"{name}_offsets": file[f"batches/{name}_offsets"][()] for name in RAGGED}
-    table = StepTable(int(file.attrs["first"]), **columns)
-    file["steps/record_crc32"][...] = _checksums(table)
+    columns = {c.name: file[c.path][()] for c in (*FIXED, *RAGGED)}
+    columns |= {c.offsets: file[f"{c.path}_offsets"][()] for c in RAGGED}
+    file["steps/record_crc32"][...] = StepTable(int(file.attrs["first"]), columns).checksums()
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------

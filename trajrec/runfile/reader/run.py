@@ -174,7 +174,7 @@ class Run:
         """Hyperparameters in force at step t (1..T) [G, H], in the order of `spec.hyperparameters`."""
         self._check(t, 1)
         table = self._table(t)
-        return present(table.hyper[t - table.first])
+        return present(table["hyper"][t - table.first])
 
     def hyperparameters(self, t: int) -> list[dict[str, float]]:
         """Hyperparameters in force at step t (1..T), a dictionary for each of the G groups."""
@@ -217,7 +217,7 @@ class Run:
         t = 0
         while t <= self.steps:
             table = self._table(t)
-            for k in np.flatnonzero(np.diff(table.changes_offsets)).tolist():
+            for k in np.flatnonzero(np.diff(table["changes_offsets"])).tolist():
                 found[table.first + k] = Conditions.from_json(table.span("changes", k).tobytes())
             t = table.first + len(table)
         return {step: conditions for step, conditions in found.items() if step <= self.steps}
@@ -281,7 +281,7 @@ class Run:
     def _value(self, name: str, t: int, lowest: int) -> Any:
         self._check(t, lowest)
         table = self._table(t)
-        return getattr(table, name)[t - table.first]
+        return table[name][t - table.first]
 
     def _span(self, name: str, t: int) -> npt.NDArray[Any]:
         self._check(t, 1)
@@ -292,7 +292,7 @@ class Run:
         parts, t = [], 0
         while t <= self.steps:
             table = self._table(t)
-            parts.append(getattr(table, name)[t - table.first :])
+            parts.append(table[name][t - table.first :])
             t = table.first + len(table)
         column: npt.NDArray[Any] = np.concatenate(parts)[1 : self.steps + 1]
         return column
