@@ -33,6 +33,7 @@ from trajrec.runfile.trainer.sink import RunFileSink
 
 MADE = MadeUpRun(spec(40, rng=16))
 LAST = 40
+CUT = 110
 WHOLE = MadeUpRun(spec(3000, rng=16))
 STORED = MadeUpRun(spec(40, inputs="store"))
 WITH_INPUTS = MadeUpRun(spec(3000, rng=16, inputs="store"))
@@ -72,10 +73,10 @@ def unfinished_stored(tmp_path_factory):
 
 
 def make_cut_off(path: Path, made: MadeUpRun, compression: str = "zstd") -> Path:
-    limits = Limits(segment_bytes=2**20, arena_bytes=2**18)
+    limits = Limits(segment_bytes=2**19, arena_bytes=2**18)
     with pytest.MonkeyPatch.context() as patch:
         Simulation(patch)  # no process that is in the middle of something
-        cut_off(path, 230, made, limits, keyframe_every=50, compression=compression)
+        cut_off(path, CUT, made, limits, keyframe_every=25, compression=compression)
     folder = Folder.of(path)
     assert len(folder.segments()) == 3
     return folder.path
@@ -283,7 +284,7 @@ def test_a_failure_leaves_no_half_file(tmp_path):
 def test_power_cut(unfinished, folder, seed):
     """Pages of the ring that were not written back read as zeros or as an earlier lap; the rest is as it was."""
     chance, data = random.Random(seed), bytearray((unfinished / "ring.bin").read_bytes())
-    rows = 230 % 256 * WHOLE.spec.row_length * 4
+    rows = CUT % 64 * WHOLE.spec.row_length * 4
     for page in chance.sample(range(1, len(data) // PAGE), chance.choice([1, 5, 200])):
         start = page * PAGE
         source = chance.choice([None, (start + rows) % (len(data) - PAGE) // PAGE * PAGE])
@@ -315,7 +316,7 @@ def assert_prefix(folder: Folder, made: MadeUpRun = WHOLE) -> None:
     sealed = folder.segments()[-1].stop - 1
     with trajrec.open(folder.path) as run:
         steps = run.steps
-        assert sealed <= steps <= 230
+        assert sealed <= steps <= CUT
         assert_same_run(run, made, steps)
     with trajrec.open(pack(folder.path)) as run:
         assert_same_run(run, made, steps)
@@ -414,3 +415,17 @@ def test_values_from_outside_the_file_are_refused(small, tmp_path, how):
             file.create_dataset("weights", (LAST + 1, 40), h5py.string_dtype())
     with pytest.raises(DamagedRunError, match="/weights cannot be read"):
         trajrec.open(path)
+
+
+def test_an_error_says_what_is_damaged_and_where(small, tmp_path):
+    path = Path(shutil.copy(small, tmp_path))
+    with h5py.File(path, "r+") as file:
+        file["weights"][3, 0] += 1
+    with trajrec.open(path) as run, pytest.raises(DamagedRunError) as row:
+        run.row(3)
+    with h5py.File(path, "r+") as file:
+        file["steps/loss"][17] += 1
+    with trajrec.open(path) as run, pytest.raises(DamagedRunError) as record:
+        run.loss(3)
+    found = [(error.value.file, error.value.dataset, error.value.steps) for error in (row, record)]
+    assert found == [(path, "/weights", (3, 3)), (path, "/steps", (17, 17))]

@@ -49,7 +49,7 @@ class Run:
     """
 
     def __init__(self, path: Path) -> None:
-        self._asked = path
+        self._given = path
         self._source: Source = find(path)
         source = self._source
         self.path = source.path
@@ -66,7 +66,7 @@ class Run:
         self._tables: OrderedDict[int, StepTable] = OrderedDict()
         self._block: tuple[int, Row] | None = None
         self._reader = RowReader(
-            lambda step: self._now(lambda s: s.block(step)), self._read_rows, self.crc32, str(self.path)
+            lambda step: self._now(lambda s: s.block(step)), self._read_rows, self.crc32, self.path
         )
 
     def __enter__(self) -> Run:
@@ -92,7 +92,7 @@ class Run:
                 try:
                     return ask(self._source)
                 except (MovedError, FileNotFoundError):
-                    old, self._source = self._source, find(self._asked)
+                    old, self._source = self._source, find(self._given)
                     old.close()
             raise DamagedRunError(f"{self.path}: files that belong to it are missing. Restore it from a copy.")
 

@@ -33,7 +33,9 @@ def sound_table(table: StepTable, spec: RunSpec, path: Path) -> StepTable:
     """
     for what, wrong in _table_faults(table, spec):
         if (places := np.flatnonzero(wrong)).size:
-            raise DamagedRunError(f"{path}: /steps and /batches, step {table.first + int(places[0])}: {what}.")
+            step = table.first + int(places[0])
+            message = f"{path}: /steps and /batches, step {step}: {what}."
+            raise DamagedRunError(message, path, "/steps", (step, step))
     return table
 
 

@@ -53,14 +53,17 @@ _FAULTS = (
 
 
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Turns a fault of the HDF5 library into a `DamagedRunError` that names file and dataset."""
+def reading(path: Path, what: str, first: int | None = None, stop: int = 0) -> Iterator[None]:
+    """Turns a fault of the HDF5 library into a `DamagedRunError` that names file, dataset and steps [first, stop)."""
     try:
         yield
     except _FAULTS as error:
+        steps = None if first is None else (first, stop - 1)
+        which = "" if steps is None else f", step {first}" if first == stop - 1 else f", steps {first} to {stop - 1}"
         raise DamagedRunError(
-            f"{path}: {what} cannot be read: the file is truncated or damaged ({_reason(error)}). "
-            "Run `trajrec verify` to see what is intact."
+            f"{path}: {what}{which} cannot be read: the file is truncated or damaged ({_reason(error)}). "
+            "Run `trajrec verify` to see what is intact.",
+            *(path, what if what.startswith("/") else "", steps),
         ) from error
 
 
@@ -213,7 +216,7 @@ class StoredRun:
 
     def rows(self, first: int, stop: int) -> Row:
         """Rows of steps [first, stop) [n, P], not checked."""
-        with reading(self.rows_path, f"/weights, steps {first} to {stop - 1}"):
+        with reading(self.rows_path, "/weights", first, stop):
             out = np.empty((stop - first, self.row_length), self._weights.dtype)
             if out.size:
                 self._rows.read(first - self.first, out)
@@ -227,7 +230,7 @@ class StoredRun:
 
     def raw_chunks(self, first: int) -> Iterator[tuple[int, int, bytes]]:
         """Column, filter mask and stored bytes of the chunks whose rows begin with that of step `first`."""
-        with reading(self.path, f"/weights, step {first}"):
+        with reading(self.path, "/weights", first, first + 1):
             for column in range(0, self.row_length, self._weights.chunks[1]):
                 mask, data = self._weights.id.read_direct_chunk((first - self.first, column))
                 yield column, mask, data
@@ -248,7 +251,7 @@ class StoredRun:
     def table(self, first: int, stop: int, is_sound: bool = False) -> StepTable:
         """The records of steps [first, stop), checked unless the whole file is known to be sound."""
         columns = {path: self.column(path, first, stop) for path in DATASETS if not path.endswith("_offsets")}
-        with reading(self.path, f"/steps/step, steps {first} to {stop - 1}"):
+        with reading(self.path, "/steps/step", first, stop):
             if not np.array_equal(columns.pop(STEP), np.arange(first, stop)):
                 raise ValueError("the steps are not consecutive")
         fields = {path.partition("/")[2]: values for path, values in columns.items()}
@@ -258,7 +261,8 @@ class StoredRun:
         if not is_sound and (step := table.damaged()) is not None:
             raise DamagedRunError(
                 f"{self.path}: /steps and /batches, step {step}: the record does not match its checksum; the file is "
-                "damaged. Run `trajrec verify` to see what is intact."
+                "damaged. Run `trajrec verify` to see what is intact.",
+                *(self.path, "/steps", (step, step)),
             )
         return table
 
@@ -267,7 +271,7 @@ class StoredRun:
         offsets = self._offsets(c, first, stop)
         if self._lacks(c):
             return {c.name: c.nothing, c.offsets: offsets}
-        with reading(self.path, f"/{c.path}, steps {first} to {stop - 1}"):
+        with reading(self.path, f"/{c.path}", first, stop):
             flat = self._dataset(c.path, np.dtype(c.dtype).kind, 1)
             if offsets[0] < 0 or offsets[-1] > len(flat) or (np.diff(offsets) < 0).any():
                 raise ValueError(f"/{c.path}_offsets is not an ascending list within it")
@@ -289,7 +293,7 @@ class StoredRun:
         more = path.endswith("_offsets")
         if more and any(self._lacks(c) for c in RAGGED if path == f"{c.path}_offsets"):
             return np.zeros(stop - first + 1, "<i8")
-        with reading(self.path, f"/{path}, steps {first} to {stop - 1}"):
+        with reading(self.path, f"/{path}", first, stop):
             dtype, dimensions = DATASETS[path]
             dataset = self._dataset(path, np.dtype(dtype).kind, dimensions)
             if len(dataset) != self.entries + more:
@@ -333,7 +337,8 @@ class StoredRun:
         dataset = self._checked_dataset(name, "biufc", None)
         value = np.asarray(dataset[()])
         if crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
-            raise DamagedRunError(f"{self.path}: /{name} does not match its checksum; the file is damaged.")
+            message = f"{self.path}: /{name} does not match its checksum; the file is damaged."
+            raise DamagedRunError(message, self.path, f"/{name}")
         return value.astype(value.dtype.newbyteorder("="), copy=False)
 
 

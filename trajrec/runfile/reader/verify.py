@@ -7,7 +7,6 @@ ring and the raw keyframes of a folder have checksums of their own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,10 +136,8 @@ def _column_problems(stored: StoredRun, first: int, stop: int, error: DamagedRun
             found = True
             yield Problem(stored.path, f"/{name}", first, stop - 1, _short(fault, stored.path))
     if not found:
-        named = re.search(r"/(steps|batches)/\w+", str(error))
-        step = re.search(r"step (\d+):", str(error))
-        a, b = (int(step[1]), int(step[1])) if step else (first, stop - 1)
-        yield Problem(stored.path, named[0] if named else "/steps", a, b, _short(error, stored.path))
+        a, b = error.steps or (first, stop - 1)
+        yield Problem(stored.path, error.dataset or "/steps", a, b, _short(error, stored.path))
 
 
 def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
