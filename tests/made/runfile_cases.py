@@ -90,8 +90,8 @@ class MadeUpRun:
         ids = random.integers(0, self.spec.samples, self.batch - (t % 5 == 0))
         weights = random.random(len(ids)) if self.with_weights and t % 3 == 0 else None
         size = sum(length for _, length in self.spec.rng)
-        told = (t, t // 10, 1.0 / t, 1e9 + t, crc, hyper, ids, weights, random.bytes(size * (t % 2)))
-        return StepRecord(*told, **self._rest(t, len(ids)) if self.with_parts else {})
+        values = (t, t // 10, 1.0 / t, 1e9 + t, crc, hyper, ids, weights, random.bytes(size * (t % 2)))
+        return StepRecord(*values, **self._rest(t, len(ids)) if self.with_parts else {})
 
     def _rest(self, t: int, count: int) -> dict:
         """Micro-batches at every other step, digests at most, a third group from step 20 on, changes now and then."""
@@ -224,8 +224,8 @@ def assert_same_step(run: object, record: StepRecord) -> None:
     expected = np.full(count, 1 / count) if record.weights is None else record.weights
     assert np.array_equal(run.sample_weights(t), expected)
     assert np.array_equal(run.hyper(t), record.hyper, equal_nan=True)
-    told = (run.epoch(t), run.loss(t), run.time(t), run.crc32(t), run.rng(t))
-    assert told == (record.epoch, record.loss, record.time, record.crc32, record.rng)
+    found = (run.epoch(t), run.loss(t), run.time(t), run.crc32(t), run.rng(t))
+    assert found == (record.epoch, record.loss, record.time, record.crc32, record.rng)
     assert np.array_equal(run.parts(t), record.parts if record.parts.size else [count])
     assert np.array_equal(run.digests(t), record.digests)
     assert bool(record.changes) == (t in run.changes)

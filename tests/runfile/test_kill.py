@@ -26,7 +26,7 @@ from trajrec.runfile.recovery import pack
 from trajrec.runfile.trainer.sink import RunFileSink
 
 VALUES = 20_000
-MOST = 600  # steps before a kill
+MOST = 400  # steps before a kill
 ROOT = Path(__file__).parents[2]
 
 
@@ -147,7 +147,7 @@ def kill_writer(folder: Path) -> None:
 def kill_training(folder: Path) -> None:
     """A training is killed, its writer too or not, and what is recorded are the weights of the same training."""
     trial = Trial(folder, module="tests.made.runfile_training")
-    trial.get_on(600)
+    trial.get_on(MOST)
     trial.kill(*random.choice([[trial.trainer.pid], [trial.writer, trial.trainer.pid]]))
     trial.trainer.wait()
     trial.wait_for_orphan()

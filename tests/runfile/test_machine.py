@@ -86,8 +86,8 @@ class Recordings(RuleBasedStateMachine):
         return self.made[number]
 
     def _training(self, number: int) -> MadeUpRun:
-        told = dataclasses.replace(self.spec, run_id=f"{number:032x}")
-        return MadeUpRun(told, seed=number, batch=3, pixels=2)
+        named = dataclasses.replace(self.spec, run_id=f"{number:032x}")
+        return MadeUpRun(named, seed=number, batch=3, pixels=2)
 
     def next_training(self) -> MadeUpRun:
         self.trainings += 1
@@ -322,7 +322,7 @@ class RealRecordings(Recordings):
     is_real = True
 
 
-MADE, LAST = MadeUpRun(spec(VALUES)), 35
+MADE, LAST = MadeUpRun(spec(VALUES)), 24
 
 
 def until_nothing_is_left_to_kill(simulation: Simulation, trial) -> None:
@@ -369,16 +369,16 @@ def test_going_on_may_be_killed_at_any_operation(tmp_path, simulation, compressi
             end_trainer(sink, drains=True)
         sink = RunFileSink(path, limits=TINY, compression=compression, resume=True)
         sink.open(MADE.spec)
-        sink.reserve()[:] = MADE.row(20)
+        sink.reserve()[:] = MADE.row(10)
         simulation.left = operations
         try:
-            sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(20).crc32))
-            last = 20
+            sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(10).crc32))
+            last = 10
         except RecordingError:
             last = LAST
         sink.close(complete=False)
         with trajrec.open(path) as run:
-            assert 20 <= run.steps <= last
+            assert 10 <= run.steps <= last
             assert all(run.row(t).tobytes() == MADE.row(t).tobytes() for t in range(run.steps + 1))
 
     until_nothing_is_left_to_kill(simulation, trial)

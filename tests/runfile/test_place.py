@@ -18,7 +18,7 @@ from trajrec.runfile import place
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import Lock, holder
 from trajrec.runfile.recovery import pack
-from trajrec.runfile.trainer import process, sink
+from trajrec.runfile.trainer import process
 from trajrec.runfile.trainer.sink import RunFileSink
 
 POPEN = process.subprocess.Popen
@@ -204,7 +204,7 @@ def no_ring(patch: pytest.MonkeyPatch) -> None:
     def create(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    patch.setattr(sink, "create", create)
+    patch.setattr(process, "create", create)
 
 
 def no_process(patch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from tests.made.runfile_cases import (
 from trajrec.errors import RecordingError
 from trajrec.replay import contributions
 from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.trainer import resume
 from trajrec.runfile.trainer import sink as trainer
 
 MADE = MadeUpRun(spec(2000, rng=32))
@@ -168,9 +169,9 @@ def test_a_complete_training_goes_on_from_its_end(tmp_path):
 def test_steps_that_go_are_said_before_they_go(tmp_path, caplog, monkeypatch):
     path = tmp_path / "run.h5"
     begin(path, 50, packed=False)
-    rework, said = trainer.rework, {}
+    rework, said = resume.rework, {}
     monkeypatch.setattr(
-        trainer,
+        resume,
         "rework",
         lambda folder, lock, command, *rest: (
             (said.setdefault(command, caplog.text) and None) or rework(folder, lock, command, *rest)

@@ -97,15 +97,15 @@ def test_inputs_come_back_bit_for_bit(tmp_path, simulation, keep, pixels):
 
 def test_large_inputs_are_taken_into_segments_before_these_are_full(tmp_path, simulation):
     made = MadeUpRun(spec(inputs="store"), pixels=5000)
-    sink = RunFileSink(tmp_path / "run.h5", keep=50, limits=Limits(input_bytes=2**20))
+    sink = RunFileSink(tmp_path / "run.h5", keep=25, limits=Limits(input_bytes=2**19))
     sink.open(made.spec)
-    for t in range(120):
+    for t in range(60):
         made.feed(sink, t, first=t)
-        assert sum(path.stat().st_size for path in sink.folder.raw_inputs().values()) < 1.5 * 2**20
-    assert_same_inputs(trajrec.open(tmp_path / "run.h5"), made, range(1, 120))
+        assert sum(path.stat().st_size for path in sink.folder.raw_inputs().values()) < 1.5 * 2**19
+    assert_same_inputs(trajrec.open(tmp_path / "run.h5"), made, range(1, 60))
     sink.close(complete=True)
     with trajrec.open(tmp_path / "run.h5") as run:
-        assert_same_inputs(run, made, range(1, 120))
+        assert_same_inputs(run, made, range(1, 60))
 
 
 @pytest.mark.parametrize("keep", [1, 10])

@@ -137,13 +137,13 @@ from trajrec.runfile.trainer.sink import RunFileSink
 made = MadeUpRun(spec(200, rng=16, inputs="store"))
 sink = RunFileSink(sys.argv[1])
 sink.open(made.spec)
-made.feed(sink, 100)
+made.feed(sink, 40)
 
 
 def calls_on():
     other = MadeUpRun(made.spec, seed=9)
-    other.feed(sink, 150, first=101)
-    sink.keyframe(other.keyframe(101))
+    other.feed(sink, 60, first=41)
+    sink.keyframe(other.keyframe(41))
     sink.stop("in the child")
     sink.note_gap(160)
     sink.abandon()
@@ -163,7 +163,7 @@ def lives_on():
 
 
 waits, ends = os.pipe()
-last = 100
+last = 40
 for what in (calls_on, is_collected, lives_on, lambda: None):
     child = os.fork()
     if child == 0:
@@ -177,9 +177,9 @@ for what in (calls_on, is_collected, lives_on, lambda: None):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     made.feed(sink, last + 10, first=last + 1)
     last += 10
-made.feed(sink, 200, first=last + 1)
+made.feed(sink, 90, first=last + 1)
 summary = sink.close(complete=True)
-assert (summary.steps, summary.gaps) == (200, ()), summary
+assert (summary.steps, summary.gaps) == (90, ()), summary
 made.write(RunFileSink(sys.argv[1] + "-second"), 10)
 print("closed", flush=True)
 sys.stdin.read()
@@ -200,7 +200,7 @@ def test_a_forked_child_has_no_part_in_the_recording(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5", "run.h5-second"]
     assert verify(path) == []
     with trajrec.open(path) as run:
-        assert_same_run(run, MadeUpRun(spec(200, rng=16, inputs="store")), 200)
+        assert_same_run(run, MadeUpRun(spec(200, rng=16, inputs="store")), 90)
 
 
 KILLED = """
