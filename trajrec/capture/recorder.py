@@ -46,7 +46,8 @@ from trajrec.rules import check_recordable, rehearse
 from trajrec.sink import Sink, Summary
 from trajrec.snapshot.devicecopy import RowCopy
 from trajrec.snapshot.generators import Generators, consumed
-from trajrec.snapshot.snapshot import Snapshot, copy_row
+from trajrec.snapshot.model import Snapshot
+from trajrec.snapshot.weights import copy_row
 from trajrec.task.loading import absolute, file_sha256, task_file
 from trajrec.task.seeding import find_seeded
 
