@@ -51,6 +51,9 @@ class Listener(Protocol):
     def begin_pass(self, loader: Any, around: Sequence[Any]) -> int | None:
         """A pass over a loader begins, which others draw from: its number, or None if the training has none of it."""
 
+    def end_pass(self, serial: int) -> None:
+        """Nothing more comes from the pass over a loader with this number."""
+
     def draw(self, handed: Handed, serial: int) -> None:
         """The loop has received a batch."""
 
@@ -113,6 +116,15 @@ class Pass:
     outer: OuterIterator | None = None
     is_over: bool = False
 
+    def end(self) -> None:
+        """Nothing more comes from it."""
+        if not self.is_over:
+            self.is_over = True
+            for listener in _watching.listeners:
+                serial = self.serials.get(id(listener))
+                if serial is not None:
+                    listener.end_pass(serial)
+
 
 class _Iterator:
     """Stands in for a loader's iterator."""
@@ -142,7 +154,7 @@ class WatchedIterator(_Iterator):
         self._drawn = drawn
 
     def __del__(self) -> None:
-        self._about.is_over = True
+        self._about.end()
 
     def __iter__(self) -> WatchedIterator:
         return self
@@ -159,7 +171,7 @@ class WatchedIterator(_Iterator):
         try:
             content = self._next()
         except StopIteration:
-            self._about.is_over = True
+            self._about.end()
             raise
         except Exception:
             self._drawn = None  # which batch has failed, and whether it will come again, cannot be told

@@ -191,6 +191,9 @@ class BatchLedger:
             self._serial += 1
             return self._serial
 
+    def end_pass(self, serial: int) -> None:
+        """Nothing more comes from a pass over a loader."""
+
     def draw(self, handed: Handed, serial: int = 0) -> None:
         """The loop has received a batch."""
         with self._lock:

@@ -576,6 +576,7 @@ class Ear:
         ledger, watch, guarded = recorder.ledger, recorder.ledger.watch, recorder._guard.around
         self.abandon, self.failed = recorder.abandon, recorder._guard.give
         self.begin_pass = guarded(ledger.begin_pass)
+        self.end_pass = guarded(ledger.end_pass)
         self.give = guarded(ledger.give)
         self.cleared = guarded(ledger.cleared)
         self.draw = guarded(_timed(watch, ledger.draw))

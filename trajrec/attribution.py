@@ -1,0 +1,464 @@
+"""Which samples made an optimizer step: what the facts of a loop say (see `trajrec.facts`).
+
+    read(known, facts) -> (known', step or refusal)
+
+A pure function. The common step is one batch drawn, one forward pass on it, one backward pass from that, and the step:
+`_ordinary` matches just this. `read_in_general` reads any facts one after the other, and says the same of those.
+
+    Drawn       the batch waits
+    Forward     is a use of a batch: of the one that it was shown to be about (its tensors, views or copies); or of the
+                only one there is; or of the newest, in a loop that has been seen to use its batches as it draws them.
+                Otherwise it is not known of which
+    Backward    the uses that the gradient comes from belong to the next step: autograd's graph says which these are.
+                Where no forward pass was seen (the loop calls parts of the model), the batch that is there is guessed
+    Cleared     and another backward pass after it: what was made before is no part of the step
+    Stepped     the step is made of the batches of these uses, or of what the user has named
+
+A batch that was drawn but never went through a forward pass with gradients and a backward pass is no training batch:
+validation passes between steps drop out. What the facts do not tell (data sets without ids, loops without a DataLoader,
+two batches that could be meant) is a refusal in words, which say to call `trajrec.set_batch(ids)` before each step.
+Ids are right or absent, never wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from trajrec import refusals
+from trajrec.errors import UnknownBatchError
+from trajrec.facts import (
+    Backward,
+    Cleared,
+    Drawn,
+    Ended,
+    Evaluated,
+    Fact,
+    Forgotten,
+    Forward,
+    Named,
+    Released,
+    Returned,
+    Shared,
+    Stepped,
+)
+from trajrec.known import NONE, NOTHING, Known, Unfinished, Use, Waiting
+from trajrec.samples import Batch, Part, StepBatch, joined
+
+_MOST_WAITING = 64
+_MOST_EVALUATED = 16  # without a gradient, and without a word which they are
+
+Outcome = StepBatch | UnknownBatchError | None
+"""The samples of a step, or why they cannot be told; None where no step was made."""
+
+
+def read(known: Known, facts: Sequence[Fact]) -> tuple[Known, Outcome]:
+    """What is known after these facts, and the step that ends them, if one does."""
+    return _ordinary(known, facts) or read_in_general(known, facts)
+
+
+def read_in_general(known: Known, facts: Iterable[Fact]) -> tuple[Known, Outcome]:
+    """`read` without a look for the ordinary step."""
+    reading, outcome = _Reading(known), None
+    for fact in facts:
+        if type(fact) is Stepped:
+            outcome = reading.stepped(fact)
+        else:
+            _READS[type(fact)](reading, fact)
+    return reading.known(), outcome
+
+
+# ---- the ordinary step
+
+
+def _orders() -> dict[tuple[type, ...], tuple[int, int, int]]:
+    """The orders of facts in an ordinary step, with the places of drawing, forward and backward pass."""
+    found: dict[tuple[type, ...], tuple[int, int, int]] = {}
+    kinds: tuple[type, ...] = (Drawn, Forward, Returned, Backward, Stepped)
+    for cleared in (None, 0, 1, 2, 3):  # never between the backward pass and the step
+        order = kinds if cleared is None else (*kinds[:cleared], Cleared, *kinds[cleared:])
+        found[order] = (order.index(Drawn), order.index(Forward), order.index(Backward))
+    return found
+
+
+_ORDINARY = _orders()
+
+
+def _ordinary(known: Known, facts: Sequence[Any]) -> tuple[Known, StepBatch] | None:
+    """`read` of a step of one batch that was drawn, used once and stepped on, in a loop that is known; else None."""
+    places = _ORDINARY.get(tuple(map(type, facts)))
+    if places is None or known.unfinished is not NOTHING:
+        return None
+    drawn, forward, backward = [facts[place] for place in places]
+    batch, habits = drawn.batch, known.habits
+    is_meant = forward.shown is batch or (forward.shown is None and not habits.needs_proof)
+    if not (
+        is_meant
+        and batch.ids is not None
+        and habits.has_stepped
+        and habits.uses_newest
+        and batch.source.loader in habits.trained
+        and batch.source.dataset == habits.dataset
+        and habits.thread == batch.thread == forward.thread == facts[-1].thread
+        and habits.lengths == _lengths(forward, batch)
+        and forward.number in backward.reaches
+        and not backward.is_nested
+    ):
+        return None
+    epochs = known.epochs.with_step_of(batch)
+    if epochs is not known.epochs:
+        known = Known(habits, epochs)
+    return known, _alone(batch, forward, backward.loss)
+
+
+def _alone(batch: Batch, forward: Forward, loss: Any) -> StepBatch:
+    """`joined` of one batch that went through the model once: every step pays for this."""
+    ids: Any = batch.ids
+    return StepBatch(
+        ids,
+        None,
+        () if loss is None else (loss,),
+        (len(ids),),
+        (forward.states,) if forward.states else None,
+        None if batch.digest is None else (batch.digest,),
+        () if batch.contents is None else tuple(_part(batch, [forward]).cut_contents()),
+        batch.checksum,
+        (batch,),
+    )
+
+
+# ---- any facts
+
+
+class _Reading:
+    """What is known, while facts are read one after the other."""
+
+    def __init__(self, known: Known) -> None:
+        before = known.unfinished
+        self.habits, self.epochs = known.habits, known.epochs
+        self.waiting, self.uses, self.made = [*before.waiting], [*before.uses], [*before.made]
+        self.losses, self.named = before.losses, before.named
+        self.is_naming, self.is_cleared, self.single = before.is_naming, before.is_cleared, before.single
+
+    def known(self) -> Known:
+        """What is known by now."""
+        left = (tuple(self.waiting), tuple(self.uses), tuple(self.made), self.losses, self.named)
+        flags = (self.is_naming, self.single, self.is_cleared)
+        return Known(self.habits, self.epochs, Unfinished(*left, *flags) if any(left) or any(flags) else NOTHING)
+
+    # -- batches
+
+    def drawn(self, fact: Drawn) -> None:
+        """The batch waits."""
+        if self.waiting or self.made or self.uses:
+            self._put_away(fact.batch.source.loader)
+        is_single = not (self.waiting or self.made or self.uses)
+        self.single = fact.batch.number if is_single else 0
+        self.waiting.append(Waiting(fact.batch, is_over=fact.is_over))
+
+    def _put_away(self, loader: int) -> None:
+        """What a loader handed out before is done with, if it has been used; and there is an end to waiting."""
+        left = [w for w in self.waiting if not (w.batch.source.loader == loader and w.is_shown and w.is_used)]
+        evaluated = [w for w in left if w.is_evaluated][:-_MOST_EVALUATED]
+        self.waiting = [w for w in left if w not in evaluated][-_MOST_WAITING:]
+
+    def ended(self, fact: Ended) -> None:
+        """Batches of this pass are not followed by another one."""
+        self._note(lambda waiting: waiting.batch.serial == fact.serial, is_over=True)
+
+    def forgotten(self, fact: Forgotten) -> None:
+        """What comes from other loaders now may be as usual as what came from this one."""
+        self.habits = replace(self.habits, trained=self.habits.trained - {fact.loader})
+
+    def name(self, fact: Named) -> None:
+        """In place of what was named since the last backward pass."""
+        kept = self.named[:-1] if self.is_naming else self.named
+        self.named, self.is_naming = (*kept, Part(fact.ids, weights=fact.weights)), True
+
+    def _note(self, fits: Callable[[Waiting], bool], **flags: bool) -> None:
+        self.waiting = [replace(w, **flags) if fits(w) else w for w in self.waiting]
+
+    # -- forward passes
+
+    def evaluated(self, fact: Evaluated) -> None:
+        """It was about the batch that was drawn last, if nothing else is known."""
+        batch = fact.shown or (self.waiting[-1].batch if self.waiting else None)
+        is_shown = fact.shown is not None
+        self._note(lambda w: w.batch is batch and not w.is_used, is_evaluated=True, is_shown=is_shown)
+
+    def forward(self, fact: Forward) -> None:
+        """It is a use of a batch."""
+        if self.is_naming:
+            last = self.named[-1]
+            passed = () if fact.states is None else ((fact.size, fact.states),)
+            self.named = (*self.named[:-1], replace(last, passes=(*last.passes, *passed)))
+        use = self._use(fact)
+        self._note(lambda w: w.batch is use.batch, is_used=True)
+        self.uses.append(use)
+
+    def _use(self, fact: Forward) -> Use:
+        """The use that a forward pass is: of no batch, and why, if it cannot be told of which."""
+        if self.habits.thread not in (0, fact.thread):
+            return Use(fact, None, refusals.THREADS_CALL)
+        self.habits = replace(self.habits, thread=fact.thread)
+        if fact.shown is not None:
+            self._learn(fact.shown, fact.thread)
+            self._note(lambda w: w.batch is fact.shown, is_shown=True)
+            return Use(fact, fact.shown, is_shown=True)
+        single = next((w for w in self.waiting if w.batch.number == self.single), None)
+        if single and self._is_usual(single) and not (single.is_evaluated and self.habits.dataset is None):
+            self._learn(single.batch, fact.thread)
+            return Use(fact, single.batch)
+        return Use(fact, *self._only())
+
+    def _is_usual(self, waiting: Waiting) -> bool:
+        """Whether steps were made of this batch's loader before, or of none that is still there."""
+        return not self.habits.trained or waiting.batch.source.loader in self.habits.trained
+
+    def _learn(self, batch: Batch, thread: int) -> None:
+        """Notes whether the loop uses batches as it draws them, or draws some ahead of those that it uses."""
+        others = [w.batch for w in self.waiting if w.batch.source.loader == batch.source.loader]
+        is_newest = all(other.number <= batch.number for other in others)
+        is_ahead = not is_newest or batch.thread != thread
+        if (is_newest and not self.habits.uses_newest) or (is_ahead and not self.habits.draws_ahead):
+            newest, ahead = self.habits.uses_newest or is_newest, self.habits.draws_ahead or is_ahead
+            self.habits = replace(self.habits, uses_newest=newest, draws_ahead=ahead)
+
+    def _only(self) -> tuple[Batch | None, str]:
+        """The batch that nothing but its being there speaks for."""
+        uses = (*self.made, *[use for use in self.uses if not use.is_stale])
+        before = [use.batch for use in uses if use.batch and use.forward]
+        # An evaluation is over when its pass is: until then a batch that was thought to be evaluated may be meant.
+        usual = self._own([w for w in self.waiting if self._is_usual(w)])
+        fitting = [w for w in usual if not (w.is_evaluated and (w.is_shown or w.is_over)) and w.batch not in before]
+        if not fitting:
+            return self._again(before)
+        if before and fitting[0].is_left:  # it was there already when the last one was used
+            return None, refusals.several([before[-1], *[w.batch for w in fitting]])
+        if len(fitting) == 1 or self._is_newest_meant(fitting):
+            return fitting[-1].batch, ""
+        return None, refusals.several([w.batch for w in fitting])
+
+    def _again(self, before: Sequence[Batch]) -> tuple[Batch | None, str]:
+        """The batch that is used once more, where no other waits: the one of the step, or the newest of several."""
+        if not before:
+            return None, refusals.NONE_SEEN
+        if len(set(before)) > 1 and not self._is_in_turn:
+            return None, refusals.several(before)
+        return max(before, key=lambda batch: batch.number), ""
+
+    @property
+    def _is_in_turn(self) -> bool:
+        """Whether the loop, by all that was seen of it, uses batches as it draws them."""
+        return self.habits.uses_newest and not self.habits.draws_ahead
+
+    def _is_newest_meant(self, fitting: Sequence[Waiting]) -> bool:
+        """Whether the loop uses the newest of these batches, and has skipped the others.
+
+        They come from one pass over a loader then, or from earlier ones that came to their end.
+        """
+        *skipped, newest = fitting
+        return self._is_in_turn and all(
+            w.batch.source.loader == newest.batch.source.loader and (w.batch.serial == newest.batch.serial or w.is_over)
+            for w in skipped
+        )
+
+    def _own(self, waiting: list[Waiting]) -> list[Waiting]:
+        """Those of the training set, where it is known and there are any."""
+        return [w for w in waiting if self.habits.dataset in (None, w.batch.source.dataset)] or waiting
+
+    def returned(self, fact: Returned) -> None:
+        """A backward pass from it can be seen."""
+        self.uses = [replace(u, is_marked=True) if u.number == fact.number else u for u in self.uses]
+        self.made = [replace(u, is_marked=True) if u.number == fact.number else u for u in self.made]
+
+    def released(self, fact: Released) -> None:
+        """No backward pass comes from it any more."""
+        self.uses = [u for u in self.uses if u.number != fact.number]
+        self.made = [replace(u, is_gone=True) if u.number == fact.number else u for u in self.made]
+
+    # -- backward passes
+
+    def cleared(self, _: Cleared) -> None:
+        """If there is a backward pass after it, or the step, what was made before is no part of it."""
+        self.is_cleared = True
+
+    def shared(self, _: Shared) -> None:
+        """From now on it takes proof."""
+        self.habits = replace(self.habits, needs_proof=True)
+
+    def backward(self, fact: Backward) -> None:
+        """What it comes from belongs to the next step."""
+        self.single = 0
+        named = self.named[:-1] if self.is_naming else self.named
+        if (self.made or named) and not fact.is_nested and (self.is_cleared or not fact.adds):
+            self._start_anew()
+        is_marked = any(use.is_marked for use in (*self.uses, *self.made))
+        is_ours = not is_marked or any(use.number in fact.reaches for use in (*self.uses, *self.made))
+        self._make(fact)
+        self._note(lambda _: True, is_left=True)
+        self.is_cleared = self.is_naming = False
+        if is_ours and fact.loss is not None:
+            self.losses = (*self.losses, fact.loss)
+
+    def _start_anew(self) -> None:
+        """The gradients of earlier backward passes were thrown away without a step.
+
+        A scaler skipped it, or the pass was for something else (the gradient of the inputs, another model): then there
+        may be another one from the same outputs, or the batch that was thought to be used still waits.
+        """
+        self.losses = ()
+        self.named = self.named[-1:] if self.is_naming else ()
+        stale = [replace(use, is_stale=True) for use in self.made if use.is_marked and not use.is_gone]
+        self.uses, self.made = [*stale, *self.uses], []
+
+    def _make(self, fact: Backward) -> None:
+        """Moves the uses that a backward pass comes from to those that the step is made of."""
+        reached = [use for use in self.uses if use.number in fact.reaches]
+        if not any(use.is_marked for use in self.uses):  # nothing is known of their outputs
+            reached = [use for use in self.uses if use.forward and use.forward.training] or self.uses
+            batches = list({use.batch: None for use in reached if use.batch is not None})
+            if len(batches) > 1:
+                self.uses = []
+                self.made.append(Use(reached[0].forward, None, refusals.several(batches)))
+                return
+        if not self.uses and not any(use.forward for use in self.made):
+            reached = self._guessed(fact.thread)
+        self.uses = [use for use in self.uses if use not in reached]
+        self.made += [replace(use, is_stale=False) if use.is_stale else use for use in reached]
+        self._lay_aside()
+
+    def _guessed(self, thread: int) -> list[Use]:
+        """Where no forward pass was seen (the loop calls parts of the model), the batch that is there is used."""
+        made = [use.batch for use in self.made]
+        fitting = [w for w in self._own([*self.waiting]) if w.batch not in made and not (w.is_used or w.is_shown)]
+        if not fitting:
+            return []
+        if len(fitting) > 1 and not self._is_newest_meant(fitting):
+            return [Use(None, None, refusals.several([w.batch for w in fitting]))]
+        self._learn(fitting[-1].batch, thread)
+        return [Use(None, fitting[-1].batch)]
+
+    def _lay_aside(self) -> None:
+        """Done with what was drawn, but for the batches that wait for their turn: those after the last in use."""
+        last = max((use.batch.number for use in self.made if use.batch and use.forward), default=0)
+        self.waiting = [w for w in self.waiting if not w.is_used and w.batch.number > last]
+
+    # -- the step
+
+    def stepped(self, fact: Stepped) -> StepBatch | UnknownBatchError:
+        """The samples of the step, or why they cannot be told."""
+        if self.habits.thread not in (0, fact.thread):
+            return UnknownBatchError(refusals.THREAD_STEPS)
+        # Of outputs that nobody knows no backward pass can be seen to come any more.
+        self.uses = [use for use in self.uses if use.is_marked]
+        if self.is_cleared and self.made:
+            self._start_anew()  # the gradient that the step is made of was thrown away
+        made, losses, named = self.made, self.losses, self.named
+        self.made, self.losses, self.named, self.is_naming = [], (), (), False
+        try:
+            return self._step_named(named, made, losses) if named else self._step(made, losses)
+        except UnknownBatchError as error:
+            return error
+
+    def _step_named(self, named: tuple[Part, ...], made: list[Use], losses: tuple[Any, ...]) -> StepBatch:
+        """The step whose samples the user has named."""
+        batches = list({use.batch: None for use in made if use.batch is not None})
+        if len(named) == len(batches):
+            named = tuple([replace(p, contents=b.contents) for p, b in zip(named, batches, strict=True)])
+        self._has_stepped(batches[-1] if batches else None)
+        states = [use.forward.states for use in made if use.forward and use.forward.states is not None]
+        return joined(named, losses, loose=states[0] if states else None)
+
+    def _step(self, made: list[Use], losses: tuple[Any, ...]) -> StepBatch:
+        """The step of these uses.
+
+        Raises:
+            UnknownBatchError: if the batch of one of them cannot be told, or they are of two data sets.
+        """
+        uses: dict[Batch, list[Use]] = {}
+        for use in made:
+            if use.batch is None:
+                raise UnknownBatchError(use.why)
+            uses.setdefault(use.batch, []).append(use)
+        self._check_sets(list(uses))
+        for batch, of_it in uses.items():
+            self._check(batch, of_it)
+        batches = sorted(uses, key=lambda batch: batch.number)
+        self.habits = replace(self.habits, trained=self.habits.trained | {b.source.loader for b in batches})
+        self.waiting = [w for w in self.waiting if w.batch not in uses]
+        self._has_stepped(batches[-1])
+        parts = [_part(batch, [use.forward for use in uses[batch] if use.forward]) for batch in batches]
+        return joined(parts, losses, drawn=tuple(batches))
+
+    def _has_stepped(self, last: Batch | None) -> None:
+        """Notes that there was a step, and the last batch that it was made of, if any."""
+        dataset = self.habits.dataset
+        if last is not None:
+            self.epochs = self.epochs.with_step_of(last)
+            dataset = last.source.dataset if dataset is None else dataset
+        self.habits = replace(self.habits, has_stepped=True, dataset=dataset)
+
+    def _check_sets(self, batches: Sequence[Batch]) -> None:
+        """Checks that there are batches, and that they are of one data set, that of the steps before.
+
+        Raises:
+            UnknownBatchError: there are none, or they are not.
+        """
+        names = {batch.source.dataset: batch.source.name for batch in batches}
+        if not names:
+            raise UnknownBatchError(refusals.NONE_SEEN)
+        if len(names) > 1:
+            raise UnknownBatchError(refusals.several_sets(list(names.values())))
+        if self.habits.dataset not in (None, *names):
+            raise UnknownBatchError(refusals.another_set(batches[0].source.name))
+
+    def _check(self, batch: Batch, uses: Sequence[Use]) -> None:
+        """Checks that a batch has ids, that it was shown where that is needed, and that all of it was used.
+
+        Raises:
+            UnknownBatchError: it has none, or was not.
+        """
+        if batch.ids is None:
+            raise UnknownBatchError(refusals.no_ids(batch.source))
+        if self.habits.needs_proof and not any(use.is_shown for use in uses):
+            raise UnknownBatchError(refusals.UNPROVEN)
+        passes = [use.forward for use in uses if use.forward is not None]
+        if len(passes) < len(uses):
+            return
+        size = sum(forward.size for forward in passes)
+        in_pieces = len(passes) > 1 and size == len(batch.ids)
+        lengths = frozenset({0}) if in_pieces else NONE.union(*[_lengths(forward, batch) for forward in passes])
+        known = lengths if self.habits.lengths is None else self.habits.lengths & lengths
+        if self.habits.lengths and not known:
+            raise UnknownBatchError(refusals.other_size(size, len(batch.ids)))
+        self.habits = replace(self.habits, lengths=known)
+
+
+def _lengths(forward: Forward, batch: Batch) -> frozenset[int]:
+    """The dimensions of the first tensor that went in in which it is as long as the batch."""
+    count = -1 if batch.ids is None else len(batch.ids)
+    return frozenset([k for k, size in enumerate(forward.shape) if size == count])
+
+
+def _part(batch: Batch, passes: Sequence[Forward]) -> Part:
+    """A batch as part of a step, with the forward passes that led to it."""
+    ids: Any = batch.ids
+    kept = tuple([(forward.size, forward.states) for forward in passes if forward.states is not None])
+    return Part(ids, kept, None, batch.digest, batch.checksum, batch.contents)
+
+
+_READS: dict[type, Callable[[_Reading, Any], None]] = {
+    Drawn: _Reading.drawn,
+    Ended: _Reading.ended,
+    Forgotten: _Reading.forgotten,
+    Named: _Reading.name,
+    Evaluated: _Reading.evaluated,
+    Forward: _Reading.forward,
+    Returned: _Reading.returned,
+    Released: _Reading.released,
+    Cleared: _Reading.cleared,
+    Shared: _Reading.shared,
+    Backward: _Reading.backward,
+}
