@@ -1,8 +1,8 @@
 """Writes down what is seen of a training loop as facts, and has them read when a step is made.
 
-The methods are called by the hooks that are put into the loop. What they look at themselves is what needs the tensors of
-that moment: which batch a model's inputs are taken from, which forward passes a gradient comes from, whether gradients
-of an earlier backward pass are there. They decide nothing: that is for `trajrec.attribution`.
+The methods are called by the hooks that are put into the loop. What they look at themselves is what needs the tensors
+of that moment: which batch a model's inputs are taken from, which forward passes a gradient comes from, whether
+gradients of an earlier backward pass are there. They decide nothing: that is for `trajrec.attribution`.
 """
 
 from __future__ import annotations
