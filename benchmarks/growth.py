@@ -40,7 +40,7 @@ SERIES = {
 
 
 def mobilenet():
-    from trajrec.vision import import_torchvision
+    from trajrec.task.vision import import_torchvision
 
     return import_torchvision().models.mobilenet_v2(num_classes=10)
 

@@ -25,7 +25,7 @@ import numpy as np
 
 import trajrec
 from trajrec.records import ParamSpec, RunSpec, StepRecord
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 SIZES = {"lenet5": (61_706, 800), "cnn": (1_278_618, 80)}
 

@@ -11,7 +11,7 @@ from trajrec.cli.say import say
 from trajrec.errors import printable
 
 if TYPE_CHECKING:
-    from trajrec.runfile.reader import Run
+    from trajrec.runfile.reader.run import Run
 
 RunArgument = Annotated[
     Path | None, typer.Argument(metavar="RUN", help="The run (default: the newest under ./runs).", show_default=False)
@@ -28,7 +28,7 @@ def info(run: RunArgument = None) -> None:
     from rich.text import Text
 
     from trajrec.cli.runs import find_run
-    from trajrec.runfile.reader import open as open_run
+    from trajrec.runfile.reader.run import open as open_run
 
     table = Table.grid(padding=(0, 2))
     with open_run(find_run(run)) as recorded:
@@ -50,7 +50,7 @@ def verify(
     Example: [bold]trajrec verify runs/mnist.h5 --task task.py[/bold]
     """
     from trajrec.cli.runs import find_run
-    from trajrec.runfile.verify import verify as problems_of
+    from trajrec.runfile.reader.verify import verify as problems_of
 
     path = find_run(run)
     problems = problems_of(path)
@@ -69,8 +69,8 @@ def _certify(path: Path, task: str, device: str) -> str:
     """The certificate of all steps, in words."""
     from trajrec.cli.progress import ReplayProgress
     from trajrec.replay.session import Session
-    from trajrec.runfile.reader import open as open_run
-    from trajrec.task import load_task
+    from trajrec.runfile.reader.run import open as open_run
+    from trajrec.task.loading import load_task
 
     with open_run(path) as recorded, ReplayProgress() as progress:
         return Session(recorded, load_task(task), device=device).certify(progress).sentence
@@ -82,8 +82,8 @@ def pack(run: RunArgument = None) -> None:
     Example: [bold]trajrec pack runs/mnist.h5[/bold]
     """
     from trajrec.cli.runs import find_run, size_text
-    from trajrec.runfile.packing import pack as pack_folder
-    from trajrec.runfile.reader import open as open_run
+    from trajrec.runfile.reader.run import open as open_run
+    from trajrec.runfile.recovery import pack as pack_folder
 
     packed = pack_folder(find_run(run))
     with open_run(packed) as recorded:

@@ -18,7 +18,7 @@ from trajrec.cli.say import say
 from trajrec.errors import TrajrecError
 
 if TYPE_CHECKING:
-    from trajrec.recorder import Recorder
+    from trajrec.capture.recorder import Recorder
 
 NOT_RECORDED = 5
 is_command = False  # whether this process is that of the command, and ends with it
@@ -84,8 +84,8 @@ def record(
     Example: [bold]trajrec record --out runs/mnist.h5 train.py --epochs 5[/bold]
     """
     from trajrec.api import record as make_recorder
+    from trajrec.capture.recorder import processes
     from trajrec.cli.runs import new_run
-    from trajrec.recorder import processes
 
     script, rest = _script(arguments or [], module)
     start = Path.cwd()  # the script may go elsewhere
@@ -124,7 +124,7 @@ def _unrecorded(recorder: Recorder) -> int:
 
     Where several processes train it is 0 all the same: their launcher would end the others.
     """
-    from trajrec.recorder import processes
+    from trajrec.capture.recorder import processes
 
     problem = recorder.problem or (recorder.summary.stopped if recorder.summary is not None else None)
     if problem is None or processes() > 1:

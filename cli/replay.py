@@ -18,8 +18,8 @@ from trajrec.errors import DataMismatchError, TaskError, TrajrecError
 if TYPE_CHECKING:
     from trajrec.replay.contribution import Contributions
     from trajrec.replay.progress import ProgressFile
-    from trajrec.runfile.reader import Run
-    from trajrec.task import Task
+    from trajrec.runfile.reader.run import Run
+    from trajrec.task.task import Task
 
 
 TaskOption = Annotated[
@@ -110,7 +110,7 @@ def replay(
     from trajrec.replay.progress import ProgressFile
     from trajrec.replay.render import tables, terminal
     from trajrec.replay.session import Session
-    from trajrec.runfile.reader import open as open_run
+    from trajrec.runfile.reader.run import open as open_run
 
     path = find_run(run)
     wanted = _load_ids(Path(targets), "--targets") if targets.endswith(".npy") else targets
@@ -145,7 +145,7 @@ def replay(
 def _used(run: Path, samples: Path | None, targets: str, task: str | None) -> list[tuple[str, Path | None]]:
     """What a replay reads: an output folder that holds one of these is not replaced."""
     from trajrec.runfile.folder import SUFFIX
-    from trajrec.task import task_file
+    from trajrec.task.loading import task_file
 
     return [
         ("the run", run),
@@ -213,7 +213,7 @@ def _two(text: str, between: str, rule: str) -> tuple[int, int]:
 
 
 def _bytes(size: str) -> int:
-    from trajrec.runfile.budget import parse_size
+    from trajrec.runfile.trainer.budget import parse_size
 
     try:
         return parse_size(size)
@@ -240,8 +240,8 @@ def _task(reference: str | None, run: Run, trust: bool) -> tuple[str, Task]:
         TaskError: if there is none, or it cannot be loaded, or it is named by a recording that is not the user's own.
         DataMismatchError: if the noted file has changed since.
     """
-    from trajrec import register
-    from trajrec.task import file_sha256, load_task, task_file
+    from trajrec.runfile import register
+    from trajrec.task.loading import file_sha256, load_task, task_file
 
     if reference is not None:
         return reference, load_task(reference)

@@ -17,7 +17,7 @@ import torch
 import trajrec
 from trajrec.replay.progress import question_of
 from trajrec.replay.session import Session
-from trajrec.task import file_sha256, task_file
+from trajrec.task.loading import file_sha256, task_file
 
 
 def question(session: Session, task: str, targets: Any, samples: Any, options: dict[str, Any]) -> str:

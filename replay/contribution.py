@@ -28,7 +28,7 @@ from trajrec.replay.progress import ProgressFile
 from trajrec.replay.session import Progress, Session, Silent, check_mode
 from trajrec.replay.targets import Targets, check_ids, choose_targets
 from trajrec.replay.trajectory import RecordedRun
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 if TYPE_CHECKING:
     import polars

@@ -31,7 +31,7 @@ from trajrec.replay.model import LossFunction
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import Part, RecordedRun, Step, make_step
 from trajrec.rules import Rule
-from trajrec.rules.transformed import TransformedRule
+from trajrec.rules.composed.transformed import TransformedRule
 
 _FITTED = 12
 _HALVED = 12

@@ -22,8 +22,8 @@ from trajrec.replay.passes import Means, Question, TangentPasses
 from trajrec.replay.session import Progress, Session, Silent
 from trajrec.replay.targets import Targets, check_ids
 from trajrec.replay.trajectory import RecordedRun
-from trajrec.runfile.vectors import VectorFile
-from trajrec.task import Task
+from trajrec.runfile.format.vectors import VectorFile
+from trajrec.task.task import Task
 
 
 class Hypergradients:

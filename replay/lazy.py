@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from trajrec.errors import TaskError, first_line
 from trajrec.replay.trajectory import RecordedRun
-from trajrec.task import Batch, Task
+from trajrec.task.task import Batch, Task
 
 
 def uninitialised(model: nn.Module) -> list[str]:

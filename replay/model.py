@@ -29,7 +29,7 @@ from trajrec.replay.lazy import initialise
 from trajrec.replay.samples import OtherInputs, Samples
 from trajrec.replay.trajectory import RecordedRun, Step
 from trajrec.rules import FlatLayout
-from trajrec.task import Batch, Loss, Task
+from trajrec.task.task import Batch, Loss, Task
 
 
 @dataclass(frozen=True, slots=True)

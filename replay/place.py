@@ -25,8 +25,8 @@ from pathlib import Path
 
 from trajrec.errors import OutputExistsError, TrajrecError
 from trajrec.replay import progress
+from trajrec.runfile.durable import is_disk_full, sync
 from trajrec.runfile.folder import SUFFIX as RECORDING
-from trajrec.runfile.folder import is_disk_full, sync
 
 _LONGEST = 200  # bytes of a name that gets something appended
 

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trajrec.errors import OutputExistsError, TrajrecError
-from trajrec.runfile.folder import is_disk_full
+from trajrec.runfile.durable import is_disk_full
 
 NAME = "progress.npz"
 DAMAGED_FILES = "progress-damaged*.npz"

@@ -14,7 +14,7 @@ import math
 from trajrec.replay.model import LossFunction
 from trajrec.replay.samples import Samples
 from trajrec.replay.trajectory import RecordedRun, make_step, vector_of
-from trajrec.task import REDUCTIONS
+from trajrec.task.task import REDUCTIONS
 
 _PREFERRED = ("mean-of-means", "mean", "scaled-means", "sum-of-means", "sum")
 _TOLERANCE = 1e-3

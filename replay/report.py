@@ -16,17 +16,7 @@ from typing import Literal, TypeVar
 
 from trajrec.errors import ReplayError
 from trajrec.replay import scores, sections
-from trajrec.replay.findings import (
-    Comparison,
-    Entry,
-    Matrix,
-    Picture,
-    Statistics,
-    Suspicions,
-    Timeline,
-    Top,
-    Why,
-)
+from trajrec.replay.findings import Comparison, Entry, Matrix, Picture, Statistics, Suspicions, Timeline, Top, Why
 from trajrec.replay.inputs import CONTRIBUTIONS, Certificate, Inputs, Settings, load, reading
 
 __all__ = ["Ask", "Report", "build", "load"]

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import default_collate
 
+from trajrec.digest import sketch
 from trajrec.errors import DataMismatchError, first_line
 from trajrec.records import IntArray
 from trajrec.replay.trajectory import Part, Step
-from trajrec.seeding import find_seeded
-from trajrec.task import Batch, Collate, sketch
+from trajrec.task.seeding import find_seeded
+from trajrec.task.task import Batch, Collate
 
 _BLOCK = 512
 _LIMIT = 2 << 30

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trajrec.digest import digest
 from trajrec.errors import DataMismatchError, DriftError, ReplayError
 from trajrec.replay.adjoint import initial_state
 from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChecks, drift_error
@@ -31,10 +32,10 @@ from trajrec.replay.targets import Targets, choose_targets, target_gradients, ta
 from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, Trajectory, make_step, vector_of
 from trajrec.replay.watching import watch
 from trajrec.rules import FlatLayout, rule_for
+from trajrec.rules.composed.transformed import TransformedRule
 from trajrec.rules.selftest import self_test
-from trajrec.rules.transformed import TransformedRule
-from trajrec.seeding import find_seeded
-from trajrec.task import Task, digest
+from trajrec.task.seeding import find_seeded
+from trajrec.task.task import Task
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

@@ -27,7 +27,7 @@ from trajrec.replay.model import LossFunction, check_finite
 from trajrec.replay.samples import Samples
 from trajrec.replay.singles import rows_of
 from trajrec.rules.step import pull_batched
-from trajrec.task import Batch
+from trajrec.task.task import Batch
 
 MEAN = -1
 _BLOCK = 256

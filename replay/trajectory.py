@@ -21,7 +21,7 @@ from trajrec.records import Conditions, FloatArray, IntArray, Keyframe, Row, Run
 from trajrec.replay.ahead import OwnStream, ahead
 from trajrec.rules import FlatLayout
 from trajrec.rules.step import State
-from trajrec.task import Batch
+from trajrec.task.task import Batch
 
 
 class RecordedRun(Protocol):
@@ -61,7 +61,7 @@ class Part:
     Attributes:
         span: slice of the step's ids.
         rng: generator states before the pass, or b"" where it drew no random numbers.
-        digest: CRC-32 of the inputs (`trajrec.task.sketch`), or None if it was not recorded.
+        digest: CRC-32 of the inputs (`trajrec.digest.sketch`), or None if it was not recorded.
         batch: the inputs, where they are at hand (`replay.pieces`).
         penalty: what the Task's penalty is divided by here, 0 leaves it out; None: as the reduction says.
     """

@@ -24,13 +24,13 @@ import numpy as np
 from tests import small_run
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
-from trajrec.runfile import geometry, trailer
-from trajrec.runfile.codec import decode
-from trajrec.runfile.folder import FORMAT, VERSION
-from trajrec.runfile.keyfile import MAGIC as KEYFILE
+from trajrec.runfile.format import geometry, trailer
+from trajrec.runfile.format.arrays import MAGIC as KEYFILE
+from trajrec.runfile.format.codec import decode
+from trajrec.runfile.format.table import PLAIN, RAGGED, StepTable, _checksums
+from trajrec.runfile.manifest import FORMAT, VERSION
+from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.ring import Control, Ring
-from trajrec.runfile.table import PLAIN, RAGGED, StepTable, _checksums
-from trajrec.runfile.verify import verify
 
 INTEGERS = [0, 1, -1, 2, 7, 255, 2**31, -(2**31), 2**40, 2**62, -(2**63), 2**63 - 1]
 VALUES: list[Any] = [

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.memory_run import MemoryRun
-from trajrec.recorder import Recorder
-from trajrec.seeding import Seeded
+from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.seeding import Seeded
+from trajrec.task.task import Task
 
 N, CLASSES = 18, 3
 

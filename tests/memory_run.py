@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trajrec.contents import batches_of
+from trajrec.inputs import batches_of
 from trajrec.records import Conditions
 from trajrec.sink import MemorySink
 

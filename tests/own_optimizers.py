@@ -8,9 +8,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.memory_run import MemoryRun
-from trajrec.recorder import Recorder
+from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 N = 12
 

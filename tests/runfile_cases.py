@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from trajrec.contents import arrays_of, contents_of
+from trajrec.inputs import arrays_of, contents_of
 from trajrec.records import NO_IDS, BufferSpec, Conditions, Inputs, Keyframe, ParamSpec, RunSpec, StepRecord
 from trajrec.sink import Sink, Summary
 

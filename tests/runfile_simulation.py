@@ -1,9 +1,9 @@
 """Processes and a disk that tests have in their hands: the writer runs in this process, a turn at a time.
 
-`Simulation` takes the place of subprocess.Popen and subprocess.run under `trajrec.runfile.process`; everything above
-and below them is the product's. The writer takes a turn when it is woken or waited for. It can be killed before any of
-the operations that change names or sync files: from then on none of its operations has an effect any more, not even
-those of its own clearing up, as after kill -9. A full disk refuses new files and rows.
+`Simulation` takes the place of subprocess.Popen and subprocess.run under `trajrec.runfile.trainer.process`; everything
+above and below them is the product's. The writer takes a turn when it is woken or waited for. It can be killed before
+any of the operations that change names or sync files: from then on none of its operations has an effect any more, not
+even those of its own clearing up, as after kill -9. A full disk refuses new files and rows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from typing import Any
 import pytest
 
 from trajrec.errors import TrajrecError
-from trajrec.runfile import files, layout, process, rework, room, rowfile
-from trajrec.runfile.folder import Folder, is_disk_full
+from trajrec.runfile import files
+from trajrec.runfile.durable import is_disk_full
+from trajrec.runfile.folder import Folder
+from trajrec.runfile.format import layout, rowfile
 from trajrec.runfile.ring import Control, Finish, Ring
-from trajrec.runfile.writer import Writer, _status
+from trajrec.runfile.trainer import fulldisk, process
+from trajrec.runfile.writer import rework
+from trajrec.runfile.writer.loop import Writer, _status
 
 
 class KilledError(BaseException):
@@ -41,8 +45,8 @@ class Simulation:
             patch.setattr(module, name, self._mortal(self._needing_room(getattr(module, name))))
         patch.setattr(process.subprocess, "Popen", lambda command, **_: Process(self, Folder(Path(command[-1]))))
         patch.setattr(process.subprocess, "run", self._run)
-        patch.setattr(room.time, "sleep", self._sleep)
-        patch.setattr(room.Room, "free", property(lambda _: 0 if self.full else 10**12))
+        patch.setattr(fulldisk.time, "sleep", self._sleep)
+        patch.setattr(fulldisk.Room, "free", property(lambda _: 0 if self.full else 10**12))
 
     def _mortal(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def tried(*args: Any, **options: Any) -> Any:
@@ -63,8 +67,8 @@ class Simulation:
         return tried
 
     def _sleep(self, seconds: float) -> None:
-        if seconds >= room._RETRY:
-            self.full = False  # somebody makes room while training waits
+        if seconds >= fulldisk._RETRY:
+            self.full = False  # somebody makes fulldisk while training waits
 
     def another_process(self, call: Callable[[], Any]) -> Any:
         """Calls as another process that may be killed over it."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.runfile_cases import MadeUpRun, spec
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 COMPRESSION = os.environ.get("COMPRESSION", "zstd")
 

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests import reference
 from tests.memory_run import MemoryRun
-from trajrec.recorder import Recorder
+from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 

@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import trajrec
-from trajrec.batches import MicroBatch, StepBatch, _joined, alone
+from trajrec.capture.batches import MicroBatch, StepBatch, _joined, alone
+from trajrec.capture.digesting import SampleSet
+from trajrec.capture.ledger import BatchLedger
+from trajrec.capture.recorder import Recorder
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
-from trajrec.ledger import BatchLedger
-from trajrec.recorder import Recorder
 from trajrec.sink import MemorySink
-from trajrec.sums import SampleSet
 
 
 class Identified(Dataset):
@@ -423,7 +423,7 @@ def test_named_samples_replay_like_those_of_a_loader():
     """Without a data set at recording the Task's data set tells N."""
     from tests.memory_run import MemoryRun
     from trajrec.replay import contributions, hypergradients
-    from trajrec.task import Task
+    from trajrec.task.task import Task
 
     x, y = torch.randn(14, 2), torch.randn(14)
     task = Task(
@@ -466,7 +466,7 @@ class LateCopy:
 
 def test_rows_that_travel_give_the_same_recording(monkeypatch):
     """The recorder's side of copying from a device: every step is handed over one step late, nothing else differs."""
-    from trajrec.snapshot import Snapshot
+    from trajrec.snapshot.snapshot import Snapshot
 
     loader = DataLoader(Identified(), batch_size=5)
     _, _, direct = loop(loader)
@@ -484,7 +484,7 @@ def test_rows_that_travel_give_the_same_recording(monkeypatch):
 def test_training_on_cuda_is_recorded_and_replayed():
     from tests.memory_run import MemoryRun
     from trajrec.replay import contributions
-    from trajrec.task import Task
+    from trajrec.task.task import Task
 
     def build():
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))

@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 
 import trajrec
 from tests.memory_run import MemoryRun
+from trajrec.capture.recorder import Recorder
 from trajrec.errors import UnknownBatchError
-from trajrec.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 N = 24
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trajrec.recorder import Recorder
+from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
 
 N, BATCH = 12, 3

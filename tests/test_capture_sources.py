@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from trajrec.batches import Handed
-from trajrec.recorder import Recorder
+from trajrec.capture.batches import Handed
+from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
 
 N = 24

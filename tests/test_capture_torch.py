@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from trajrec.recorder import Recorder
+from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
 
 N, BATCH = 22, 4

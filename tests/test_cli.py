@@ -19,7 +19,7 @@ import trajrec
 import trajrec.errors
 from tests import user_project
 from trajrec.replay import contributions
-from trajrec.task import load_task
+from trajrec.task.loading import load_task
 
 TRAJREC = [sys.executable, "-m", "trajrec.cli.main"]
 

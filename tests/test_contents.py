@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from trajrec.contents import STRUCTURE, arrays_of, batches_of, contents_of
 from trajrec.errors import RecordingError
+from trajrec.inputs import STRUCTURE, arrays_of, batches_of, contents_of
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.uint8, torch.int8, torch.int16),

@@ -12,7 +12,7 @@ from tests import loops
 from tests.loops import Loop, Objective, mlp, sgd
 from trajrec.errors import DriftError
 from trajrec.replay import contributions
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 
 def dropout():

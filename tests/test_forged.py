@@ -21,9 +21,9 @@ from tests.forging import Forger
 from trajrec.cli.maintenance import _facts
 from trajrec.errors import DamagedRunError, ReplayError, RunFileError, TrajrecError
 from trajrec.replay.session import Session
-from trajrec.runfile import trailer
-from trajrec.runfile.packing import pack
-from trajrec.runfile.verify import verify
+from trajrec.runfile.format import trailer
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
 
 SECONDS = 120
 

@@ -9,7 +9,7 @@ import pytest
 
 import trajrec
 from trajrec.runfile.lock import holder
-from trajrec.runfile.verify import verify
+from trajrec.runfile.reader.verify import verify
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 

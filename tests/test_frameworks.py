@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from trajrec.recorder import Recorder
+from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
-from trajrec.vision import import_torchvision
+from trajrec.task.vision import import_torchvision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import trajrec
+from trajrec.capture.recorder import Recorder
 from trajrec.errors import RecordingError, TrajrecError
-from trajrec.recorder import Recorder
 from trajrec.sink import MemorySink
 
 STEPS = 9

@@ -18,7 +18,7 @@ from trajrec.replay.inputs import load
 from trajrec.replay.place import Place
 from trajrec.replay.render import tables, terminal
 from trajrec.replay.report import Ask, build
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 HOSTILE = "a\x1b[2J\x9b\r\x07\x7f\u202e\u2066[red]b[/red]\ud800"
 SHOWN = r"a\x1b[2J\x9b\r\x07\x7f\u202e\u2066[red]b[/red]\ud800"

@@ -15,11 +15,11 @@ import trajrec
 from tests import loops
 from tests.loops import CLASSES, Loop, N, cut
 from tests.memory_run import MemoryRun
+from trajrec.capture.recorder import Recorder
 from trajrec.errors import DriftError, RecordingError
-from trajrec.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 
 class Unseedable(Dataset):

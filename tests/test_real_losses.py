@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.memory_run import MemoryRun
+from trajrec.capture.recorder import Recorder
 from trajrec.errors import DataMismatchError, DerivativeError, ReplayError, TaskError
-from trajrec.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.replay.gaussnewton import GaussNewton
 from trajrec.replay.session import Session
 from trajrec.replay.watching import watch
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 N, LR, MOMENTUM = 12, 0.1, 0.8
 

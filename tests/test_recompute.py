@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import trajrec
 from trajrec.errors import DriftError
 from trajrec.replay import contributions, hypergradients
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 
 def net():
@@ -103,7 +103,7 @@ def test_a_wrong_task_is_refused_with_the_first_bad_step(runs, mode):
 def test_a_run_that_was_cut_off_goes_on_beyond_its_last_keyframe(runs, tmp_path, monkeypatch, options):
     """Weights that are not stored and the running statistics of the targets are both made again."""
     full, _, task = runs
-    from trajrec.recorder import Recorder
+    from trajrec.capture.recorder import Recorder
 
     # The last keyframe is written when a recording ends; kill -9 leaves none.
     close = Recorder.close

@@ -11,10 +11,10 @@ import pytest
 import trajrec
 from tests import small_run
 from tests.runfile_cases import spec
-from trajrec import register
 from trajrec.errors import TaskError
-from trajrec.runfile.packing import pack
-from trajrec.task import load_task
+from trajrec.runfile import register
+from trajrec.runfile.recovery import pack
+from trajrec.task.loading import load_task
 
 NOTED = replace(spec(4), task="task.py:task", task_sha256="12" * 32)
 
@@ -155,7 +155,7 @@ def test_trust_does_not_extend_to_a_file_that_has_changed(tmp_path, state, refer
     assert not called(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["os:abort", "trajrec.task:Task", "tests.small_run:task"])
+@pytest.mark.parametrize("name", ["os:abort", "trajrec.task.task:Task", "tests.small_run:task"])
 def test_nothing_but_a_task_is_ever_called(tmp_path, state, name, capsys):
     """Not even where the run is one's own, or the name was given by hand."""
     small_run.record(tmp_path / "run.h5", task=name)

@@ -14,12 +14,13 @@ import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DamagedRunError, RecordingError
 from trajrec.records import StepRecord
-from trajrec.runfile import geometry, process
-from trajrec.runfile.codec import decode, encode
-from trajrec.runfile.geometry import Geometry, chunk_shape, geometry_for
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.format import geometry
+from trajrec.runfile.format.codec import decode, encode
+from trajrec.runfile.format.geometry import Geometry, chunk_shape, geometry_for
+from trajrec.runfile.format.table import table_of
 from trajrec.runfile.ring import Control, Ring, create, overflow_path, ring_bytes
-from trajrec.runfile.table import table_of
+from trajrec.runfile.trainer import process
+from trajrec.runfile.trainer.sink import RunFileSink
 
 MADE = MadeUpRun(spec(10, rng=8))
 SMALL = Geometry(10, 4, 2, 10, 4, 8, 4096)

@@ -8,12 +8,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.memory_run import MemoryRun
 from tests.rule_point import rule_of
-from trajrec.recorder import Recorder
+from trajrec.capture.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.rules import RULES
 from trajrec.rules.adaptive import KEPT
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 CASES = {
     "Adam": {"lr": 0.01},

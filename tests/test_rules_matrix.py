@@ -14,14 +14,14 @@ import trajrec
 from tests import reference
 from tests.memory_run import MemoryRun
 from tests.rule_point import rule_of
+from trajrec.capture.recorder import Recorder
 from trajrec.errors import DriftError, UnsupportedOptimizerError
-from trajrec.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.rules import RoundedRule, registry
-from trajrec.rules.muon import MuonRule
+from trajrec.rules.matrix.muon import MuonRule
 from trajrec.rules.selftest import self_test
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 CASES = {
     "Muon": {"lr": 0.02},
@@ -175,7 +175,7 @@ def test_the_derivative_of_muon_is_the_slope_of_the_staircase_over_many_stairs()
     """Differences of torch's own bfloat16 iteration, averaged over shifted points."""
     from torch.optim._muon import _zeropower_via_newtonschulz
 
-    from trajrec.rules.muon import orthogonal
+    from trajrec.rules.matrix.muon import orthogonal
 
     torch.manual_seed(0)
     o = CASES["Muon"] | {"c": (3.4445, -4.7750, 2.0315)}

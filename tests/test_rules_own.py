@@ -12,8 +12,8 @@ from tests import own_optimizers as own
 from tests.own_optimizers import N, given, per_sample, recorded, train
 from tests.reference import Plan
 from tests.reference import contributions as naive
+from trajrec.capture.recorder import Recorder
 from trajrec.errors import TaskError, UnsupportedOptimizerError
-from trajrec.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.rules import OwnRule, RoundedRule, check_recordable, registry
 from trajrec.rules.sgd import SGDRule
@@ -91,7 +91,7 @@ def test_a_bad_class_is_refused_when_its_recording_begins_with_the_reason(cls):
 @pytest.mark.parametrize("cls", [own.OnData, own.OfNumbers, own.Detaching, own.Remembering])
 def test_a_bad_class_is_refused_at_replay_too(cls, monkeypatch):
     """On the recorded state, where a check at the beginning was not made."""
-    monkeypatch.setattr("trajrec.recorder.rehearse", lambda *_: None)
+    monkeypatch.setattr("trajrec.capture.recorder.rehearse", lambda *_: None)
     trajrec.register_rule(cls)
     run, task = recorded(cls)
     with pytest.raises(UnsupportedOptimizerError, match="failed its self-test"):

@@ -13,10 +13,10 @@ from tests.rule_point import rule_of
 from trajrec.errors import UnsupportedOptimizerError
 from trajrec.rules import registry, selftest
 from trajrec.rules.adaptive import AdaptiveRule
+from trajrec.rules.composed.transformed import TransformedRule
 from trajrec.rules.part import _block_shapes, part_of
 from trajrec.rules.selftest import self_test
 from trajrec.rules.sgd import SGDRule
-from trajrec.rules.transformed import TransformedRule
 
 MOST = 400
 
@@ -203,7 +203,7 @@ def test_little_memory_makes_the_part_smaller(monkeypatch):
 def test_several_optimizers_prove_themselves_on_a_part_of_each():
     from tests.rule_point import keyframe_of
     from trajrec.rules import FlatLayout, rule_for
-    from trajrec.snapshot import Snapshot
+    from trajrec.snapshot.snapshot import Snapshot
 
     trajrec.register_rule(OneCut)
     torch.manual_seed(0)

@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import trajrec
 from tests import own_optimizers
 from tests.memory_run import MemoryRun
-from trajrec.recorder import Recorder
+from trajrec.capture.recorder import Recorder
 from trajrec.replay import contributions
 from trajrec.rules import registry
 from trajrec.sink import MemorySink
-from trajrec.task import Task
+from trajrec.task.task import Task
 
 FOREACH = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Adafactor"]
 FUSED = ["SGD", "Adam", "AdamW", "Adagrad"]

@@ -13,10 +13,10 @@ import pytest
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, spec
 from trajrec.errors import RecordingError
-from trajrec.runfile import geometry
-from trajrec.runfile.budget import parse_size
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.format import geometry
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.trainer.budget import parse_size
+from trajrec.runfile.trainer.sink import RunFileSink
 
 MADE = MadeUpRun(spec(2000))
 

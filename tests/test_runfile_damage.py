@@ -22,12 +22,13 @@ from tests.runfile_cases import (
 )
 from trajrec.errors import DamagedRunError, TrajrecError
 from trajrec.runfile import folder as folder_module
-from trajrec.runfile import geometry
-from trajrec.runfile.folder import Folder, durable
-from trajrec.runfile.geometry import PAGE
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.durable import durable
+from trajrec.runfile.folder import Folder
+from trajrec.runfile.format import geometry
+from trajrec.runfile.format.geometry import PAGE
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
+from trajrec.runfile.trainer.sink import RunFileSink
 
 MADE = MadeUpRun(spec(40, rng=16))
 LAST = 40
@@ -385,7 +386,7 @@ def test_opening_executes_nothing(small, tmp_path):
 
 def test_reading_code_never_unpickles():
     package = Path(folder_module.__file__).parent
-    text = "\n".join(path.read_text() for path in package.glob("*.py"))
+    text = "\n".join(path.read_text() for path in package.rglob("*.py"))
     for word in ("import pickle", "pickle.", "torch.load", "allow_pickle", "eval(", "exec(", "import_module"):
         assert word not in text
 

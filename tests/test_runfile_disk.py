@@ -13,11 +13,11 @@ import pytest
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DiskFullError
-from trajrec.runfile import geometry
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.format import geometry
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
 from trajrec.runfile.ring import ring_bytes
-from trajrec.runfile.verify import verify
+from trajrec.runfile.trainer.sink import RunFileSink
 
 VALUES = 2000
 MADE = MadeUpRun(spec(VALUES))

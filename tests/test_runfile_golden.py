@@ -9,7 +9,7 @@ import pytest
 import trajrec
 from tests.golden.make import LAST, MADE
 from tests.runfile_cases import assert_same_keyframe, assert_same_run, assert_same_step
-from trajrec.runfile.verify import verify
+from trajrec.runfile.reader.verify import verify
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -21,9 +21,9 @@ from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyfr
 from tests.runfile_training import SAMPLES, train
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import holder
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
+from trajrec.runfile.trainer.sink import RunFileSink
 
 VALUES = 20_000
 ROOT = Path(__file__).parents[1]

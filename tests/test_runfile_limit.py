@@ -11,11 +11,12 @@ import pytest
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DiskFullError
-from trajrec.runfile import geometry
-from trajrec.runfile.folder import Folder, is_disk_full, is_file_too_large
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.durable import is_disk_full, is_file_too_large
+from trajrec.runfile.folder import Folder
+from trajrec.runfile.format import geometry
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
+from trajrec.runfile.trainer.sink import RunFileSink
 
 MADE = MadeUpRun(spec(2000))
 LIMIT = 4 * 2**20

@@ -15,18 +15,20 @@ from tests.test_runfile_resume import cut_off
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, OutputExistsError, RecordingError, TrajrecError
 from trajrec.records import Keyframe
-from trajrec.runfile import files, geometry, layout
-from trajrec.runfile.folder import Folder, durable
-from trajrec.runfile.geometry import geometry_for
-from trajrec.runfile.keyfile import write_arrays
-from trajrec.runfile.layout import Head
+from trajrec.runfile import files
+from trajrec.runfile.durable import durable
+from trajrec.runfile.folder import Folder
+from trajrec.runfile.format import geometry, layout
+from trajrec.runfile.format.arrays import write_arrays
+from trajrec.runfile.format.geometry import geometry_for
+from trajrec.runfile.format.layout import Head
+from trajrec.runfile.format.rowfile import RowFile
 from trajrec.runfile.lock import Lock
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
 from trajrec.runfile.ring import allocate, create
-from trajrec.runfile.rowfile import RowFile
-from trajrec.runfile.staging import Staging, save
-from trajrec.runfile.verify import verify
+from trajrec.runfile.trainer.sink import RunFileSink
+from trajrec.runfile.trainer.staging import Staging, save
 
 MADE = MadeUpRun(spec(3000, inputs="store"))
 SECRET = b"precious" * 4096

@@ -25,11 +25,12 @@ import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_step, spec
 from tests.runfile_simulation import Simulation
 from trajrec.errors import DiskFullError, OutputExistsError, RecordingError, TrajrecError
-from trajrec.runfile import geometry, rework
 from trajrec.runfile.folder import Folder
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.format import geometry
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
+from trajrec.runfile.trainer.sink import RunFileSink
+from trajrec.runfile.writer import rework
 
 VALUES = 40
 Origin = tuple[int, int]  # which training, and at which of its steps
@@ -290,7 +291,7 @@ class Recordings(RuleBasedStateMachine):
                 with pytest.raises(TrajrecError):
                     trajrec.open(path)
 
-    def _compare(self, run: trajrec.runfile.reader.Run, steps: list[Origin]) -> None:
+    def _compare(self, run: trajrec.runfile.reader.run.Run, steps: list[Origin]) -> None:
         assert run.steps == len(steps) - 1
         for t, origin in enumerate(steps):
             assert run.crc32(t) == trajrec.checksum.crc32(self.row(origin).data)

@@ -1,4 +1,4 @@
-"""Where a recording goes: nothing but recordings is replaced, and a start that fails leaves nothing behind."""
+"""Where a sink goes: nothing but recordings is replaced, and a start that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from tests.runfile_cases import MadeUpRun, assert_same_run, spec
 from tests.runfile_simulation import Simulation
 from tests.test_runfile_resume import cut_off
 from trajrec.errors import DiskFullError, OutputExistsError, RecordingError
-from trajrec.runfile import place, process, recording
+from trajrec.runfile import place
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import Lock, holder
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.recovery import pack
+from trajrec.runfile.trainer import process, sink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 POPEN = process.subprocess.Popen
 OLD, NEW = MadeUpRun(spec(200)), MadeUpRun(spec(200), seed=5)
@@ -204,7 +205,7 @@ def no_ring(patch: pytest.MonkeyPatch) -> None:
     def create(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    patch.setattr(recording, "create", create)
+    patch.setattr(sink, "create", create)
 
 
 def no_process(patch: pytest.MonkeyPatch) -> None:
@@ -220,19 +221,19 @@ def no_writer(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_lock(patch: pytest.MonkeyPatch) -> None:
-    """The folder cannot be made anew for the recording that replaces another."""
+    """The folder cannot be made anew for the sink that replaces another."""
     patch.setattr(place, "Lock", lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "Permission denied")))
 
 
 def no_second_lock(patch: pytest.MonkeyPatch) -> None:
-    """The folder of the new recording cannot be locked, where an earlier one was set aside for it."""
+    """The folder of the new sink cannot be locked, where an earlier one was set aside for it."""
     locks = iter([place.Lock])
     refuse = lambda path: (_ for _ in ()).throw(OSError(errno.EACCES, "Permission denied"))  # noqa: E731
     patch.setattr(place, "Lock", lambda path: next(locks, refuse)(path))
 
 
 FAILURES = {
-    no_ring: "The disk is full: recording needs",
+    no_ring: "The disk is full: sink needs",
     no_process: "Recording cannot begin in .*Resource temporarily unavailable",
     no_writer: "cannot be started. Its last words: no luck today",
     no_lock: "cannot be made: Permission denied",

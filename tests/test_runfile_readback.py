@@ -17,13 +17,14 @@ from tests.runfile_simulation import Simulation
 from tests.test_runfile_resume import begin, cut_off
 from trajrec.cli.main import app
 from trajrec.errors import DamagedRunError, RecordingError
-from trajrec.runfile import geometry, rework, sealing
 from trajrec.runfile.folder import Folder
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.rowfile import HEAD_BYTES
-from trajrec.runfile.verify import verify
-from trajrec.runfile.writer import Writer
+from trajrec.runfile.format import geometry
+from trajrec.runfile.format.rowfile import HEAD_BYTES
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
+from trajrec.runfile.trainer.sink import RunFileSink
+from trajrec.runfile.writer import rework, sealing
+from trajrec.runfile.writer.loop import Writer
 
 MADE = MadeUpRun(spec(3000, rng=16))
 LAST = 230

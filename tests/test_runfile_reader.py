@@ -13,9 +13,10 @@ import torch
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError, OutputExistsError, RecorderBusyError
-from trajrec.runfile import geometry, source
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.format import geometry
+from trajrec.runfile.reader import source
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.trainer.sink import RunFileSink
 
 LAST = 100
 MADE = MadeUpRun(spec(999))
@@ -234,7 +235,7 @@ def test_the_training_process_does_not_import_hdf5():
     import subprocess
     import sys
 
-    code = "import sys, trajrec.runfile.recording; sys.exit('h5py' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, trajrec.runfile.trainer.sink; sys.exit('h5py' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

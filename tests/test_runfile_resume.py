@@ -1,4 +1,4 @@
-"""Taking a recording up again: at the step whose weights training restarts with, or as a second part."""
+"""Taking a sink up again: at the step whose weights training restarts with, or as a second part."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_run, spec
 from trajrec.errors import RecordingError
 from trajrec.replay import contributions
-from trajrec.runfile import geometry, recording
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.format import geometry
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.trainer import sink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 MADE = MadeUpRun(spec(2000, rng=32))
 
@@ -41,7 +42,7 @@ def restart(path, at: int, last: int, complete: bool = True, made: MadeUpRun = M
 
 
 def cut_off(path, last: int, made: MadeUpRun = MADE, **options) -> None:
-    """A recording whose trainer and writer were killed."""
+    """A sink whose trainer and writer were killed."""
     sink = RunFileSink(path, **options)
     sink.open(made.spec)
     made.feed(sink, last)
@@ -51,7 +52,7 @@ def cut_off(path, last: int, made: MadeUpRun = MADE, **options) -> None:
 
 
 def begin(path, last: int, packed: bool, made: MadeUpRun = MADE, **options) -> None:
-    """A recording of a training that did not come to its end, packed or not."""
+    """A sink of a training that did not come to its end, packed or not."""
     if packed:
         made.write(RunFileSink(path, **options), last, complete=False)
     else:
@@ -196,9 +197,9 @@ def test_a_complete_training_goes_on_from_its_end(tmp_path):
 def test_steps_that_go_are_said_before_they_go(tmp_path, caplog, monkeypatch):
     path = tmp_path / "run.h5"
     begin(path, 50, packed=False)
-    rework, said = recording.rework, {}
+    rework, said = sink.rework, {}
     monkeypatch.setattr(
-        recording,
+        sink,
         "rework",
         lambda folder, lock, command, *rest: (
             (said.setdefault(command, caplog.text) and None) or rework(folder, lock, command, *rest)

@@ -24,18 +24,20 @@ from tests.runfile_cases import MadeUpRun, assert_same_keyframe, assert_same_run
 from tests.test_runfile_resume import cut_off, restart
 from trajrec.errors import DamagedRunError
 from trajrec.runfile import folder as folder_module
-from trajrec.runfile import geometry, rework, rowfile, sealing
-from trajrec.runfile.folder import Folder, Manifest
-from trajrec.runfile.joint import Joint
+from trajrec.runfile.folder import Folder
+from trajrec.runfile.format import geometry, rowfile
+from trajrec.runfile.format.joint import Joint
+from trajrec.runfile.format.rowfile import HEAD_BYTES
 from trajrec.runfile.lock import Lock
-from trajrec.runfile.packing import pack
-from trajrec.runfile.pieces import Pieces
-from trajrec.runfile.process import WriterProcess
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.manifest import Manifest
+from trajrec.runfile.reader.segments import Pieces
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
 from trajrec.runfile.ring import Control, Finish, Ring
-from trajrec.runfile.rowfile import HEAD_BYTES
-from trajrec.runfile.verify import verify
-from trajrec.runfile.writer import Writer
+from trajrec.runfile.trainer.process import WriterProcess
+from trajrec.runfile.trainer.sink import RunFileSink
+from trajrec.runfile.writer import rework, sealing
+from trajrec.runfile.writer.loop import Writer
 
 MADE = MadeUpRun(spec(3000, rng=16))
 ROW_BYTES = 12_000

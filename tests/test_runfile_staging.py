@@ -10,14 +10,15 @@ import pytest
 
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_keyframe, spec
-from trajrec.runfile import keyfile, staging
 from trajrec.runfile.folder import Folder
-from trajrec.runfile.geometry import PAGE
-from trajrec.runfile.keyfile import pieces_of, read_keyframe, write_arrays
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.staging import Staging, save
-from trajrec.runfile.writer import Writer
+from trajrec.runfile.format import arrays
+from trajrec.runfile.format.arrays import pieces_of, read_keyframe, write_arrays
+from trajrec.runfile.format.geometry import PAGE
+from trajrec.runfile.recovery import pack
+from trajrec.runfile.trainer import staging
+from trajrec.runfile.trainer.sink import RunFileSink
+from trajrec.runfile.trainer.staging import Staging, save
+from trajrec.runfile.writer.loop import Writer
 
 MADE = MadeUpRun(spec(300, rng=100))
 
@@ -92,7 +93,7 @@ def test_a_step_that_is_not_the_one_inside_is_not_saved(folder):
 
 
 def test_what_is_summed_is_the_copy(folder, monkeypatch):
-    original = keyfile.copy_crc32
+    original = arrays.copy_crc32
 
     def changing(place, source, crc):
         if changes := source.dtype.kind == "f" and source.size == 300:
@@ -105,7 +106,7 @@ def test_what_is_summed_is_the_copy(folder, monkeypatch):
     place = Staging(folder.staged, 20_000)
     keyframe = MADE.keyframe(7)
     with monkeypatch.context() as patch:
-        patch.setattr(keyfile, "copy_crc32", changing)
+        patch.setattr(arrays, "copy_crc32", changing)
         assert place.put(keyframe)
     save(folder)
     found = read_keyframe(folder.keyframe(7)).arrays["optimizer/momentum_buffer"]
@@ -150,7 +151,7 @@ def test_a_full_disk_does_not_keep_steps_from_being_sealed(tmp_path, monkeypatch
     sink = recorded(tmp_path, 100)
     kill_writer(sink)
     writer = Writer(sink.folder)
-    monkeypatch.setattr("trajrec.runfile.writer.save", fail)
+    monkeypatch.setattr("trajrec.runfile.writer.loop.save", fail)
     if number == 28:
         writer._save_staged()
     else:
@@ -230,7 +231,7 @@ def test_where_none_is_staged_they_are_files_at_once(tmp_path, monkeypatch, case
         raise OSError(28, "No space left on device")
 
     if case == "large":
-        monkeypatch.setattr("trajrec.runfile.recording.LARGEST", 100)
+        monkeypatch.setattr("trajrec.runfile.trainer.sink.LARGEST", 100)
     if case == "full":
         monkeypatch.setattr(staging, "allocate", no_room)
     sink = recorded(tmp_path, **({"budget": "1GB"} if case == "budget" else {}))

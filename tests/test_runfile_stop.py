@@ -16,9 +16,9 @@ from tests.runfile_simulation import Simulation
 from tests.test_runfile_resume import cut_off
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import holder
-from trajrec.runfile.packing import pack
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
+from trajrec.runfile.trainer.sink import RunFileSink
 from trajrec.sink import MemorySink
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,8 @@ from tests import loops
 from tests.loops import Loop, sgd
 from tests.memory_run import MemoryRun
 from tests.test_loops import batch_norm, check, clips_norm, dropout, toggles
+from trajrec.capture.recorder import Recorder
 from trajrec.errors import RecordingError, TaskError
-from trajrec.recorder import Recorder
 from trajrec.records import RunSpec
 from trajrec.replay import contributions
 from trajrec.rules import FlatLayout, rule_for

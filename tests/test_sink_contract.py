@@ -9,9 +9,8 @@ import pytest
 
 import trajrec
 from tests.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_run, spec
-from trajrec.runfile import recording
-from trajrec.runfile.recording import RunFileSink
-from trajrec.runfile.verify import verify
+from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.trainer.sink import RunFileSink
 from trajrec.sink import MemorySink
 
 LAST = 150
@@ -96,7 +95,7 @@ def test_inputs_come_back_bit_for_bit(tmp_path, keep, pixels):
 
 
 def test_large_inputs_are_taken_into_segments_before_these_are_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(recording, "INPUT_BYTES", 2**20)
+    monkeypatch.setattr("trajrec.runfile.trainer.sink.INPUT_BYTES", 2**20)
     made = MadeUpRun(spec(inputs="store"), pixels=5000)
     sink = RunFileSink(tmp_path / "run.h5", keep=50)
     sink.open(made.spec)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from trajrec.snapshot import Snapshot
+from trajrec.snapshot.snapshot import Snapshot
 
 
 def train(model, optimizer):

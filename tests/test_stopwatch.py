@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from trajrec import stopwatch
-from trajrec.recorder import Recorder
+from trajrec.capture import stopwatch
+from trajrec.capture.recorder import Recorder
+from trajrec.capture.stopwatch import EVERY, Stopwatch
 from trajrec.sink import MemorySink
-from trajrec.stopwatch import EVERY, Stopwatch
 
 
 class Clock:

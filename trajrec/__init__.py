@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Task": "trajrec.task",
-    "Run": "trajrec.runfile.reader",
-    "clip_norm": "trajrec.gradients",
-    "clip_value": "trajrec.gradients",
-    "open": "trajrec.runfile.reader",
+    "Task": "trajrec.task.task",
+    "Run": "trajrec.runfile.reader.run",
+    "clip_norm": "trajrec.task.gradients",
+    "clip_value": "trajrec.task.gradients",
+    "open": "trajrec.runfile.reader.run",
     "record": "trajrec.api",
     "register_rule": "trajrec.rules",
-    "seeded": "trajrec.seeding",
-    "set_batch": "trajrec.capture",
+    "seeded": "trajrec.task.seeding",
+    "set_batch": "trajrec.capture.hooks",
     "TrajrecError": "trajrec.errors",
     "replay": "",
 }
@@ -48,15 +48,15 @@ __all__ = [
 if TYPE_CHECKING:
     from trajrec import replay as replay
     from trajrec.api import record as record
-    from trajrec.capture import set_batch as set_batch
+    from trajrec.capture.hooks import set_batch as set_batch
     from trajrec.errors import TrajrecError as TrajrecError
-    from trajrec.gradients import clip_norm as clip_norm
-    from trajrec.gradients import clip_value as clip_value
     from trajrec.rules import register_rule as register_rule
-    from trajrec.runfile.reader import Run as Run
-    from trajrec.runfile.reader import open as open
-    from trajrec.seeding import seeded as seeded
-    from trajrec.task import Task as Task
+    from trajrec.runfile.reader.run import Run as Run
+    from trajrec.runfile.reader.run import open as open
+    from trajrec.task.gradients import clip_norm as clip_norm
+    from trajrec.task.gradients import clip_value as clip_value
+    from trajrec.task.seeding import seeded as seeded
+    from trajrec.task.task import Task as Task
 
 
 def __getattr__(name: str) -> Any:

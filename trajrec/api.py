@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from trajrec.recorder import Recorder, processes
-from trajrec.runfile.recording import RunFileSink
+from trajrec.capture.recorder import Recorder, processes
+from trajrec.runfile.trainer.sink import RunFileSink
 from trajrec.sink import MemorySink, Sink
 
 

@@ -105,7 +105,7 @@ class RunSpec:
         rng: names and lengths in bytes of the random generator states whose concatenation is `StepRecord.rng`.
         eval_modules: names of modules that were in eval mode during the first training forward pass.
         task: "FILE.py:ATTR" as recorded, or None; `task_sha256` of that file.
-        data: fingerprint of the training data (names to values, see `trajrec.task`).
+        data: fingerprint of the training data (names to values, see `trajrec.task.task`).
         versions: of trajrec, torch, numpy and Python.
         device: where the parameters were ("cpu", "cuda:0").
         threads: torch's thread count within an operation.
@@ -219,8 +219,8 @@ class StepRecord:
         rng: generator states at the start of the forward pass of every micro-batch, one after the other, or b"" if
             the step consumed no randomness.
         parts: [A] sizes of the micro-batches whose gradients were added up, in the order of `ids`; empty for one.
-        digests: [A] CRC-32 of what the loader yielded for each micro-batch (`trajrec.task.sketch`), -1 where it was not
-            made; empty if none was.
+        digests: [A] CRC-32 of what the loader yielded for each micro-batch (`trajrec.digest.sketch`), -1 where it was
+            not made; empty if none was.
         changes: what is different from the step before, JSON of a `Conditions`, or b"".
     """
 
@@ -277,7 +277,7 @@ class Inputs:
 
     Attributes:
         step: t, from 1.
-        arrays: "structure" (JSON as uint8) and "MICRO-BATCH/LEAF" to array: see `trajrec.contents`.
+        arrays: "structure" (JSON as uint8) and "MICRO-BATCH/LEAF" to array: see `trajrec.inputs`.
     """
 
     step: int

@@ -7,7 +7,7 @@ lie in chunks, as they did before those of an uncompressed run came to lie in on
 from pathlib import Path
 
 from tests.runfile_cases import MadeUpRun, spec
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 HERE = Path(__file__).parent
 RUNS = {

@@ -1,10 +1,10 @@
 """Optimizer steps as pure functions (w_t, s_t) = U(w_{t-1}, s_{t-1}, g_t; h_t), made from the classes themselves."""
 
 from trajrec.rules.flat import FlatLayout
-from trajrec.rules.own import OwnRule
 from trajrec.rules.registry import RULES, check_recordable, register_rule, rehearse, rule_for
-from trajrec.rules.rounded import RoundedRule
 from trajrec.rules.step import Rule
+from trajrec.rules.users.own import OwnRule
+from trajrec.rules.users.rounded import RoundedRule
 
 __all__ = [
     "RULES",

@@ -17,15 +17,15 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from trajrec.errors import TaskError, UnsupportedOptimizerError
 from trajrec.records import FloatArray, Keyframe, ParamSpec, RunSpec
-from trajrec.rules.adafactor import AdafactorRule
 from trajrec.rules.adaptive import KEPT, AdaptiveRule
+from trajrec.rules.composed.several import JointRule, parts_of
 from trajrec.rules.flat import FlatLayout
-from trajrec.rules.joint import JointRule, parts_of
-from trajrec.rules.muon import MuonRule
-from trajrec.rules.own import OwnRule
+from trajrec.rules.matrix.adafactor import AdafactorRule
+from trajrec.rules.matrix.muon import MuonRule
 from trajrec.rules.selftest import self_test
 from trajrec.rules.sgd import SGDRule
 from trajrec.rules.step import Rule
+from trajrec.rules.users.own import OwnRule
 
 RULES: dict[str, type[Rule]] = {
     "SGD": SGDRule,

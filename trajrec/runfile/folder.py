@@ -21,23 +21,17 @@ something of the user's, or come from a stranger.
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from trajrec.checksum import crc32
-from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
-from trajrec.records import RunSpec
+from trajrec.errors import DamagedRunError, NotARunError
 from trajrec.runfile import files
-from trajrec.typed import typed
+from trajrec.runfile.durable import durable
+from trajrec.runfile.manifest import Manifest, parse_manifest
 
 SUFFIX = ".rec"
-FORMAT = "trajrec recording"
-VERSION = 1
 _SEGMENT = re.compile(r"segment-(\d{10})-(\d{10})\.h5")
 _KEYFRAME = re.compile(r"keyframe-(\d{10})\.bin")
 _RECORD = re.compile(r"record-(\d{10})\.bin")
@@ -46,35 +40,6 @@ _STEP = r"(keyframe|record|inputs|staged)-\d{10}"
 _UNFINISHED = re.compile(rf"(manifest\.json|packed\.h5|ring\.bin|{_SEGMENT.pattern}|{_STEP})\.tmp|{_STEP}\.part")
 _ALONE = ("lock", "ring.bin", "staged.bin", "writer.log")  # what says nothing without a manifest
 _IN_PLACE = ("lock", "ring.bin", "staged.bin", "rows.bin", "writer.log")
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What is known of a recording from its first moment.
-
-    Attributes:
-        spec: of the run.
-        output: name of the packed file.
-        keep: "steps" or "keyframes".
-        compression: "zstd" or "none".
-        resumed: steps the recording was taken up again at.
-    """
-
-    spec: RunSpec
-    output: str
-    keep: str
-    compression: str
-    resumed: tuple[int, ...] = ()
-
-    @property
-    def plain_rows(self) -> bool:
-        """Whether rows lie in a file of their own, and not in the segments."""
-        return self.keep == "steps" and self.compression == "none"
-
-    def to_json(self) -> str:
-        """The manifest as text, with a checksum."""
-        body = json.dumps({**asdict(self), "spec": self.spec.to_json()}, indent=1)
-        return json.dumps({"format": FORMAT, "version": VERSION, "crc32": crc32(body.encode())}) + "\n" + body
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +165,7 @@ class Folder:
         except (OSError, UnicodeDecodeError) as error:
             raise NotARunError(f"{self.path} is not a recording of trajrec: it has no readable manifest.") from error
         try:
-            return _parse(head, body, self.path)
+            return parse_manifest(head, body, self.path)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedRunError(f"{self.manifest} is damaged ({error}).") from error
 
@@ -291,69 +256,8 @@ def _is_regular(entry: os.DirEntry[str]) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def durable(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there becomes `path` whole and synced, or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        yield tmp
-        sync(tmp)
-        tmp.replace(path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or a folder's list of names is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _parse(head: str, body: str, path: Path) -> Manifest:
-    about = json.loads(head)
-    if about["format"] != FORMAT:
-        raise NotARunError(f"{path} is not a recording of trajrec.")
-    if type(about["version"]) is not int:
-        raise ValueError(f"its version reads {about['version']!r:.40}")
-    if about["version"] > VERSION:
-        raise NewerFormatError(f"{path} was written by a newer trajrec (version {about['version']}). Update trajrec.")
-    if about["crc32"] != crc32(body.encode()):
-        raise ValueError("its text does not match its checksum")
-    values = json.loads(body)
-    manifest = typed(Manifest, {**values, "spec": RunSpec.from_json(values["spec"])})
-    if manifest.keep not in ("steps", "keyframes") or manifest.compression not in ("zstd", "none"):
-        raise ValueError(f"keep {manifest.keep!r:.40} and compression {manifest.compression!r:.40} are not known")
-    if min(manifest.resumed, default=0) < 0:
-        raise ValueError("resumptions should be steps")
-    return manifest
-
-
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says that there is no room; a limit on the size of files says so, too."""
-    full = (errno.ENOSPC, errno.EDQUOT), ("No space left", "quota exceeded")
-    return _says(error, *full) or is_file_too_large(error)
-
-
-def is_file_too_large(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, is a limit on the size of files (`ulimit -f`): waiting does not help."""
-    return _says(error, (errno.EFBIG,), ("File too large",))
-
-
-def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
-    while error is not None:
-        if getattr(error, "errno", None) in numbers or any(word in str(error) for word in words):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -19,8 +19,9 @@ from itertools import count
 from pathlib import Path
 
 from trajrec.errors import DamagedRunError, OutputExistsError, RecorderBusyError, RecordingError
-from trajrec.runfile import files, trailer
+from trajrec.runfile import files
 from trajrec.runfile.folder import SUFFIX, Folder
+from trajrec.runfile.format import trailer
 from trajrec.runfile.lock import Lock, holder
 from trajrec.runfile.ring import Ring
 

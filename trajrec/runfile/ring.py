@@ -38,9 +38,9 @@ from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Row, StepRecord
 from trajrec.runfile import files
-from trajrec.runfile.codec import decode, encode
-from trajrec.runfile.geometry import GEOMETRY_BYTES, PAGE, Geometry
-from trajrec.runfile.keyfile import write_pieces
+from trajrec.runfile.format.arrays import write_pieces
+from trajrec.runfile.format.codec import decode, encode
+from trajrec.runfile.format.geometry import GEOMETRY_BYTES, PAGE, Geometry
 
 MAGIC = b"TRAJRNG1"
 _CONTROL = 2048
@@ -60,6 +60,9 @@ class Control(IntEnum):
     FINISH = 3  # Finish
     GAP_FIRST = 4  # steps that went unrecorded (0: none)
     GAP_LAST = 5
+
+
+EXIT_DISK_FULL = 28  # of a process that changes a recording
 
 
 class Status(IntEnum):

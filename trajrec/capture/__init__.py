@@ -1,0 +1,1 @@
+"""A training loop becomes records. Runs in the training: imports no HDF5, no run file, no replay."""

@@ -1,0 +1,1 @@
+"""Bytes and names of the files: what is written and read everywhere. Imports no process."""

@@ -1,0 +1,1 @@
+"""Whoever reads a run. Writes nothing; imports nothing of trainer/ or writer/."""
