@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 import trajrec
 from trajrec.capture.batches import MicroBatch, StepBatch, _joined, alone
-from trajrec.capture.digesting import SampleSet
+from trajrec.capture.observing.digesting import SampleSet
 from trajrec.capture.ledger import BatchLedger
 from trajrec.capture.recorder import Recorder
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError

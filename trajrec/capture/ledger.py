@@ -39,7 +39,7 @@ from trajrec.capture.batches import (
     tensors_in,
     traces_of,
 )
-from trajrec.capture.digesting import Sums
+from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.stopwatch import Stopwatch
 from trajrec.digest import digest, sketch
 from trajrec.errors import RecordingError, UnknownBatchError

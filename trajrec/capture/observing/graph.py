@@ -12,7 +12,7 @@ from weakref import ref
 
 from torch import Tensor
 
-from trajrec.traces import tensors_in
+from trajrec.capture.observing.traces import tensors_in
 
 _MARK = "trajrec"
 

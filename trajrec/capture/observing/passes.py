@@ -11,8 +11,8 @@ from weakref import ref
 
 from torch.utils.data import IterableDataset
 
-from trajrec.samples import Source
-from trajrec.seeding import Seeded, find_seeded
+from trajrec.capture.attribution.batches import Source
+from trajrec.task.seeding import Seeded, find_seeded
 
 
 class Passes:

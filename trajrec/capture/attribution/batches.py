@@ -17,7 +17,7 @@ from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.records import FloatArray, IntArray
 
 if TYPE_CHECKING:
-    from trajrec.contents import Contents
+    from trajrec.inputs import Contents
 
 States = tuple[Any, ...]
 """Of random generators: vectors of bytes."""

@@ -7,17 +7,17 @@
     Released    that part of the graph is gone                    Backward    a backward pass has begun
     Shared      the gradient is another model's, too              Stepped     the optimizer is about to step
 
-Hooks (`trajrec.observer`) only write facts down. What needs a tensor at hand (whose values are these? where does this
+Hooks (`trajrec.capture.observing.observer`) only write facts down. What needs a tensor at hand (whose values are these? where does this
 gradient come from?) is looked at then, and stands in the fact as a batch or a number; so a list of facts can be made up
-and read without torch. `trajrec.attribution` reads it.
+and read without torch. `trajrec.capture.attribution.reading` reads it.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from trajrec.capture.attribution.batches import Batch, States
 from trajrec.records import FloatArray, IntArray
-from trajrec.samples import Batch, States
 
 
 class Drawn(NamedTuple):

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trajrec.facts import Forward
-from trajrec.samples import Batch, Part
+from trajrec.capture.attribution.batches import Batch, Part
+from trajrec.capture.attribution.facts import Forward
 
 NONE: frozenset[int] = frozenset()
 

@@ -2,7 +2,7 @@
 
 The methods are called by the hooks that are put into the loop. What they look at themselves is what needs the tensors
 of that moment: which batch a model's inputs are taken from, which forward passes a gradient comes from, whether
-gradients of an earlier backward pass are there. They decide nothing: that is for `trajrec.attribution`.
+gradients of an earlier backward pass are there. They decide nothing: that is for `trajrec.capture.attribution.reading`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajrec.attribution import Outcome, read
-from trajrec.batches import Handed
-from trajrec.contents import contents_of
-from trajrec.errors import RecordingError, UnknownBatchError
-from trajrec.facts import (
+from trajrec.capture.attribution.batches import Batch, Source, States, StepBatch, as_ids
+from trajrec.capture.attribution.facts import (
     Backward,
     Cleared,
     Drawn,
@@ -33,14 +30,17 @@ from trajrec.facts import (
     Shared,
     Stepped,
 )
-from trajrec.graph import GraphMarks, leaves_of
-from trajrec.known import Habits, Known
-from trajrec.passes import Passes
+from trajrec.capture.attribution.known import Habits, Known
+from trajrec.capture.attribution.reading import Outcome, read
+from trajrec.capture.batches import Handed
+from trajrec.capture.observing.digesting import Sums
+from trajrec.capture.observing.graph import GraphMarks, leaves_of
+from trajrec.capture.observing.passes import Passes
+from trajrec.capture.observing.traces import BatchTensors, Held, samples_in, tensors_in
+from trajrec.digest import digest, sketch
+from trajrec.errors import RecordingError, UnknownBatchError
+from trajrec.inputs import contents_of
 from trajrec.records import FloatArray, IntArray
-from trajrec.samples import Batch, Source, States, StepBatch, as_ids
-from trajrec.sums import Sums
-from trajrec.task import digest, sketch
-from trajrec.traces import BatchTensors, Held, samples_in, tensors_in
 
 _MOST_FACTS = 512  # in a step; an evaluation between two steps may see any number of batches
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trajrec.samples import Batch, Source
+from trajrec.capture.attribution.batches import Batch, Source
 
 HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
 

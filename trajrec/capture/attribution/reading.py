@@ -1,4 +1,4 @@
-"""Which samples made an optimizer step: what the facts of a loop say (see `trajrec.facts`).
+"""Which samples made an optimizer step: what the facts of a loop say (see `trajrec.capture.attribution.facts`).
 
     read(known, facts) -> (known', step or refusal)
 
@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from trajrec import refusals
-from trajrec.errors import UnknownBatchError
-from trajrec.facts import (
+from trajrec.capture.attribution import refusals
+from trajrec.capture.attribution.batches import Batch, Part, StepBatch, joined
+from trajrec.capture.attribution.facts import (
     Backward,
     Cleared,
     Drawn,
@@ -43,8 +43,8 @@ from trajrec.facts import (
     Shared,
     Stepped,
 )
-from trajrec.known import NONE, NOTHING, Known, Unfinished, Use, Waiting
-from trajrec.samples import Batch, Part, StepBatch, joined
+from trajrec.capture.attribution.known import NONE, NOTHING, Known, Unfinished, Use, Waiting
+from trajrec.errors import UnknownBatchError
 
 _MOST_WAITING = 64
 _MOST_EVALUATED = 16  # without a gradient, and without a word which they are

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trajrec.samples import Batch
+from trajrec.capture.attribution.batches import Batch
 
 _COMPARED = 512
 _MOST_RECENT = 32
