@@ -9,8 +9,8 @@ Three things are watched while a recording is on:
     torch.autograd.backward     batches that were used and led to a backward pass belong to the next step; the
                                 loss is the tensor it was called on.
 
-and `zero_grad`, which tells gradients that were thrown away from those that add up. `trajrec.capture.ledger`
-keeps the books.
+and `zero_grad`, which tells gradients that were thrown away from those that add up. What is seen is written down as
+facts by `trajrec.capture.observing.observer`.
 
 A class with an `__iter__` of its own that is a loader, or whose objects hold one (accelerate's are one batch ahead of
 the loop), is watched there, too: what it draws from an inner loader waits, and is handed over when the loop receives it
@@ -39,11 +39,31 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from trajrec.capture.batches import Handed, as_ids, holders_of, traces_of
+from trajrec.capture.attribution.batches import as_ids
+from trajrec.capture.observing.traces import holders_of, traces_of
 from trajrec.errors import UnknownBatchError
 
 _DEPTH = 8  # calls between the making of an object and that of its loader
 _HEAP = 1 << 9  # of the flags of a type: made by a class statement
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A batch as a loader handed it to the loop.
+
+    Attributes:
+        loader: the loader that made it.
+        ids: what its sampler drew, or None if that is not known.
+        content: as the loop received it.
+        about: the pass over the loader that it came from.
+        made: as the loader made it, where the loop received something else.
+    """
+
+    loader: Any
+    ids: Any
+    content: Any
+    about: Any = None
+    made: Any = None
 
 
 class Listener(Protocol):
@@ -331,14 +351,21 @@ class _Watching:
 _watching = _Watching()
 
 
-def watch(listener: Listener) -> None:
+class Watch:
+    """Tells a listener what happens in the loop, until it is removed."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        _watching.add(listener)
+
+    def remove(self) -> None:
+        """Tells the listener no more."""
+        _watching.remove(self._listener)
+
+
+def watch(listener: Listener) -> Watch:
     """Tells the listener from now on what happens in the loop."""
-    _watching.add(listener)
-
-
-def unwatch(listener: Listener) -> None:
-    """Tells the listener no more."""
-    _watching.remove(listener)
+    return Watch(listener)
 
 
 def _in_child() -> None:

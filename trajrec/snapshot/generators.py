@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trajrec.capture.batches import States
+States = tuple[torch.Tensor, ...]
+"""Of generators, each a vector of bytes."""
 
 
 class Generators:

@@ -7,9 +7,9 @@
     Released    that part of the graph is gone                    Backward    a backward pass has begun
     Shared      the gradient is another model's, too              Stepped     the optimizer is about to step
 
-Hooks (`trajrec.capture.observing.observer`) only write facts down. What needs a tensor at hand (whose values are these? where does this
-gradient come from?) is looked at then, and stands in the fact as a batch or a number; so a list of facts can be made up
-and read without torch. `trajrec.capture.attribution.reading` reads it.
+Hooks (`trajrec.capture.observing`) only write facts down. What needs a tensor at hand (whose values are these? where
+does this gradient come from?) is looked at then, and stands in the fact as a batch or a number; so a list of facts can
+be made up and read without torch. `trajrec.capture.attribution.reading` reads it.
 """
 
 from __future__ import annotations

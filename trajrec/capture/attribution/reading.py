@@ -176,7 +176,7 @@ class _Reading:
         kept = self.named[:-1] if self.is_naming else self.named
         self.named, self.is_naming = (*kept, Part(fact.ids, weights=fact.weights)), True
 
-    def _note(self, fits: Callable[[Waiting], bool], **flags: bool) -> None:
+    def _note(self, fits: Callable[[Waiting], bool], **flags: Any) -> None:
         self.waiting = [replace(w, **flags) if fits(w) else w for w in self.waiting]
 
     # -- forward passes

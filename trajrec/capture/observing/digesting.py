@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trajrec.capture.batches import as_ids
+from trajrec.capture.attribution.batches import as_ids
 from trajrec.records import IntArray
 
 EVERY = 32

@@ -32,7 +32,7 @@ from trajrec.capture.attribution.facts import (
 )
 from trajrec.capture.attribution.known import Habits, Known
 from trajrec.capture.attribution.reading import Outcome, read
-from trajrec.capture.batches import Handed
+from trajrec.capture.hooks import Handed
 from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.observing.graph import GraphMarks, leaves_of
 from trajrec.capture.observing.passes import Passes
@@ -42,7 +42,8 @@ from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.inputs import contents_of
 from trajrec.records import FloatArray, IntArray
 
-_MOST_FACTS = 512  # in a step; an evaluation between two steps may see any number of batches
+# More are read before the step: an evaluation between two steps may see any number of batches.
+_MOST_FACTS, _MOST_HELD = 512, 96
 
 
 class Observer:
@@ -113,8 +114,7 @@ class Observer:
             content = made if handed.made is None else (handed.content, made)
             self._tensors.add(Held(batch, content, handed.loader))
             self._is_evaluated = False
-            if len(self._facts) > _MOST_FACTS:
-                self._read()
+            self._tidy()
 
     def _batch(self, ids: IntArray | None, source: Source, serial: int, content: Any) -> Batch:
         """A batch with what is kept of its content: now, because loops change batches in place."""
@@ -160,6 +160,7 @@ class Observer:
             if not gradients:
                 self._facts.append(Evaluated(shown))
                 self._is_evaluated = True
+                self._tidy()
                 return
             thread = threading.get_ident()
             self._thread = self._thread or thread
@@ -244,6 +245,10 @@ class Observer:
                 if batch.digest is not None:
                     self._digests.note(batch.ids)
             return step
+
+    def _tidy(self) -> None:
+        if len(self._facts) > _MOST_FACTS or self._tensors.count > _MOST_HELD:
+            self._read()
 
     def _read(self) -> Outcome:
         """Reads the facts; keeps at hand what later ones may be about."""

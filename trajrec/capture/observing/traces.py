@@ -21,7 +21,6 @@ from trajrec.capture.attribution.batches import Batch
 
 _COMPARED = 512
 _MOST_RECENT = 32
-_MOST_HELD = 80
 
 
 def samples_in(inputs: tuple[Any, ...]) -> int:
@@ -112,6 +111,11 @@ class BatchTensors:
         self._recent: deque[Held] = deque(maxlen=_MOST_RECENT)
 
     @property
+    def count(self) -> int:
+        """How many batches wait or are in use."""
+        return len(self._held)
+
+    @property
     def only(self) -> Batch | None:
         """The batch that waits or is in use, if there is but one."""
         return self._held[0].batch if len(self._held) == 1 else None
@@ -120,7 +124,7 @@ class BatchTensors:
         """Takes in a batch that was drawn; keeps those before it alive no longer."""
         for before in self._held:
             before.let_go()
-        self._held = [*self._held[-_MOST_HELD:], held]
+        self._held.append(held)
 
     def keep(self, batches: Container[Batch]) -> None:
         """Keeps only these of the batches that wait or are in use."""
