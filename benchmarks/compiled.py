@@ -2,9 +2,9 @@
 
     python benchmarks/compiled.py [--models lenet transformer] [--out benchmarks/results/compiled.json]
 
-The forms of a replay work through operators that torch's compiler does not trace (`replay/dual.py`), so what is
-compiled is the same step written in torch.func: losses and tangents by jvp, then one gradient of their weighted sum by
-weights and direction. It is held against itself without the compiler, and against the form that a replay uses: least
+The forms of a replay work through operators that torch's compiler does not trace (`replay/derivatives/dual_rules.py`),
+so what is compiled is the same step written in torch.func: losses and tangents by jvp, then one gradient of their sum
+by weights and direction. It is held against itself without the compiler, and against the form that a replay uses: least
 CPU time of a dozen steps with one thread, and the wall time of the first call, which compiles the whole as one graph.
 """
 
@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 
 import trajrec
-from trajrec.replay.linearize import FORMS
+from trajrec.replay.derivatives.choice import FORMS
 from trajrec.replay.session import Session
 
 TIMES = 12

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import trajrec
-from trajrec.replay.contribution import solve
+from trajrec.replay.methods.contributions import solve
 from trajrec.replay.session import Session, Silent
 
 SERIES = {

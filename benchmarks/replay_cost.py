@@ -30,16 +30,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import trajrec
-from trajrec.replay import adjoint as adjoint_module
-from trajrec.replay import contribution, heap
-from trajrec.replay.adjoint import Adjoint
-from trajrec.replay.choice import Forms
-from trajrec.replay.contribution import solve
-from trajrec.replay.hypergradient import Hypergradients, hypergradients
-from trajrec.replay.linearize import FORMS
-from trajrec.replay.passes import problem_of
+from trajrec.replay.derivatives.choice import FORMS, Forms
+from trajrec.replay.machine import memory
+from trajrec.replay.methods import adjoint as adjoint_module
+from trajrec.replay.methods import contributions
+from trajrec.replay.methods.adjoint import Adjoint
+from trajrec.replay.methods.blocks import problem_of
+from trajrec.replay.methods.contributions import solve
+from trajrec.replay.methods.hypergradients import Hypergradients, hypergradients
+from trajrec.replay.methods.tangent import Tangent
 from trajrec.replay.session import Session, Silent
-from trajrec.replay.tangent import Tangent
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"lenet": 96, "densenet": 6, "transformer": 16}
@@ -134,7 +134,7 @@ def timed_forms(marks):
 def replayed(session, forms, **options):
     """Seconds a step of a replay for one target, and the share that is not derivatives."""
     marks = Marks()
-    contribution.sampled_stride = lambda _: STRIDE
+    contributions.sampled_stride = lambda _: STRIDE
     adjoint_module.POINTS.update(timed_forms(marks))
     solve(session, [0], mode="adjoint", forms=forms, progress=marks, **options)
     adjoint_module.POINTS.update(FORMS)
@@ -146,7 +146,7 @@ def block(session, count, exact, steps):
     forms, marks = Forms(), Marks()
     last = session.run.steps
     targets = 1e-3 * torch.randn(count, session.layout.size)
-    with heap.kept():
+    with memory.kept():
         adjoint = Adjoint.begin(problem_of(session, exact, forms), targets, numpy.arange(count), last - steps)
         adjoint.go(None, lambda *_: None, marks.advance)
     return marks.a_step, sorted(set(forms.names.values()))[0]
@@ -157,7 +157,7 @@ def forwards(session, count, exact):
     marks = Marks()
     session.checks.stride = 1
     problem = problem_of(session, exact, Forms())
-    with heap.kept():
+    with memory.kept():
         tracked = numpy.arange(count)
         Tangent.begin(problem, tracked, session.samples, (1, session.run.steps)).go(session.checks, marks.advance)
     return marks.a_step

@@ -73,8 +73,8 @@ def write(folder: Path, samples: int, targets: int, epochs: int) -> None:
 
 def measure(folder: Path, question: str) -> dict[str, float]:
     """Seconds and peak megabytes of one question."""
-    from trajrec.replay.render.html import html
-    from trajrec.replay.report import Ask, build
+    from trajrec.replay.report.render.html import html
+    from trajrec.replay.report.report import Ask, build
 
     asks = {
         "statistics": Ask(statistics=True),

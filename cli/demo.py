@@ -75,7 +75,7 @@ def _compare(console: Console, fast: Path, exact: Path, seconds: dict[str, float
     """How well the two forms agree, and how many of the wrong labels each puts among the most harmful."""
     import polars as pl
 
-    from trajrec.replay.agreement import agree
+    from trajrec.replay.report.agreement import agree
 
     frames: dict[str, Any] = {}
     for name, folder in (("Hessian-free", fast), ("exact", exact)):

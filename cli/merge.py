@@ -23,11 +23,11 @@ def merge(
 
     Example: [bold]trajrec merge piece-1 piece-2 piece-3 --out whole[/bold]
     """
-    from trajrec.replay import report
-    from trajrec.replay.joining import join, read_shards
-    from trajrec.replay.output import OUTPUT
-    from trajrec.replay.place import Place
-    from trajrec.replay.render import tables, terminal
+    from trajrec.replay.folder.place import Place
+    from trajrec.replay.folder.shards import join, read_shards
+    from trajrec.replay.folder.write import OUTPUT
+    from trajrec.replay.report import report
+    from trajrec.replay.report.render import tables, terminal
 
     place = Place(out, OUTPUT, force, [("the shard", folder) for folder in folders])
     with place.claimed():

@@ -16,8 +16,8 @@ from trajrec.cli.say import say
 from trajrec.errors import DataMismatchError, TaskError, TrajrecError
 
 if TYPE_CHECKING:
-    from trajrec.replay.contribution import Contributions
-    from trajrec.replay.progress import ProgressFile
+    from trajrec.replay.methods.contributions import Contributions
+    from trajrec.replay.methods.resume import ProgressFile
     from trajrec.runfile.reader.run import Run
     from trajrec.task.task import Task
 
@@ -103,12 +103,12 @@ def replay(
     Example: [bold]trajrec replay --samples idx.npy --exact[/bold]
     """
     from trajrec.cli.runs import find_run, replay_folder
-    from trajrec.replay import report
-    from trajrec.replay.asked import question
-    from trajrec.replay.output import OUTPUT, write_replay
-    from trajrec.replay.place import Place
-    from trajrec.replay.progress import ProgressFile
-    from trajrec.replay.render import tables, terminal
+    from trajrec.replay.folder.identity import question
+    from trajrec.replay.folder.place import Place
+    from trajrec.replay.folder.write import OUTPUT, write_replay
+    from trajrec.replay.methods.resume import ProgressFile
+    from trajrec.replay.report import report
+    from trajrec.replay.report.render import tables, terminal
     from trajrec.replay.session import Session
     from trajrec.runfile.reader.run import open as open_run
 
@@ -158,8 +158,8 @@ def _used(run: Path, samples: Path | None, targets: str, task: str | None) -> li
 
 def _solve(session: Any, targets: Any, samples: Any, file: Any, **options: Any) -> Contributions:
     from trajrec.cli.progress import ReplayProgress
-    from trajrec.replay.choice import Forms
-    from trajrec.replay.contribution import solve
+    from trajrec.replay.derivatives.choice import Forms
+    from trajrec.replay.methods.contributions import solve
 
     forms = Forms(only=os.environ.get("TRAJREC_FORM"))
     with ReplayProgress() as progress:
@@ -179,8 +179,8 @@ def _train_again(session: Any, result: Contributions, count: int) -> str:
     import numpy as np
 
     from trajrec.cli.progress import ReplayProgress
-    from trajrec.replay.targets import choose_targets
-    from trajrec.replay.taylor import taylor_check, taylor_steps
+    from trajrec.replay.losses.targets import choose_targets
+    from trajrec.replay.validation.taylor import taylor_check, taylor_steps
 
     ranks = np.argsort(-np.abs(result.values).sum(axis=1))
     places = ranks[np.linspace(0, (len(ranks) - 1) // 2, min(count, len(ranks))).astype(int)]

@@ -52,8 +52,8 @@ def report(
 
     Example: trajrec report runs/mnist.h5 --top 20 --csv top.csv --html report.html
     """
-    from trajrec.replay.render import tables, terminal
-    from trajrec.replay.report import Ask, build
+    from trajrec.replay.report.render import tables, terminal
+    from trajrec.replay.report.report import Ask, build
 
     folder = answers_of(source)
     outputs = {kind: path for kind, path in _outputs(csv, parquet, json, html).items() if path}
@@ -84,15 +84,15 @@ def report(
 def _write_full(folder: Path, ask: object, rows: int, json: Path | None, html: Path | None, force: bool) -> None:
     from dataclasses import replace
 
-    from trajrec.replay.render import tables
-    from trajrec.replay.report import Ask, build
+    from trajrec.replay.report.render import tables
+    from trajrec.replay.report.report import Ask, build
 
     assert isinstance(ask, Ask)
     full = build(folder, rows, replace(ask, everything=True, pictures=html is not None))
     if json:
         tables.write_json(full, json, force)
     if html:
-        from trajrec.replay.render import html as page
+        from trajrec.replay.report.render import html as page
 
         page.write_html(full, html, force)
 
@@ -104,7 +104,7 @@ def _outputs(csv: Path | None, parquet: Path | None, json: Path | None, html: Pa
 def _check(outputs: dict[str, Path], force: bool) -> None:
     """Refuse before any work is done: an existing file, or one file for two outputs."""
     from trajrec.errors import TrajrecError
-    from trajrec.replay.render.tables import claim
+    from trajrec.replay.report.render.tables import claim
 
     for option, path in outputs.items():
         claim(path, force)
@@ -124,7 +124,7 @@ def answers_of(source: Path | None) -> Path:
     """
     from trajrec.cli.runs import find_run, replay_folder
     from trajrec.errors import ReplayError
-    from trajrec.replay.progress import PIECES
+    from trajrec.replay.methods.resume import PIECES
 
     if source is not None and source.is_dir() and source.suffix != ".rec":
         return source

@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
-    "Contributions": "trajrec.replay.contribution",
-    "Hypergradients": "trajrec.replay.hypergradient",
-    "contributions": "trajrec.replay.contribution",
-    "hypergradients": "trajrec.replay.hypergradient",
+    "Contributions": "trajrec.replay.methods.contributions",
+    "Hypergradients": "trajrec.replay.methods.hypergradients",
+    "contributions": "trajrec.replay.methods.contributions",
+    "hypergradients": "trajrec.replay.methods.hypergradients",
 }
 
 __all__ = ["Contributions", "Hypergradients", "contributions", "hypergradients"]
 
 if TYPE_CHECKING:
-    from trajrec.replay.contribution import Contributions as Contributions
-    from trajrec.replay.contribution import contributions as contributions
-    from trajrec.replay.hypergradient import Hypergradients as Hypergradients
-    from trajrec.replay.hypergradient import hypergradients as hypergradients
+    from trajrec.replay.methods.contributions import Contributions as Contributions
+    from trajrec.replay.methods.contributions import contributions as contributions
+    from trajrec.replay.methods.hypergradients import Hypergradients as Hypergradients
+    from trajrec.replay.methods.hypergradients import hypergradients as hypergradients
 
 
 def __getattr__(name: str) -> Any:

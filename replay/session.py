@@ -7,37 +7,37 @@ fingerprint of the first batch. A drift found later is explained here, by going 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trajrec.digest import digest
 from trajrec.errors import DataMismatchError, DriftError, ReplayError
-from trajrec.replay.adjoint import initial_state
-from trajrec.replay.certificate import Certificate, Certifier, Drifted, StepChecks, drift_error
-from trajrec.replay.diagnosis import Diagnosis
-from trajrec.replay.heap import budget
-from trajrec.replay.history import RegroupedRun, as_seen
-from trajrec.replay.linearize import gradient_of
-from trajrec.replay.model import LossFunction, users_code
-from trajrec.replay.operators import derivative_error
-from trajrec.replay.precision import full_single_precision
-from trajrec.replay.recompute import KeyframeChecks, OtherState, RebuiltTrajectory, RecomputedTrajectory
-from trajrec.replay.reduction import found_reduction
-from trajrec.replay.samples import OtherInputs, Samples
-from trajrec.replay.targets import Targets, choose_targets, target_gradients, target_values
-from trajrec.replay.trajectory import RecordedRun, Step, StoredTrajectory, Trajectory, make_step, vector_of
-from trajrec.replay.watching import watch
+from trajrec.replay.derivatives.operators import derivative_error
+from trajrec.replay.losses.batches import OtherInputs, Samples
+from trajrec.replay.losses.function import LossFunction, users_code
+from trajrec.replay.losses.gradient import gradient_of
+from trajrec.replay.losses.reduction import found_reduction
+from trajrec.replay.losses.targets import Targets, choose_targets, target_gradients, target_values
+from trajrec.replay.losses.watching import watch
+from trajrec.replay.machine.memory import budget
+from trajrec.replay.machine.torch_switches import full_single_precision
+from trajrec.replay.proof.certificate import Certificate, StepChecks
+from trajrec.replay.proof.diagnosis import Diagnosis
+from trajrec.replay.proof.keyframes import KeyframeChecks
+from trajrec.replay.proof.refusal import Drifted, drift_error
+from trajrec.replay.proof.stepwise import Certifier
+from trajrec.replay.question import DTYPES, parse_device, parse_dtype
+from trajrec.replay.step import RecordedRun, Step, Trajectory, initial_state, make_step, vector_of
+from trajrec.replay.trajectory.participation import RegroupedRun, as_seen
+from trajrec.replay.trajectory.recomputed import OtherState, RebuiltTrajectory, RecomputedTrajectory
+from trajrec.replay.trajectory.stored import StoredTrajectory
 from trajrec.rules import FlatLayout, rule_for
 from trajrec.rules.composed.transformed import TransformedRule
 from trajrec.rules.selftest import self_test
 from trajrec.task.seeding import find_seeded
 from trajrec.task.task import Task
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class Progress(Protocol):
@@ -333,43 +333,3 @@ class Session:
     def target_gradients(self, targets: Targets) -> Tensor:
         """Grad l_j(w_T) of every target, [M, P']."""
         return target_gradients(targets, self.function, self.test, self.trajectory.weights(self.run.steps))
-
-
-def parse_dtype(dtype: Any, default: str) -> torch.dtype:
-    """A floating type by name or torch dtype.
-
-    Raises:
-        ReplayError: if it is not float32 or float64.
-    """
-    name = default if dtype is None else str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ReplayError(
-            f"A replay computes in float32 or float64, not {name}: second derivatives in half precision are wrong "
-            "without a warning."
-        )
-    return DTYPES[name]
-
-
-def parse_device(device: Any) -> torch.device:
-    """A torch device that is there; None is the CPU.
-
-    Raises:
-        ReplayError: if there is no such device.
-    """
-    try:
-        return torch.empty(0, device=device or "cpu").device
-    except (RuntimeError, AssertionError) as error:
-        raise ReplayError(f"Device {device} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def check_mode(mode: str) -> None:
-    """Raises ReplayError for an unknown mode."""
-    if mode not in ("auto", "adjoint", "tangent"):
-        raise ReplayError(f'mode must be "auto", "adjoint" or "tangent", not {mode!r}.')
-
-
-def blocks(count: int, most: int) -> list[slice]:
-    """Pieces of at most `most` out of `count` vectors, as even as possible."""
-    pieces = -(-count // most)
-    edges = np.linspace(0, count, pieces + 1).astype(int).tolist()
-    return [slice(a, b) for a, b in pairwise(edges)]

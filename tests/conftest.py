@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from trajrec.replay.choice import right_forms
+from trajrec.replay.derivatives.choice import right_forms
 
 torch.set_num_threads(1)
 
@@ -26,4 +26,4 @@ def _a_register_of_its_own(tmp_path_factory):
 def _no_race_for_the_fastest_form(monkeypatch):
     """A replay takes the last form that serves instead of the fastest, so that two replays agree to the bit."""
     last = lambda candidates, trial: [*right_forms(candidates, trial)][-1]  # noqa: E731
-    monkeypatch.setattr("trajrec.replay.choice.fastest", last)
+    monkeypatch.setattr("trajrec.replay.derivatives.choice.fastest", last)

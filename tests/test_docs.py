@@ -26,10 +26,10 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 NOT_RUN = {
-    "make demo": "tests/test_cli.py runs `trajrec demo`",
+    "make demo": "tests/cli/test_commands.py runs `trajrec demo`",
     "make test": "that is this",
     "pip install '.[report]'": "the test environment has it installed",
-    "trajrec demo": "tests/test_cli.py runs it",
+    "trajrec demo": "tests/cli/test_commands.py runs it",
 }
 # What a page takes for granted: commands run before it.
 BEFORE = {

@@ -29,6 +29,8 @@ A message quotes what stands in files, and files come from anywhere: what a term
 
 from __future__ import annotations
 
+import errno
+
 
 def printable(text: str, keep: str = "\n") -> str:
     """The text, safe on any terminal: control characters and all else that shows nothing itself become escapes.
@@ -133,3 +135,22 @@ class NewerFormatError(RunFileError):
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, to be put into ours."""
     return str(error).partition("\n")[0]
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that there is no room; a limit on the size of files says so, too."""
+    full = (errno.ENOSPC, errno.EDQUOT), ("No space left", "quota exceeded")
+    return _says(error, *full) or is_file_too_large(error)
+
+
+def is_file_too_large(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is a limit on the size of files (`ulimit -f`): waiting does not help."""
+    return _says(error, (errno.EFBIG,), ("File too large",))
+
+
+def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) in numbers or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

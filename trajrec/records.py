@@ -25,6 +25,9 @@ import numpy.typing as npt
 
 from trajrec.typed import typed
 
+# What an optimizer makes inside its steps, in a parameter group instead of its state.
+GROUP_STATE = "group:"
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Row = npt.NDArray[Any]

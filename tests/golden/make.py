@@ -6,7 +6,7 @@ lie in chunks, as they did before those of an uncompressed run came to lie in on
 
 from pathlib import Path
 
-from tests.runfile_cases import MadeUpRun, spec
+from tests.made.runfile_cases import MadeUpRun, spec
 from trajrec.runfile.trainer.sink import RunFileSink
 
 HERE = Path(__file__).parent

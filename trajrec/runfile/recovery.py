@@ -11,8 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from trajrec.errors import DamagedRunError, DiskFullError, NotARunError, OutputExistsError, TrajrecError
-from trajrec.runfile.durable import is_disk_full, is_file_too_large
+from trajrec.errors import (
+    DamagedRunError,
+    DiskFullError,
+    NotARunError,
+    OutputExistsError,
+    TrajrecError,
+    is_disk_full,
+    is_file_too_large,
+)
 from trajrec.runfile.folder import SUFFIX, Folder
 from trajrec.runfile.format.geometry import Geometry
 from trajrec.runfile.lock import Lock

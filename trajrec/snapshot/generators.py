@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-States = tuple[torch.Tensor, ...]
-"""Of generators, each a vector of bytes."""
+States = tuple[Tensor, ...]
 
 
 class Generators:

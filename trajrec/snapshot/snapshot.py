@@ -24,12 +24,20 @@ from torch.optim import Optimizer
 import trajrec
 from trajrec.checksum import copy_crc32, crc32
 from trajrec.errors import HalfPrecisionError, RecordingError
-from trajrec.records import BufferSpec, Conditions, FloatArray, OptimizerSpec, ParamSpec, Parts, Row, RunSpec
+from trajrec.records import (
+    GROUP_STATE,
+    BufferSpec,
+    Conditions,
+    FloatArray,
+    OptimizerSpec,
+    ParamSpec,
+    Parts,
+    Row,
+    RunSpec,
+)
 from trajrec.snapshot.devicecopy import DeviceCopy, RowCopy
 from trajrec.snapshot.generators import AllStates, Generators
 
-# What an optimizer makes inside its steps, in a parameter group instead of its state.
-GROUP_STATE = "group:"
 _MODE = attrgetter("training")
 # How torch computes a step, not what: they have no place in the mathematics of a replay.
 _IMPLEMENTATION_OPTIONS = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr"})

@@ -33,12 +33,11 @@ from torch.optim import optimizer as hooks
 from torch.utils._pytree import tree_map
 
 from trajrec.errors import TrajrecError, UnsupportedOptimizerError
-from trajrec.records import FloatArray, Keyframe, Row, RunSpec
+from trajrec.records import GROUP_STATE, FloatArray, Keyframe, Row, RunSpec
 from trajrec.rules.flat import FlatLayout
 from trajrec.rules.matrix.formula import recorded_state
 from trajrec.rules.step import Rule, State
 from trajrec.rules.users.following import ROUNDS, Following, Leak
-from trajrec.snapshot.snapshot import GROUP_STATE
 
 _PLAIN_PATH = {"foreach": False, "fused": None, "capturable": False, "differentiable": False}
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trajrec.errors import DiskFullError, RecordingError
-from trajrec.runfile.durable import is_disk_full, is_file_too_large
+from trajrec.errors import DiskFullError, RecordingError, is_disk_full, is_file_too_large
 from trajrec.runfile.folder import Folder
 
 logger = logging.getLogger("trajrec")

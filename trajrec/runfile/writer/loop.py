@@ -25,8 +25,8 @@ import time
 import traceback
 from pathlib import Path
 
-from trajrec.errors import OutputExistsError, RunFileError
-from trajrec.runfile.durable import is_disk_full, is_file_too_large, sync
+from trajrec.errors import OutputExistsError, RunFileError, is_disk_full, is_file_too_large
+from trajrec.runfile.durable import sync
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.reader.stored import holds
 from trajrec.runfile.ring import Control, Finish, Ring, Status

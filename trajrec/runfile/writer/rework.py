@@ -31,9 +31,9 @@ from pathlib import Path
 import numpy as np
 
 from trajrec.checksum import crc32
-from trajrec.errors import DamagedRunError, RecordingError, TrajrecError
+from trajrec.errors import DamagedRunError, RecordingError, TrajrecError, is_disk_full
 from trajrec.records import Keyframe
-from trajrec.runfile.durable import is_disk_full, sync
+from trajrec.runfile.durable import sync
 from trajrec.runfile.folder import Folder, Segment
 from trajrec.runfile.format.arrays import read_keyframe, write_arrays
 from trajrec.runfile.format.rowfile import SharedRows

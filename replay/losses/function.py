@@ -1,0 +1,369 @@
+"""The task's model as a function of its weights: per-sample losses at any recorded point.
+
+The user's loss is called as it is, on the user's module; `torch.func.functional_call` puts the weights in for the time
+of the call (tied parameters included). Training losses run in the mode that was recorded (train mode, but for modules
+that were in eval mode then), with the random state of the recorded step, so dropout masks come back. Targets run in
+eval mode with the run's last buffers (running statistics), which are held constant. Where modes change on the way, the
+recorder has written a keyframe before the step, and the buffers of the last keyframe before a step are those in force.
+"""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trajrec.errors import ModelMismatchError, NonFiniteError, ReplayError, TaskError, TrajrecError
+from trajrec.records import Keyframe, RunSpec
+from trajrec.replay.losses.batches import OtherInputs, Samples
+from trajrec.replay.losses.lazy import initialise
+from trajrec.replay.losses.objective import Objective, reduced
+from trajrec.replay.machine.torch_switches import PlainCheckpoints
+from trajrec.replay.step import RecordedRun, Step
+from trajrec.rules import FlatLayout
+from trajrec.task.task import Batch, Loss, Task
+
+
+class _LossModule(nn.Module):
+    """The user's loss as a module's forward, so that functional_call reaches the model inside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss: Loss, batch: Batch) -> Tensor:
+        return loss(self.model, batch)
+
+
+class LossFunction:
+    """Per-sample losses of a task as a function of the trainable weights [P'].
+
+    Attributes:
+        takes_derivatives: whether the Task's loss takes derivatives itself (`replay.watching`).
+
+    Args:
+        task: the user's task.
+        run: the recording; frozen parameters and buffers come from it.
+        layout: the order of the trainable weights.
+        dtype: floating type of the replay.
+        device: where it computes.
+
+    Raises:
+        ModelMismatchError: if the task's model has other parameters than the recording.
+        TaskError: if it is lazy, and gets no shapes.
+    """
+
+    def __init__(
+        self, task: Task, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.takes_derivatives = False
+        self.task = task
+        self.layout = layout
+        self.spec = run.spec
+        self.device = device
+        self.model = task.build_model()
+        initialise(self.model, task, run, dtype, device)
+        check_model(self.model, self.spec)
+        self._load(self.model, run)
+        self.model.to(device=device, dtype=dtype)
+        self._module = _LossModule(self.model)
+        self._checkpoints = PlainCheckpoints(self.model)
+        self._modes: tuple[str, ...] | None = None
+        self._free: tuple[tuple[str, ...], Tensor] | None = None
+        self.usual_parts = int(max(len(run.parts(t)) for t in range(1, run.steps + 1)))
+        self._even: dict[tuple[int | str, ...], list[Tensor]] = {}
+        self.reduction = task.reduction or "mean"
+        self._train_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[0]), self.model)
+        self._final_buffers = _keyframe_buffers(run.keyframe(run.keyframe_steps[-1]), self.model)
+        self._run = run
+        self._modes_change = any(c.eval_modules != self.spec.eval_modules for c in run.changes.values())
+        self._buffers_of: int | None = None
+        self.train_mode()
+
+    def _load(self, model: nn.Module, run: RecordedRun) -> None:
+        row = run.row(0)
+        values = {p.name: torch.from_numpy(row[p.span].copy()).reshape(p.shape) for p in self.spec.params}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(values[name])
+                parameter.requires_grad_(False)
+
+    def train_mode(self) -> None:
+        """The modes and buffers that training began with."""
+        self._set_modes(self.spec.eval_modules)
+        self._set_buffers(self._train_buffers)
+        self._buffers_of = None
+
+    def _set_modes(self, eval_modules: tuple[str, ...]) -> None:
+        if eval_modules == self._modes:
+            return
+        self._modes = eval_modules
+        self.model.train("" not in eval_modules)
+        for name, module in self.model.named_modules():
+            if name and name in eval_modules:
+                # Children that are in eval mode are named themselves.
+                module.training = False
+
+    def eval_mode(self) -> None:
+        """Eval mode, with the buffers at the end of the run."""
+        self._set_modes(("",))
+        self._set_buffers(self._final_buffers)
+        self._buffers_of = None
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether the model has buffers at all."""
+        return bool(self._final_buffers)
+
+    @contextmanager
+    def keeping_final_buffers(self) -> Iterator[None]:
+        """Training losses computed inside go on from the last keyframe; what the buffers become is the run's end."""
+        self._set_buffers(self._final_buffers)
+        self._buffers_of = self._run.keyframe_steps[-1]
+        yield
+        self._final_buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.train_mode()
+
+    @contextmanager
+    def on_a_copy(self) -> Iterator[None]:
+        """Losses computed inside leave the model, its buffers and generators as they were, if it can be copied."""
+        kept = self.model, self._module, self._modes, self._buffers_of
+        with suppress(Exception):  # handles, locks: whatever a model holds
+            self.model = copy.deepcopy(self.model)
+        self._module = _LossModule(self.model)
+        try:
+            yield
+        finally:
+            self.model, self._module, self._modes, self._buffers_of = kept
+
+    def _use_buffers_before(self, t: int) -> None:
+        """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""
+        if not (self._modes_change and self.has_buffers):
+            return
+        steps = self._run.keyframe_steps
+        keyframe = steps[bisect_right(steps, t - 1) - 1]
+        if keyframe != self._buffers_of:
+            self._buffers_of = keyframe
+            self._set_buffers(_keyframe_buffers(self._run.keyframe(keyframe), self.model))
+
+    def _set_buffers(self, values: dict[str, Tensor]) -> None:
+        for name, buffer in self.model.named_buffers():
+            if name not in values:
+                continue
+            if values[name].shape != buffer.shape:
+                raise ModelMismatchError(
+                    f"The buffer {name} has the shape {list(values[name].shape)} in the recording, and "
+                    f"{list(buffer.shape)} in the task's model."
+                )
+            buffer.copy_(values[name])
+
+    def objective(self, weights: Tensor, samples: Samples, step: Step) -> Objective:
+        """What the gradient of a recorded step is of, at weights [P'], differentiable.
+
+        Raises:
+            NonFiniteError: if a loss is NaN or infinite.
+        """
+        return Objective.joined(list(self.parts(weights, samples, step)))
+
+    def value(self, weights: Tensor, samples: Samples, step: Step) -> float:
+        """The scalar that the gradient of a recorded step is of, at weights [P']."""
+        with torch.no_grad(), users_code("Task.loss", step.t):
+            return float(self.objective(weights, samples, step).total.detach())
+
+    def parts(self, weights: Tensor | dict[str, Tensor], samples: Samples, step: Step) -> Iterator[Objective]:
+        """The objective of one micro-batch after the other, at weights [P'] or by name; they add up to `objective`."""
+        self._set_modes(step.conditions.eval_modules)
+        self._use_buffers_before(step.t)
+        named = self.layout.split(weights) if isinstance(weights, Tensor) else weights
+        batches = [samples.part(step, part) for part in step.parts]
+        shares = self._shares(batches, step, step.before)
+        for part, batch, share in zip(step.parts, batches, shares, strict=True):
+            with self._random_state(part.rng):
+                losses = self._call(self.task.loss, "loss", named, batch, part.span.stop - part.span.start)
+            check_finite(losses.detach(), "The training loss", step.t)
+            divisor = self.penalty_divisor(len(batches)) if part.penalty is None else part.penalty
+            yield Objective(losses, share, self._penalty(named, divisor))
+
+    def free(self, values: Tensor, step: Step) -> Tensor:
+        """Values [..., P'] with zeros at weights that were frozen in a step, and stepped with a gradient of zeros."""
+        frozen = step.conditions.frozen
+        if not frozen:
+            return values
+        if self._free is None or self._free[0] != frozen:
+            parts = {p.name: torch.full(p.shape, float(p.name not in frozen)) for p in self.layout.params}
+            self._free = frozen, self.layout.join(parts).to(values.device, values.dtype)
+        return values * self._free[1]
+
+    def single_loss(self, weights: Tensor, batch: Batch) -> Tensor:
+        """The training loss [] of a batch of one at weights [P'], differentiable and neither checked nor seeded."""
+        return self._call(self.task.loss, "loss", self.layout.split(weights), batch, 1)[0]
+
+    def shares(self, samples: Samples, step: Step) -> Tensor:
+        """The c[t,i] [B] of a step."""
+        return torch.cat(list(self._shares([samples.part(step, part) for part in step.parts], step, step.before)))
+
+    def _shares(self, batches: Sequence[Batch], step: Step, like: Tensor) -> Sequence[Tensor]:
+        """The c[t,i] of every micro-batch."""
+        sizes = [part.span.stop - part.span.start for part in step.parts]
+        if step.shares is not None:
+            return torch.split(step.shares, sizes)
+        if self.task.weight is not None:
+            counts = [self._weights(batch, size, like) for batch, size in zip(batches, sizes, strict=True)]
+            return reduced(counts, self.reduction, self.usual_parts)
+        key = (*sizes, self.reduction)
+        if key not in self._even:
+            self._even = {key: reduced([like.new_ones(size) for size in sizes], self.reduction, self.usual_parts)}
+        return [share.detach() for share in self._even[key]]
+
+    def _weights(self, batch: Batch, size: int, like: Tensor) -> Tensor:
+        assert self.task.weight is not None
+        values = self.task.weight(batch)
+        if not isinstance(values, Tensor) or values.shape != (size,):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise TaskError(f"Task.weight must return one value a sample, shape ({size},), but returned {found}.")
+        return values.detach().to(like.device, like.dtype)
+
+    def penalty_divisor(self, parts: int) -> int:
+        """By what the Task's penalty is divided in each of so many micro-batches."""
+        if self.reduction.startswith("sum"):
+            return 1
+        return self.usual_parts if self.reduction == "scaled-means" else parts
+
+    def _penalty(self, named: dict[str, Tensor], divisor: int) -> Tensor | None:
+        if self.task.penalty is None or not divisor:
+            return None
+        penalty = self.task.penalty
+        return self._evaluate(lambda model, _: penalty(model), named, None) / divisor
+
+    def measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
+        """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""
+        return self._call(self.task.measure, "measure", self.layout.split(weights), batch, count)
+
+    def scores(self, weights: Tensor, batch: Batch) -> Tensor:
+        """What `Task.predict` gives for a batch at weights [P']. Call `eval_mode` before.
+
+        Raises:
+            TaskError: if the task has no `predict`.
+        """
+        if self.task.predict is None:
+            raise TaskError("The Task does not say what its model predicts: pass Task(predict=...).")
+        return self._evaluate(self.task.predict, self.layout.split(weights), batch)
+
+    def _evaluate(self, function: Loss, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
+        named = {f"model.{name}": value for name, value in parameters.items()}
+        # The fused attention kernels have no second derivative; the plain one has. A loss may take derivatives itself
+        # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active():
+            return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
+
+    def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
+        values = self._evaluate(loss, parameters, batch)
+        if not isinstance(values, Tensor) or values.shape != (count,):
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise TaskError(
+                f"Task.{what} must return one value for each of the {count} samples of a batch, shape ({count},), but "
+                f"returned {found}. Use reduction='none' in the criterion."
+            )
+        return values
+
+    @contextmanager
+    def _random_state(self, rng: bytes) -> Iterator[None]:
+        if not rng:
+            yield
+            return
+        states = split_rng(self.spec, rng)
+        devices = [name for name in states if name != "cpu"]
+        with torch.random.fork_rng(devices=[torch.device(name) for name in devices]):
+            try:
+                torch.set_rng_state(states["cpu"])
+                for name in devices:
+                    torch.cuda.set_rng_state(states[name], name)
+            except (RuntimeError, TypeError) as error:
+                raise ReplayError(f"The recorded states of random generators are none ({error}).") from error
+            yield
+
+
+@contextmanager
+def users_code(what: str, t: int) -> Iterator[None]:
+    """Says of an error in the user's code which step's batch it was given.
+
+    Raises:
+        TaskError: for every other error than our own.
+    """
+    try:
+        yield
+    except (TrajrecError, OtherInputs, MemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise TaskError(f"{what} failed on the recorded batch of step {t}: {reason}") from error
+
+
+def split_rng(spec: RunSpec, rng: bytes) -> dict[str, Tensor]:
+    """Generator states by name, from their concatenation in a step record.
+
+    Raises:
+        ReplayError: it has another length.
+    """
+    if len(rng) != sum(size for _, size in spec.rng):
+        raise ReplayError(
+            f"A step's recorded generator states have {len(rng)} bytes, which the recording's spec denies."
+        )
+    states, offset = {}, 0
+    for name, size in spec.rng:
+        states[name] = torch.from_numpy(np.frombuffer(rng, np.uint8, size, offset).copy())
+        offset += size
+    return states
+
+
+def check_model(model: nn.Module, spec: RunSpec) -> None:
+    """Checks that a model has the recorded parameters.
+
+    Raises:
+        ModelMismatchError: naming what differs.
+    """
+    recorded = {p.name: p.shape for p in spec.params}
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    missing = [f"{n} {s}" for n, s in recorded.items() if n not in found]
+    extra = [f"{n} {s}" for n, s in found.items() if n not in recorded]
+    shapes = [f"{n}: recorded {s}, task {found[n]}" for n, s in recorded.items() if n in found and found[n] != s]
+    problems = [
+        f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for title, names in (("missing in the task", missing), ("not recorded", extra), ("other shape", shapes))
+        if names
+    ]
+    if problems:
+        raise ModelMismatchError(
+            f"The task's model is not the recorded one. {'; '.join(problems)}. Task.model must build the model that "
+            "was trained."
+        )
+
+
+def _keyframe_buffers(keyframe: Keyframe, model: nn.Module) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, buffer in model.named_buffers():
+        array: Any = keyframe.arrays.get(f"buffers/{name}")
+        if array is not None:
+            found[name] = torch.from_numpy(np.array(array)).to(buffer.device, buffer.dtype)
+    return found
+
+
+def check_finite(values: Tensor, what: str, t: int | None) -> None:
+    """Checks values of step t, or of the final weights.
+
+    Raises:
+        NonFiniteError: naming the step.
+    """
+    if bool(torch.isfinite(values).all()):
+        return
+    if t is None:
+        raise NonFiniteError(f"{what} at the final weights is NaN or infinite: it has no contributions.")
+    raise NonFiniteError(f"{what} at step {t} became NaN or infinite; the replay cannot go on past that step.")

@@ -1,0 +1,144 @@
+r"""Hypergradients d w_T / d eps_i of chosen samples: the second public question.
+
+A hypergradient is as large as the model, so they are computed in blocks of samples and streamed to an HDF5 file, from
+which single ones are read back.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trajrec.records import IntArray
+from trajrec.replay.derivatives.choice import Forms
+from trajrec.replay.losses.targets import Targets, check_ids
+from trajrec.replay.machine.memory import kept
+from trajrec.replay.methods.blocks import Means, TangentPasses
+from trajrec.replay.proof.certificate import Certificate
+from trajrec.replay.question import Question
+from trajrec.replay.session import Progress, Session, Silent
+from trajrec.replay.step import RecordedRun
+from trajrec.task.task import Task
+
+
+class Vectors(Protocol):
+    """Where hypergradients [S, P'] are kept."""
+
+    def write(self, piece: slice, vectors: npt.NDArray[Any]) -> None:
+        """Stores vectors [K, P'] of a piece of the samples."""
+
+    def read(self, place: int) -> npt.NDArray[Any]:
+        """The vector [P'] at a place."""
+
+    def close(self) -> None:
+        """Nothing more is written or read."""
+
+
+class Hypergradients:
+    """Hypergradients on disk; `h[i]` reads that of sample i as a dict of tensors by parameter name.
+
+    Attributes:
+        samples: [S] training sample ids.
+        certificate: what the replay has proved.
+        path: the HDF5 file; a temporary one (removed by `close`) unless `out` was given.
+    """
+
+    def __init__(self, session: Session, samples: IntArray, path: Path, folder: Any, vectors: Vectors) -> None:
+        self.samples = samples
+        self.path = path
+        self.certificate: Certificate | None = None
+        self._layout = session.layout
+        self._folder = folder
+        self._places = {int(sample): place for place, sample in enumerate(samples)}
+        self._vectors = vectors
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+        """D w_T / d eps of a sample by its id.
+
+        Raises:
+            KeyError: if it was not asked for.
+        """
+        if int(sample) not in self._places:
+            raise KeyError(f"sample {sample} is not among the {len(self)} tracked ones")
+        return self._layout.split(torch.from_numpy(self._vectors.read(self._places[int(sample)])))
+
+    def write(self, piece: slice, vectors: Tensor) -> None:
+        """Stores the hypergradients [K, P'] of a piece of the samples."""
+        self._vectors.write(piece, vectors.cpu().numpy())
+
+    def close(self) -> None:
+        """Closes the file, and removes it if it is a temporary one."""
+        self._vectors.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __enter__(self) -> Hypergradients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def hypergradients(
+    run: RecordedRun,
+    task: Task,
+    samples: Any,
+    exact: bool = False,
+    *,
+    out: str | Path | None = None,
+    dtype: Any = None,
+    device: Any = None,
+    allow_drift: bool = False,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Hypergradients:
+    """Hypergradients d w_T / d eps_i of chosen training samples (paper, Algorithm 1 and equations (33), (34)).
+
+    Args:
+        run: an open recording (`trajrec.open`).
+        task: describes the training.
+        samples: [S] training sample ids.
+        exact: with Hessian-vector products; otherwise the paper's Hessian-free approximation.
+        out: HDF5 file to be written; default a temporary one.
+        dtype: "float32" or "float64"; default the recording's.
+        device: torch device; default CPU.
+        allow_drift: go on where the task does not reproduce the recording.
+        memory: bytes for blocks of samples and for recomputed states; default a quarter of what is free.
+        progress: is told how far the replay is.
+
+    Raises:
+        OutputExistsError: if `out` exists.
+        TaskError, DriftError, ReplayError: as `contributions`.
+    """
+    from trajrec.replay.folder.vectors import VectorFile
+
+    session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift, memory=memory)
+    chosen = check_ids(samples, session.samples, "training")
+    folder = None if out is not None else tempfile.TemporaryDirectory(prefix="trajrec-")
+    path = Path(out) if folder is None and out is not None else Path(str(folder and folder.name)) / "hypergradients.h5"
+    vectors = VectorFile.create(path, chosen, session.layout.params, str(session.dtype).removeprefix("torch."))
+    result = Hypergradients(session, chosen, path, folder, vectors)
+    try:
+        session.guarded(lambda: _fill(session, result, exact, progress or Silent()))
+    except BaseException:
+        result.close()
+        path.unlink(missing_ok=True)
+        raise
+    return result
+
+
+def _fill(session: Session, result: Hypergradients, exact: bool, progress: Progress) -> None:
+    nothing = Targets("", np.zeros(0, dtype=np.int64), ())
+    question = Question(nothing, result.samples, exact, False, (1, session.run.steps), certify="all")
+    with kept():
+        TangentPasses(session, question, Means(progress, Forms())).run(result.write, np.zeros(0))
+    result.certificate = session.checks.certificate()

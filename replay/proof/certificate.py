@@ -1,0 +1,123 @@
+r"""The certificate: proof, step by step, that a replay replays THIS run.
+
+From w_{t-1}, s_{t-1} and the recorded batch the step is made again and compared with the recorded w_t:
+
+    drift_t = max|w_t(recomputed) - w_t| / max|w_t - w_{t-1}|
+
+Rounding is allowed for: the tolerance on |dw| is rtol max|w_t - w_{t-1}| plus a few units in the last place of the
+weight; each parameter group is held against its own movement. A step that is itself no larger than rounding proves
+nothing and counts as unchecked. Drift beyond the tolerance means that the Task does not describe the training. The
+replay then refuses, names the first bad step and the cause that was found by trying (`replay.diagnosis`).
+
+Going forwards the optimizer state is simply carried along. Going backwards, s_{t-1} follows from the rows w_{t-2},
+w_{t-1} and the gradient of step t-1 (`Rule.implied_state`), which the replay computes one step later: so each check
+waits for the next step. A step whose state is hidden by a learning rate of zero and not in a keyframe counts as
+unchecked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trajrec.replay.step import Step
+from trajrec.rules.step import State
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a replay has proved.
+
+    Attributes:
+        verdict: "bit-exact", "within rounding", "drifted" or "unchecked".
+        steps: T.
+        steps_checked: how many steps were made again and compared.
+        max_drift: largest drift_t of the checked steps (no unit).
+        at_step: step of the largest drift; 0 if none was checked.
+        tolerance: rtol.
+        first_bad_step: first step found beyond tolerance, or None.
+        in_turns: each step was compared at the small tensors and a part of the large ones (`replay.turns`).
+    """
+
+    verdict: str
+    steps: int
+    steps_checked: int
+    max_drift: float
+    at_step: int
+    tolerance: float
+    first_bad_step: int | None = None
+    in_turns: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """The certificate in words."""
+        if self.verdict == "unchecked":
+            return "No step could be checked: they are hidden, or as small as rounding."
+        checked = f"{self.steps_checked:,} of {self.steps:,} steps were made again"
+        if self.in_turns:
+            checked += ", their large tensors in turns"
+        if self.verdict == "bit-exact":
+            return f"{checked}, every one bit for bit as recorded."
+        drift = f"largest drift {self.max_drift:.1e} at step {self.at_step:,}"
+        if self.verdict == "drifted":
+            return f"{checked}, but from step {self.first_bad_step:,} on they differ ({drift}): NOT the recorded run."
+        return f"{checked} and agree with the recording within rounding ({drift})."
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values, with the sentence."""
+        return asdict(self) | {"sentence": self.sentence}
+
+
+def verdict_of(checked: int, exact: bool, first_bad: int | None) -> str:
+    """The verdict on so many checked steps, all equal to the bit or not, and the first that drifted."""
+    if not checked:
+        return "unchecked"
+    if first_bad is not None:
+        return "drifted"
+    return "bit-exact" if exact else "within rounding"
+
+
+class StepChecks(Protocol):
+    """Checks the steps that a replay makes again.
+
+    Attributes:
+        stride: check the first, the last and every so many steps; 1 checks all.
+    """
+
+    stride: int
+
+    def take_turns(self, on: bool) -> None:
+        """Going backwards, checks a part of the weights at each step, or all of them."""
+
+    @property
+    def waiting(self) -> tuple[Step, Tensor | None] | None:
+        """A step that waits for the one before it, going backwards, with its gradient."""
+
+    @waiting.setter
+    def waiting(self, waiting: tuple[Step, Tensor | None] | None) -> None: ...
+
+    def progress(self) -> dict[str, Any]:
+        """What has been found so far, JSON-ready."""
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        """Takes up what another has found."""
+
+    def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
+        """Takes a step going forwards, with the optimizer's state before it. Returns the state after it."""
+
+    def wants(self, step: Step) -> bool:
+        """Whether `backwards` needs the gradient of this step."""
+
+    def among(self, step: Step) -> frozenset[str] | None:
+        """The parameters that `backwards` needs the gradient of a step for; None: all."""
+
+    def backwards(self, step: Step, gradient: Tensor | None) -> None:
+        """Takes a step going backwards."""
+
+    def finish_backwards(self, initial: State) -> None:
+        """The backward pass has ended; `initial` is the state before step 1."""
+
+    def certificate(self) -> Certificate:
+        """What has been proved so far."""

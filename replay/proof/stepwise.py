@@ -1,0 +1,192 @@
+"""The proof step by step: the optimizer's step, made again, must give the recorded weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trajrec.records import FloatArray
+from trajrec.replay.machine.torch_switches import tolerance_of
+from trajrec.replay.proof.certificate import Certificate, verdict_of
+from trajrec.replay.proof.drift import PROVES, ROUNDING, movements, noisy, worst_group
+from trajrec.replay.proof.refusal import Drifted
+from trajrec.replay.proof.turns import Portion, portions_of
+from trajrec.replay.step import RecordedRun, Step
+from trajrec.rules import Rule
+from trajrec.rules.step import State
+
+
+class Certifier:
+    """Compares recomputed steps with recorded ones.
+
+    Args:
+        run: the recording.
+        rule: steps like the run's optimizer.
+        dtype: floating type of the replay.
+        allow_drift: go on after drift, and say so in the certificate.
+    """
+
+    def __init__(self, run: RecordedRun, rule: Rule, dtype: torch.dtype, allow_drift: bool) -> None:
+        self.run = run
+        self.rule = rule
+        self.allow_drift = allow_drift
+        coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
+        self.rtol = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance, tolerance_of(run.spec))
+        self._rounding = ROUNDING * coarser
+        self._checked: set[int] = set()
+        self._worst, self._worst_step = 0.0, 0
+        self._first_bad: int | None = None
+        self._exact = True
+        self._waiting: tuple[Step, Tensor | None] | None = None
+        self.stride = 1
+        self._whole = Portion(rule)
+        self._portions: tuple[Portion, ...] = ()
+
+    def take_turns(self, on: bool) -> None:
+        """Going backwards, checks a part of the weights at each step, or all of them."""
+        self._portions = portions_of(self.rule) if on else ()
+
+    def due(self, t: int) -> bool:
+        """Whether a step is to be checked: the first, the last and every `stride`-th."""
+        return t in (1, self.run.steps) or t % self.stride == 0
+
+    def wants(self, step: Step) -> bool:
+        """Whether `backwards` needs the gradient of this step: to check it, or for the state of the one after."""
+        return self.due(step.t) or (self.due(step.t + 1) and not self._rows_suffice(step))
+
+    def among(self, step: Step) -> frozenset[str] | None:
+        """The parameters that `backwards` needs the gradient of a step for; None: all."""
+        return self._portion(step).names
+
+    def _portion(self, step: Step) -> Portion:
+        if not (self._portions and self._rows_suffice(step)):
+            return self._whole
+        return self._portions[step.t % len(self._portions)]
+
+    def _rows_suffice(self, step: Step) -> bool:
+        """Whether the rows alone imply the state after a step."""
+        nesterov = "nesterov" in self.rule.names and step.hyper[:, self.rule.names.index("nesterov")].any()
+        return step.state is not None or (self.rule.constant and not nesterov)
+
+    def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
+        """Checks a step whose state is known. Returns the state after it."""
+        made, new_state = self.rule.step(step.before, state, gradient, step.hyper)
+        self._compare(self._whole, step, gradient, made, 1.0, state)
+        return new_state
+
+    def backwards(self, step: Step, gradient: Tensor | None) -> None:
+        """Takes a step going backwards, and checks the one that waited for it; or the step itself, state known."""
+        if step.state is not None:
+            if gradient is not None:
+                portion = self._portion(step)
+                self._check(portion, step, gradient, portion.state(step.state), 1.0)
+            return
+        self._check_waiting(step, gradient)
+        self._waiting = (step, gradient)
+
+    def _check_waiting(self, before: Step, gradient: Tensor | None) -> None:
+        """Checks the step that waited, if it can be; `before` is the step before it, with its gradient."""
+        if self._waiting is None or self._waiting[1] is None or not (self.due(before.t + 1) or gradient is not None):
+            return
+        step, own = self._waiting
+        portion = self._portion(step)
+        state = self._state_after(before, gradient, portion)
+        if state is not None and own is not None:
+            self._check(portion, step, own, state, _growth(before.hyper, step.hyper, self.rule))
+
+    def finish_backwards(self, initial: State) -> None:
+        """Checks the first step, whose state is the one that training began with."""
+        step, gradient = self._waiting or (None, None)
+        if step is not None and gradient is not None:
+            portion = self._portion(step)
+            self._check(portion, step, gradient, portion.state(initial), 1.0)
+        self._waiting = None
+
+    def _state_after(self, step: Step, gradient: Tensor | None, portion: Portion) -> State | None:
+        if step.t in self.run.keyframe_steps:
+            keyframe = self.run.keyframe(step.t)
+            return portion.state(self.rule.initial_state(keyframe, step.hyper, step.before.dtype, step.before.device))
+        if gradient is None and not self._rows_suffice(step):
+            return None
+        part = portion.step(step)
+        # Where the rows suffice the gradient is not looked at: any will do.
+        known = part.before if gradient is None else portion.of(gradient)
+        return portion.rule.implied_state(part.before, part.after, known, step.hyper)
+
+    def _check(self, portion: Portion, step: Step, gradient: Tensor, state: State, growth: float) -> None:
+        part = portion.step(step)
+        made, _ = portion.rule.step(part.before, state, portion.of(gradient), step.hyper)
+        self._compare(portion, step, gradient, made, growth, state)
+
+    def _compare(
+        self, portion: Portion, step: Step, gradient: Tensor, made: Tensor, growth: float, state: State
+    ) -> None:
+        part, rule, scales = portion.step(step), portion.rule, movements(self.rule, step)
+        error, moved = (made - part.after).abs(), (part.after - part.before).abs()
+        allowance = self._rounding * growth * part.after.abs()
+        exact = not bool(error.any())
+        # A step that is as small as rounding proves nothing, unless it comes out to the last bit.
+        if exact or float(allowance.norm()) <= PROVES * float(moved.norm()):
+            self._checked.add(step.t)
+        self._exact &= exact
+        excess = (error - allowance).clamp_min(0)
+        drift, within = worst_group(rule, scales, error, excess, self.rtol)
+        if not within:
+            # What a rounding error of the gradient makes of the step: all of it, where Adam divides noise by noise.
+            left = ~noisy(rule, part.before, state, portion.of(gradient), step.hyper)
+            drift, within = worst_group(rule, scales, error * left, excess * left, self.rtol)
+        if drift > self._worst:
+            self._worst, self._worst_step = drift, step.t
+        if not within:
+            self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
+            if not self.allow_drift:
+                raise Drifted(step.t, drift, step, step.t, state if portion is self._whole else None, step.after)
+
+    def progress(self) -> dict[str, Any]:
+        """What has been found so far, JSON-ready."""
+        return {
+            "checked": sorted(self._checked),
+            "worst": [self._worst, self._worst_step],
+            "first_bad": self._first_bad,
+            "exact": self._exact,
+        }
+
+    def go_on(self, progress: dict[str, Any]) -> None:
+        """Takes up what another certifier has found."""
+        self._checked = set(progress["checked"])
+        self._worst, self._worst_step = progress["worst"]
+        self._first_bad, self._exact = progress["first_bad"], progress["exact"]
+
+    @property
+    def waiting(self) -> tuple[Step, Tensor | None] | None:
+        """A step that waits for the one before it, going backwards, with its gradient."""
+        return self._waiting
+
+    @waiting.setter
+    def waiting(self, waiting: tuple[Step, Tensor | None] | None) -> None:
+        self._waiting = waiting
+
+    def certificate(self) -> Certificate:
+        """What has been proved so far."""
+        checked = len(self._checked)
+        verdict = verdict_of(checked, self._exact, self._first_bad)
+        return Certificate(
+            verdict,
+            self.run.steps,
+            checked,
+            self._worst,
+            self._worst_step,
+            self.rtol,
+            self._first_bad,
+            bool(self._portions),
+        )
+
+
+def _growth(before: FloatArray, after: FloatArray, rule: Rule) -> float:
+    """By how much a rounding error of w_{t-1} grows when the implied buffer meets another learning rate."""
+    column = rule.names.index("lr")
+    rates = [(float(a), float(b)) for a, b in zip(after[:, column], before[:, column], strict=True) if b]
+    return max([1.0, *(abs(a / b) for a, b in rates)])

@@ -1,0 +1,1 @@
+"""What people see. Imports no torch, no HDF5, no run file."""

@@ -1,0 +1,1 @@
+"""Draws a report on the terminal, as CSV and as HTML. Imports no scores."""

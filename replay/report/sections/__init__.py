@@ -1,0 +1,1 @@
+"""One section a file: what it finds, as a frozen value. Imports no renderer."""

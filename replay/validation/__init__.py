@@ -1,0 +1,1 @@
+"""Predictions against training again. Imports no folder, no report, no Polars."""
