@@ -22,6 +22,7 @@ from torch.nn.modules import module as library
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 
+from trajrec.capture.guard import Guard
 from trajrec.capture.observing.observer import Observer
 from trajrec.capture.stopwatch import Stopwatch
 from trajrec.errors import RecordingError
@@ -139,12 +140,7 @@ class ModelHook:
         return getattr, (nullcontext(), "__exit__")
 
 
-def watch_model(
-    model: nn.Module,
-    observer: Observer,
-    watch: Stopwatch,
-    guarded: Callable[[Callable[..., Any]], Callable[..., Any]],
-) -> list[Any]:
+def watch_model(model: nn.Module, observer: Observer, guard: Guard, watch: Stopwatch) -> list[Any]:
     """Tells the observer of every forward pass of the model, by hooks that can be removed.
 
     Raises:
@@ -163,7 +159,7 @@ def watch_model(
         if module is model and torch.is_grad_enabled():
             observer.forwarded(outputs)
 
-    before, after = [ModelHook(guarded(watch.around(hook))) for hook in (enter, leave)]
+    before, after = [ModelHook(guard.around(hook, watch)) for hook in (enter, leave)]
     handles: list[Any] = [model.register_forward_pre_hook(before, with_kwargs=True)]
     if getattr(model, "_compiled_call_impl", None) is None:  # else a compiler would look into the outputs
         handles.append(model.register_forward_hook(after))

@@ -137,7 +137,7 @@ class Recorder:
             self._installed.append(register_optimizer_step_post_hook(after))
 
     def _watch_model(self, model: nn.Module) -> None:
-        self._installed += watch_model(model, self._observer, self._watch, self._guard.around)
+        self._installed += watch_model(model, self._observer, self._guard, self._watch)
         self._observer.owners += [model, *self.optimizers]
         self._observer.ask_for_gradients(self._has_gradients)
 
@@ -324,9 +324,9 @@ class Listening:
         self.begin_pass = around(observer.passes.begin)
         self.end_pass = around(observer.end_pass)
         self.give = around(observer.give)
-        self.cleared = around(observer.cleared)
-        self.draw = around(watch.around(observer.draw))
-        self.backward = around(watch.around(observer.backward))
+        self.cleared = around(observer.cleared, watch)
+        self.draw = around(observer.draw, watch)
+        self.backward = around(observer.backward, watch)
 
 
 def _loaders(given: Any) -> list[Any] | None:

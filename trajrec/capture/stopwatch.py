@@ -8,8 +8,6 @@ long (a keyframe) is timed whenever it happens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
 
 EVERY = 13
 
@@ -47,16 +45,6 @@ class Stopwatch:
     def end(self) -> None:
         """The training has ended."""
         self._ended = time.thread_time()
-
-    def around(self, hook: Callable[..., None]) -> Callable[..., None]:
-        """The hook, timed."""
-
-        def timed(*args: Any) -> None:
-            began = self.start()
-            hook(*args)
-            self.stop(began)
-
-        return timed
 
     def next_step(self) -> None:
         """A step has ended."""

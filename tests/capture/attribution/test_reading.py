@@ -114,7 +114,7 @@ def test_an_ordinary_step_is_read_as_any_other():
     for seen, _ in Facts().read(LOOPS["ordinary"]):
         (general, one), (known, other) = read_in_general(known, seen), read(known, seen)
         assert (general.habits, general.epochs) == (known.habits, known.epochs)
-        for field in StepBatch.__slots__:
+        for field in StepBatch._fields:
             assert repr(getattr(one, field)) == repr(getattr(other, field))
 
 

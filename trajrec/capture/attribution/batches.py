@@ -111,8 +111,7 @@ class Part:
         return [self.contents.rows(slice(a, b), len(self.ids)) for a, b in pairwise(edges)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepBatch:
+class StepBatch(NamedTuple):
     """The samples of one step, from one or more micro-batches.
 
     Attributes:

@@ -8,7 +8,7 @@ Unfinished  what the next step may be made of: batches that wait, and their uses
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trajrec.capture.attribution.batches import Batch, Part
 from trajrec.capture.attribution.facts import Forward
@@ -16,8 +16,7 @@ from trajrec.capture.attribution.facts import Forward
 NONE: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
+class Waiting(NamedTuple):
     """A batch that may be used yet, or again.
 
     Attributes:
@@ -37,8 +36,7 @@ class Waiting:
     is_left: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Use:
+class Use(NamedTuple):
     """A forward pass with gradients, and the batch that it is about.
 
     Attributes:

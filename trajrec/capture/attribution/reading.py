@@ -75,10 +75,12 @@ def read_in_general(known: Known, facts: Iterable[Fact]) -> tuple[Known, Outcome
 def _orders() -> dict[tuple[type, ...], tuple[int, int, int]]:
     """The orders of facts in an ordinary step, with the places of drawing, forward and backward pass."""
     found: dict[tuple[type, ...], tuple[int, int, int]] = {}
-    kinds: tuple[type, ...] = (Drawn, Forward, Returned, Backward, Stepped)
+    kinds: tuple[type, ...] = (Drawn, Forward, Returned, Backward)
     for cleared in (None, 0, 1, 2, 3):  # never between the backward pass and the step
         order = kinds if cleared is None else (*kinds[:cleared], Cleared, *kinds[cleared:])
-        found[order] = (order.index(Drawn), order.index(Forward), order.index(Backward))
+        places = (order.index(Drawn), order.index(Forward), order.index(Backward))
+        for end in ((Stepped,), (Released, Stepped)):  # the graph is gone, or will be when there is another loss
+            found[*order, *end] = places
     return found
 
 
@@ -177,7 +179,7 @@ class _Reading:
         self.named, self.is_naming = (*kept, Part(fact.ids, weights=fact.weights)), True
 
     def _note(self, fits: Callable[[Waiting], bool], **flags: Any) -> None:
-        self.waiting = [replace(w, **flags) if fits(w) else w for w in self.waiting]
+        self.waiting = [w._replace(**flags) if fits(w) else w for w in self.waiting]
 
     # -- forward passes
 
@@ -201,7 +203,8 @@ class _Reading:
         """The use that a forward pass is: of no batch, and why, if it cannot be told of which."""
         if self.habits.thread not in (0, fact.thread):
             return Use(fact, None, refusals.THREADS_CALL)
-        self.habits = replace(self.habits, thread=fact.thread)
+        if not self.habits.thread:
+            self.habits = replace(self.habits, thread=fact.thread)
         if fact.shown is not None:
             self._learn(fact.shown, fact.thread)
             self._note(lambda w: w.batch is fact.shown, is_shown=True)
@@ -270,13 +273,13 @@ class _Reading:
 
     def returned(self, fact: Returned) -> None:
         """A backward pass from it can be seen."""
-        self.uses = [replace(u, is_marked=True) if u.number == fact.number else u for u in self.uses]
-        self.made = [replace(u, is_marked=True) if u.number == fact.number else u for u in self.made]
+        self.uses = [u._replace(is_marked=True) if u.number == fact.number else u for u in self.uses]
+        self.made = [u._replace(is_marked=True) if u.number == fact.number else u for u in self.made]
 
     def released(self, fact: Released) -> None:
         """No backward pass comes from it any more."""
         self.uses = [u for u in self.uses if u.number != fact.number]
-        self.made = [replace(u, is_gone=True) if u.number == fact.number else u for u in self.made]
+        self.made = [u._replace(is_gone=True) if u.number == fact.number else u for u in self.made]
 
     # -- backward passes
 
@@ -310,7 +313,7 @@ class _Reading:
         """
         self.losses = ()
         self.named = self.named[-1:] if self.is_naming else ()
-        stale = [replace(use, is_stale=True) for use in self.made if use.is_marked and not use.is_gone]
+        stale = [use._replace(is_stale=True) for use in self.made if use.is_marked and not use.is_gone]
         self.uses, self.made = [*stale, *self.uses], []
 
     def _make(self, fact: Backward) -> None:
@@ -326,7 +329,7 @@ class _Reading:
         if not self.uses and not any(use.forward for use in self.made):
             reached = self._guessed(fact.thread)
         self.uses = [use for use in self.uses if use not in reached]
-        self.made += [replace(use, is_stale=False) if use.is_stale else use for use in reached]
+        self.made += [use._replace(is_stale=False) if use.is_stale else use for use in reached]
         self._lay_aside()
 
     def _guessed(self, thread: int) -> list[Use]:
@@ -386,7 +389,9 @@ class _Reading:
         for batch, of_it in uses.items():
             self._check(batch, of_it)
         batches = sorted(uses, key=lambda batch: batch.number)
-        self.habits = replace(self.habits, trained=self.habits.trained | {b.source.loader for b in batches})
+        loaders = {batch.source.loader for batch in batches}
+        if not loaders <= self.habits.trained:
+            self.habits = replace(self.habits, trained=self.habits.trained | loaders)
         self.waiting = [w for w in self.waiting if w.batch not in uses]
         self._has_stepped(batches[-1])
         parts = [_part(batch, [use.forward for use in uses[batch] if use.forward]) for batch in batches]
@@ -398,7 +403,8 @@ class _Reading:
         if last is not None:
             self.epochs = self.epochs.with_step_of(last)
             dataset = last.source.dataset if dataset is None else dataset
-        self.habits = replace(self.habits, has_stepped=True, dataset=dataset)
+        if not self.habits.has_stepped or dataset != self.habits.dataset:
+            self.habits = replace(self.habits, has_stepped=True, dataset=dataset)
 
     def _check_sets(self, batches: Sequence[Batch]) -> None:
         """Checks that there are batches, and that they are of one data set, that of the steps before.
@@ -433,7 +439,8 @@ class _Reading:
         known = lengths if self.habits.lengths is None else self.habits.lengths & lengths
         if self.habits.lengths and not known:
             raise UnknownBatchError(refusals.other_size(size, len(batch.ids)))
-        self.habits = replace(self.habits, lengths=known)
+        if known != self.habits.lengths:
+            self.habits = replace(self.habits, lengths=known)
 
 
 def _lengths(forward: Forward, batch: Batch) -> frozenset[int]:

@@ -12,15 +12,19 @@ from weakref import ref
 
 from torch import Tensor
 
-from trajrec.capture.observing.traces import tensors_in
+from trajrec.capture.observing.traces import tensors_of
 
 _MARK = "trajrec"
 
 
 class _Token:
-    """Lives as long as the nodes of autograd's graph that it was given to."""
+    """Lives as long as the nodes of autograd's graph that it was given to; says who marked them, and for which pass."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "marks", "number")
+
+    def __init__(self, marks: GraphMarks, number: int) -> None:
+        self.marks = ref(marks)
+        self.number = number
 
 
 class GraphMarks:
@@ -37,15 +41,12 @@ class GraphMarks:
 
     def mark(self, number: int, outputs: Any) -> bool:
         """Marks the outputs of the forward pass with this number; whether there is anything to mark."""
-        nodes = [
-            tensor.grad_fn
-            for output in tensors_in(outputs)
-            for tensor in (output, output._base)
-            if isinstance(tensor, Tensor) and tensor.grad_fn is not None
-        ]
+        found = [outputs] if type(outputs) is Tensor else tensors_of(outputs)
+        bases = [tensor._base for tensor in found if tensor._base is not None]
+        nodes = [tensor.grad_fn for tensor in (*found, *bases) if tensor.grad_fn is not None]
         if not nodes:
             return False
-        token = _Token()
+        token = _Token(self, number)
         for node in nodes:
             _metadata(node).setdefault(_MARK, []).append(token)
         self._tokens[number] = ref(token, lambda _: self._release(number))
@@ -60,15 +61,15 @@ class GraphMarks:
 
         The search ends where all those are found that no backward pass was seen to come from since `begin_anew`.
         """
-        marks = [*self._tokens.items()]  # which may be released meanwhile
-        passes = {id(token): number for number, mark in marks if (token := mark()) is not None}
-        numbers = set(passes.values())
-        sought = numbers - self._reached or numbers
+        marked = {*self._tokens}
+        sought = marked - self._reached or marked
         found: set[int] = set()
-        for node in graph_of(loss) if passes else ():
-            found |= {passes[id(token)] for token in _metadata(node).get(_MARK, ()) if id(token) in passes}
-            if sought <= found:
-                break
+        for node in graph_of(loss) if marked else ():
+            tokens = _metadata(node).get(_MARK)
+            if tokens is not None:
+                found |= {token.number for token in tokens if token.number in marked and token.marks() is self}
+                if sought <= found:
+                    break
         self._reached |= found
         return frozenset(found)
 
@@ -89,13 +90,15 @@ class GraphMarks:
 
 def graph_of(loss: Any) -> Iterator[Any]:
     """The nodes of autograd's graph behind a loss, nearest first."""
-    nodes = [tensor.grad_fn for tensor in tensors_in(loss) if tensor.grad_fn is not None]
-    seen = set(nodes)
+    losses = [loss] if type(loss) is Tensor else tensors_of(loss)
+    nodes: list[Any] = [tensor.grad_fn for tensor in losses if tensor.grad_fn is not None]
+    seen: set[Any] = {None, *nodes}
     for node in nodes:  # which grows meanwhile
         yield node
-        further = {after for after, _ in node.next_functions if after is not None} - seen
-        seen |= further
-        nodes.extend(further)
+        for after, _ in node.next_functions:
+            if after not in seen:
+                seen.add(after)
+                nodes.append(after)
 
 
 def leaves_of(loss: Any) -> dict[int, Tensor]:

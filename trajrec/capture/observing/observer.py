@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trajrec.capture.attribution.batches import Batch, Source, States, StepBatch, as_ids
+from trajrec.capture.attribution.batches import Batch, Source, States, StepBatch
 from trajrec.capture.attribution.facts import (
     Backward,
     Cleared,
@@ -30,13 +30,13 @@ from trajrec.capture.attribution.facts import (
     Shared,
     Stepped,
 )
-from trajrec.capture.attribution.known import Habits, Known
+from trajrec.capture.attribution.known import NOTHING, Habits, Known
 from trajrec.capture.attribution.reading import Outcome, read
 from trajrec.capture.hooks import Handed
 from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.observing.graph import GraphMarks, leaves_of
 from trajrec.capture.observing.passes import Passes
-from trajrec.capture.observing.traces import BatchTensors, Held, samples_in, tensors_in
+from trajrec.capture.observing.traces import BatchTensors, Held, tensors_of
 from trajrec.digest import digest, sketch
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.inputs import contents_of
@@ -109,7 +109,7 @@ class Observer:
             source = self.passes.source(handed.loader)
             made = handed.content if handed.made is None else handed.made
             is_training = self.passes.is_training(handed.loader)
-            batch = self._batch(as_ids(handed.ids), source, serial, made if is_training else None)
+            batch = self._batch(handed.ids, source, serial, made if is_training else None)
             self._facts.append(Drawn(batch, handed.about is None or handed.about.is_over))
             content = made if handed.made is None else (handed.content, made)
             self._tensors.add(Held(batch, content, handed.loader))
@@ -156,7 +156,8 @@ class Observer:
         if _is_transformed():
             return
         with self._lock:
-            shown = self._tensors.shown(inputs, not gradients or self._is_value_wanted())
+            given = tensors_of(inputs)
+            shown = self._tensors.shown(given, not gradients or self._is_value_wanted())
             if not gradients:
                 self._facts.append(Evaluated(shown))
                 self._is_evaluated = True
@@ -165,9 +166,8 @@ class Observer:
             thread = threading.get_ident()
             self._thread = self._thread or thread
             self._forwards += 1
-            first = next(tensors_in(inputs), None)
-            shape = () if first is None else tuple(first.shape)
-            fact = Forward(self._forwards, thread, training, samples_in(inputs), shape, states(), shown)
+            shape = tuple(given[0].shape) if given else ()
+            fact = Forward(self._forwards, thread, training, _samples_in(inputs, given), shape, states(), shown)
             self._facts.append(fact)
             self._running.append(fact.number)
 
@@ -191,9 +191,10 @@ class Observer:
 
     def cleared(self, by: Any) -> None:
         """An optimizer or a module has set its gradients to zero."""
-        if any(by is known for known in self.owners):
-            self._facts.append(Cleared(type(by).__name__))
-            self._is_cleared = True
+        for owner in self.owners:
+            if by is owner:
+                self._facts.append(Cleared(type(by).__name__))
+                self._is_cleared = True
 
     def backward(self, loss: Any) -> None:
         """A backward pass has begun."""
@@ -256,16 +257,18 @@ class Observer:
         del self._facts[: len(facts)]  # what another thread has added meanwhile stays
         had_stepped = self.known.habits.has_stepped
         self.known, step = read(self.known, facts)
-        left, number = self.known.unfinished, self.known.habits.dataset
+        number, left = self.known.habits.dataset, self.known.unfinished
+        if number is not None and (self.passes.dataset is None or not had_stepped):
+            self.passes.train_on(number)
+        made = step.drawn if isinstance(step, StepBatch) and not self._keeps_contents else ()
+        if left is NOTHING:
+            self._marks.keep((), ())
+            self._tensors.keep((), made)
+            return step
         used = (*left.uses, *left.made)
         self._marks.keep([use.number for use in used], [use.number for use in left.made])
-        if isinstance(step, StepBatch):
-            if number is not None and (self.passes.dataset is None or not had_stepped):
-                self.passes.train_on(number)
-            if not self._keeps_contents:
-                self._tensors.remember(step.drawn)
         waiting = [w.batch for w in left.waiting] + [use.batch for use in used if use.batch is not None]
-        self._tensors.keep(waiting)
+        self._tensors.keep(waiting, made)
         return step
 
 
@@ -275,6 +278,12 @@ def _copied(content: Any) -> Any:
         return contents_of(content)
     except RecordingError as error:
         return error
+
+
+def _samples_in(inputs: tuple[Any, ...], tensors: Sequence[Tensor]) -> int:
+    """How many samples a forward pass is called on: the length of its first tensor; 0 if it has none."""
+    tensor = next((value for value in (*inputs, *tensors) if isinstance(value, Tensor)), None)
+    return len(tensor) if tensor is not None and tensor.dim() else 0
 
 
 def _is_transformed() -> bool:

@@ -6,11 +6,9 @@ yet some values are kept. Of those that steps were made of, only what is alive a
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import numpy as np
@@ -21,14 +19,6 @@ from trajrec.capture.attribution.batches import Batch
 
 _COMPARED = 512
 _MOST_RECENT = 32
-
-
-def samples_in(inputs: tuple[Any, ...]) -> int:
-    """How many samples a forward pass is called on: the length of its first tensor; 0 if it has none."""
-    tensor = inputs[0] if inputs else None
-    if not isinstance(tensor, Tensor):
-        tensor = next((v for v in (*inputs, *tensors_in(inputs)) if isinstance(v, Tensor)), None)
-    return len(tensor) if tensor is not None and tensor.dim() else 0
 
 
 def tensors_in(content: Any, depth: int = 6) -> Iterator[Tensor]:
@@ -44,8 +34,14 @@ def tensors_in(content: Any, depth: int = 6) -> Iterator[Tensor]:
         yield from tensors_in(list(vars(content).values()), depth - 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
+def tensors_of(content: Any) -> list[Tensor]:
+    """The same as a list, without a detour where it holds nothing but tensors, as most batches do."""
+    if type(content) in (list, tuple) and all(type(value) is Tensor for value in content):
+        return list(content)
+    return list(tensors_in(content))
+
+
+class Trace(NamedTuple):
     """What is kept of a tensor of a batch, so that it, a view of it or a copy is known again.
 
     Attributes:
@@ -56,7 +52,7 @@ class Trace:
 
     tensor: ref[Tensor]
     shape: torch.Size
-    kept: Tensor | None
+    kept: Tensor | None = None
 
     def values(self) -> Tensor | None:
         """Some of its values, at `_places`; None where it is gone."""
@@ -66,12 +62,12 @@ class Trace:
 
 def traces_of(content: Any, keeps: bool = False) -> list[Trace]:
     """Traces of the tensors in a batch; with `keeps` they outlive the tensors."""
-    found = [tensor for tensor in tensors_in(content) if _has_memory(tensor)]
+    found = [tensor for tensor in tensors_of(content) if _has_memory(tensor)]
     return [Trace(ref(tensor), tensor.shape, _some_of(tensor) if keeps else None) for tensor in found]
 
 
 class Held:
-    """A batch that may be used yet, or again.
+    """A batch that may be used yet, or again; its tensors are kept alive until they are let go of.
 
     Args:
         batch: the batch.
@@ -79,28 +75,36 @@ class Held:
         loader: kept alive as long as the batch may be used, so that its data set is known.
     """
 
-    __slots__ = ("_content", "_traces", "batch", "loader")
+    __slots__ = ("_refs", "_tensors", "_traces", "batch", "loader")
 
     def __init__(self, batch: Batch, content: Any, loader: Any) -> None:
         self.batch = batch
         self.loader = loader
-        self._content = content
-        self._traces: Sequence[Trace] = ()
+        self._tensors: list[Tensor] | None = tensors_of(content)
+        self._refs: list[ref[Tensor]] = []
+        self._traces: list[Trace] = []
 
-    def let_go(self, keeps: bool = True) -> None:
-        """Keeps the batch's tensors alive no longer."""
-        if self._content is not None:
-            self._traces, self._content = traces_of(self._content, keeps=keeps), None
+    def let_go(self) -> None:
+        """Keeps the batch's tensors alive no longer, but some of their values."""
+        if self._tensors is not None:
+            self._traces = traces_of(self._tensors, keeps=True)
+            self._refs, self._tensors = [*map(ref, self._tensors)], None
 
-    def traces(self) -> Sequence[Trace]:
-        """Traces of the tensors of the batch."""
-        return self._traces if self._content is None else traces_of(self._content)
+    def is_over(self) -> None:
+        """A step was made of the batch: only what others keep alive is known again."""
+        if self._tensors is not None:
+            self._refs, self._tensors = [*map(ref, self._tensors)], None
+        self._traces, self.loader = [], None
 
     def tensors(self) -> list[Tensor]:
         """The tensors of the batch that are alive."""
-        if self._content is not None:
-            return list(tensors_in(self._content))
-        return [tensor for trace in self._traces if (tensor := trace.tensor()) is not None]
+        if self._tensors is not None:
+            return self._tensors
+        return [tensor for mark in self._refs if (tensor := mark()) is not None]
+
+    def traces(self) -> list[Trace]:
+        """Traces of the tensors of the batch."""
+        return self._traces or traces_of(self.tensors())
 
 
 class BatchTensors:
@@ -108,7 +112,7 @@ class BatchTensors:
 
     def __init__(self) -> None:
         self._held: list[Held] = []
-        self._recent: deque[Held] = deque(maxlen=_MOST_RECENT)
+        self._recent: list[Held] = []
 
     @property
     def count(self) -> int:
@@ -126,39 +130,39 @@ class BatchTensors:
             before.let_go()
         self._held.append(held)
 
-    def keep(self, batches: Container[Batch]) -> None:
-        """Keeps only these of the batches that wait or are in use."""
+    def keep(self, batches: Container[Batch], made: Container[Batch] = ()) -> None:
+        """Keeps only these of the batches that wait or are in use.
+
+        Those that a step was made of are known again for a while, as long as their tensors are alive.
+        """
+        recent = [held for held in self._recent if held.tensors() and held.batch not in made]
+        for held in self._held:
+            if held.batch in made:
+                held.is_over()
+                recent.append(held)
+        self._recent = recent[-_MOST_RECENT:]
         self._held = [held for held in self._held if held.batch in batches]
         for held in self._held:
             held.let_go()
 
-    def remember(self, batches: Sequence[Batch]) -> None:
-        """Knows batches that a step was made of again for a while, as long as their tensors are alive."""
-        made = [held for held in self._held if held.batch in batches]
-        for held in made:
-            held.let_go(keeps=False)
-            held.loader = None
-        alive = [held for held in self._recent if held.batch not in batches and held.tensors()]
-        self._recent = deque([*alive, *made], _MOST_RECENT)
-
-    def shown(self, inputs: Any, by_value: bool = True) -> Batch | None:
-        """The batch that inputs are taken from: whose tensors they are, or are views of; or else copies of.
+    def shown(self, given: Sequence[Tensor], by_value: bool = True) -> Batch | None:
+        """The batch that tensors are taken from: which they are of, or are views of; or else copies of.
 
         Args:
-            inputs: what the model is called on.
+            given: what the model is called on.
             by_value: whether to look for copies.
 
         Returns:
             None if nothing tells, or several batches with other samples fit as well.
         """
-        given = [tensor for tensor in tensors_in(inputs) if _has_memory(tensor)]
         held = self._held
         if not given or not (held or self._recent):
             return None
         if len(held) == 1 and _are_all_of(given, held[0].tensors()):
             return held[0].batch
+        given = [tensor for tensor in given if _has_memory(tensor)]
         everyone = [*self._recent, *held]
-        own = [known for known in everyone if _are_all_of(given, known.tensors())]
+        own = [known for known in everyone if given and _are_all_of(given, known.tensors())]
         found = _one_of(own) or _one_of(_best(everyone, given, _is_part))
         if found is not None:
             return self._in_use(found)
@@ -170,7 +174,7 @@ class BatchTensors:
         again = [held for held in self._recent if held.batch is batch]
         if again:
             self._held = [*again, *self._held]
-            self._recent = deque([held for held in self._recent if held.batch is not batch], _MOST_RECENT)
+            self._recent = [held for held in self._recent if held.batch is not batch]
         return batch
 
 
