@@ -316,7 +316,7 @@ class Recorder:
 
 
 class Listening:
-    """What a recorder hears of the loop (`trajrec.capture.hooks.Listener`), behind its guard."""
+    """What a recorder hears of the loop (`trajrec.capture.observing.listeners.Listener`), behind its guard."""
 
     def __init__(self, observer: Observer, watch: Stopwatch, guard: Guard, abandon: Callable[[], None]) -> None:
         around = guard.around

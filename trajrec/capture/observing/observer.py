@@ -32,9 +32,9 @@ from trajrec.capture.attribution.facts import (
 )
 from trajrec.capture.attribution.known import NOTHING, Habits, Known
 from trajrec.capture.attribution.reading import Outcome, read
-from trajrec.capture.hooks import Handed
 from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.observing.graph import GraphMarks, leaves_of
+from trajrec.capture.observing.listeners import Handed
 from trajrec.capture.observing.passes import Passes
 from trajrec.capture.observing.traces import BatchTensors, Held, tensors_of
 from trajrec.digest import digest, sketch
