@@ -28,8 +28,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import trajrec
+from trajrec.replay.methods.blocks import Execution
 from trajrec.replay.methods.contributions import solve
-from trajrec.replay.session import Session, Silent
+from trajrec.replay.progress import Silent
+from trajrec.replay.question import Question
+from trajrec.replay.session import Session
 
 SERIES = {
     "parameters": [("lenet", 4), ("densenet", 4), ("mobilenet", 4)],
@@ -102,13 +105,13 @@ def replay(series, point, steps, run):
     """Asks the series' question and prints what it took."""
     task, marks = task_of(series, point), Marks()
     options = {
-        "samples": lambda: {"samples": np.arange(int(point)), "mode": "tangent", "targets": [0]},
-        "targets": lambda: {"targets": np.arange(int(point)), "mode": "adjoint", "exact": True},
-    }.get(series, lambda: {"targets": [0], "mode": "adjoint", "exact": True})()
+        "samples": lambda: {"samples": np.arange(int(point)), "mode": "tangent", "targets": np.array([0])},
+        "targets": lambda: {"targets": np.arange(int(point)), "mode": "adjoint", "curvature": "hessian"},
+    }.get(series, lambda: {"targets": np.array([0]), "mode": "adjoint", "curvature": "hessian"})()
     before, began = peak(), time.process_time()
     with trajrec.open(run) as recorded:
         session = Session(recorded, task, memory=4 << 30)
-        solve(session, progress=marks, **options)
+        solve(session, Question(**options), Execution(marks))
     steps_alone = a_step(marks.times) * len(marks.times)
     found = {"seconds": round(time.process_time() - began, 2), "steps_seconds": round(steps_alone, 4)}
     x = {"parameters": session.layout.size, "steps": steps}.get(series) or int(point)

@@ -20,6 +20,7 @@ import os
 import platform
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -30,16 +31,16 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import trajrec
-from trajrec.replay.derivatives.choice import FORMS, Forms
+from trajrec.replay.derivatives.choice import FORMS
 from trajrec.replay.machine import memory
-from trajrec.replay.methods import adjoint as adjoint_module
-from trajrec.replay.methods import contributions
 from trajrec.replay.methods.adjoint import Adjoint
-from trajrec.replay.methods.blocks import problem_of
-from trajrec.replay.methods.contributions import solve
+from trajrec.replay.methods.blocks import Execution, problem_of
+from trajrec.replay.methods.contributions import answer, solve
 from trajrec.replay.methods.hypergradients import Hypergradients, hypergradients
 from trajrec.replay.methods.tangent import Tangent
-from trajrec.replay.session import Session, Silent
+from trajrec.replay.progress import Silent
+from trajrec.replay.question import Question
+from trajrec.replay.session import Session
 
 ROOT = Path(__file__).parent.parent
 STEPS = {"lenet": 96, "densenet": 6, "transformer": 16}
@@ -131,36 +132,47 @@ def timed_forms(marks):
     return {name: timed(form) for name, form in FORMS.items()}
 
 
-def replayed(session, forms, **options):
+def replayed(session, sampled=False, **options):
     """Seconds a step of a replay for one target, and the share that is not derivatives."""
     marks = Marks()
-    contributions.sampled_stride = lambda _: STRIDE
-    adjoint_module.POINTS.update(timed_forms(marks))
-    solve(session, [0], mode="adjoint", forms=forms, progress=marks, **options)
-    adjoint_module.POINTS.update(FORMS)
+    scope = Question(targets=numpy.array([0]), mode="adjoint", **options).scope(
+        session.samples, session.run.steps, lambda: session.test
+    )
+    execution = Execution(marks, forms=timed_forms(marks))
+    answer(session, replace(scope, stride=STRIDE if sampled else 1), execution)
     return marks.a_step, 1 - marks.derivatives / (marks.times[-1] - marks.times[0])
 
 
-def block(session, count, exact, steps):
+def block(session, count, curvature, steps):
     """Seconds a step of a replay of `count` targets at once (random ones), and the form."""
-    forms, marks = Forms(), Marks()
-    last = session.run.steps
+    marks, last = Marks(), session.run.steps
+    problem = problem_of(session, curvature, Execution())
     targets = 1e-3 * torch.randn(count, session.layout.size)
     with memory.kept():
-        adjoint = Adjoint.begin(problem_of(session, exact, forms), targets, numpy.arange(count), last - steps)
+        adjoint = Adjoint.begin(problem, targets, numpy.arange(count), last - steps)
         adjoint.go(None, lambda *_: None, marks.advance)
-    return marks.a_step, sorted(set(forms.names.values()))[0]
+    return marks.a_step, sorted(set(problem.chosen.forms.values()))[0]
 
 
-def forwards(session, count, exact):
+def forwards(session, count, curvature):
     """Seconds a step of a replay forwards with `count` samples."""
     marks = Marks()
     session.checks.stride = 1
-    problem = problem_of(session, exact, Forms())
+    problem = problem_of(session, curvature, Execution())
     with memory.kept():
         tracked = numpy.arange(count)
         Tangent.begin(problem, tracked, session.samples, (1, session.run.steps)).go(session.checks, marks.advance)
     return marks.a_step
+
+
+def set_up(run, task):
+    """Seconds before the first step of an exact replay for one target: session, self-test, and the trial of forms."""
+    began = clock()
+    marks = Marks()
+    session = Session(run, task)
+    ready = clock()
+    solve(session, Question(targets=numpy.array([0]), curvature="hessian", mode="adjoint"), Execution(marks))
+    return {"session": round(ready - began, 3), "first_step": round(marks.times[0] - ready - marks.a_step, 3)}
 
 
 def limits(session, build, loss, data, batch):
@@ -199,20 +211,19 @@ def measure(name, root, folder, rounds):
     build, loss, data, batch = setting(name, root)
     train(build, loss, data, batch, folder / f"{name}.h5")
     task = trajrec.Task(build, data, Subset(data, range(8)), loss=loss)
-    times = {"training": [], "exact": [], "exact_turns": [], "exact_sampled": [], "free": []}
+    times = {"training": [], "exact": [], "exact_sampled": [], "free": []}
     shares = {"exact": [], "free": []}
     with trajrec.open(folder / f"{name}.h5") as run:
-        session, chosen = Session(run, task), Forms()
+        session = Session(run, task)
         for _ in range(rounds):
             times["training"].append(train(build, loss, data, batch))
             for key, options in (
-                ("exact", {"exact": True}),
-                ("exact_turns", {"exact": True, "certify": "turns"}),
-                ("exact_sampled", {"exact": True, "certify": "sampled"}),
-                ("free", {"exact": False}),
+                ("exact", {"curvature": "hessian"}),
+                ("exact_sampled", {"curvature": "hessian", "sampled": True}),
+                ("free", {"sampled": True}),
             ):
-                session.checks = session._checks(False)
-                seconds, share = replayed(session, chosen, **options)
+                session.checks = session.new_checks(False)
+                seconds, share = replayed(session, **options)
                 times[key].append(seconds)
                 shares.get(key, []).append(share)
         base = statistics.median(times["training"])
@@ -226,10 +237,12 @@ def measure(name, root, folder, rounds):
             "rounds": {key: [round(1e3 * v, 2) for v in values] for key, values in times.items()},
             "certified_every": {"exact": 1, "free": STRIDE},
             "not_derivatives": {key: round(statistics.median(v), 3) for key, v in shares.items()},
-            "forms": sorted(set(chosen.names.items())),
+            "set_up": [set_up(run, task) for _ in range(3)],
         }
         row["blocks"] = blocks_of(session, name, base)
-        row["tangent"] = {str(exact): ratio([forwards(session, 4, exact) / 4], base) for exact in (True, False)}
+        row["tangent"] = {
+            curvature: ratio([forwards(session, 4, curvature) / 4], base) for curvature in ("hessian", "none")
+        }
         if name == "lenet":
             row["many"] = many(session, base)
             row["streamed"] = streamed(run, task)
@@ -241,8 +254,8 @@ def blocks_of(session, name, base):
     for count in BLOCKS[name]:
         steps = 4 if name == "lenet" and count <= 64 else 2
         row = {"targets": count}
-        for key, exact in (("exact", True), ("free", False)):
-            seconds, form = block(session, count, exact, steps)
+        for key, curvature in (("exact", "hessian"), ("free", "none")):
+            seconds, form = block(session, count, curvature, steps)
             row |= {key: round(seconds / count / base, 3), f"{key}_form": form}
         rows.append(row)
     return rows
@@ -256,7 +269,7 @@ def many(session, base):
         began = clock()
         targets @ rows.T
         product.append(clock() - began)
-    seconds, form = block(session, MANY, False, 5)
+    seconds, form = block(session, MANY, "none", 5)
     alone = statistics.median(product)
     return {
         "targets": MANY,
@@ -278,7 +291,7 @@ def streamed(run, task, count=64):
 
     Hypergradients.write = timed
     began = clock()
-    with hypergradients(run, task, range(count)) as found:
+    with hypergradients(run, task, samples=range(count)) as found:
         total, size = clock() - began, found.path.stat().st_size
     Hypergradients.write = plain
     return {"samples": count, "bytes": size, "over": round(sum(spent) / (total - sum(spent)), 4)}

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import trajrec
 from trajrec.replay.losses.targets import choose_targets
 from trajrec.replay.methods.contributions import solve
+from trajrec.replay.question import Question
 from trajrec.replay.session import Session
 from trajrec.replay.validation.taylor import taylor_check
 
@@ -63,7 +64,7 @@ def record(path, train, activation, rate):
 
 
 def measured(session, ids, curvature):
-    found = solve(session, "mean", curvature=curvature)
+    found = solve(session, Question(curvature=curvature))
     predicted = found.values[ids]
     check = taylor_check(session, choose_targets("mean", session.test), ids, predicted, lambda _: None)
     return {

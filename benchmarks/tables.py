@@ -172,13 +172,13 @@ def streaming(row):
 
 def replaying():
     result = json.loads((RESULTS / "replay_cost.json").read_text())
-    head = ["model", "threads", "exact", "certified in turns", "certified by a sample", "Hessian-free"]
+    head = ["model", "threads", "exact", "certified by a sample", "Hessian-free"]
     head += ["limit exact / Hessian-free", "not derivatives, exact / Hessian-free", "load"]
     rows, blocks, bounds = [], [], []
     for r in result["rows"]:
         name, limit, rest = MODELS[r["model"]], r["limit"], r["not_derivatives"]
         rows.append([name, r["threads"]])
-        rows[-1] += [f"{r[key]:.2f}" for key in ("exact", "exact_turns", "exact_sampled", "free")]
+        rows[-1] += [f"{r[key]:.2f}" for key in ("exact", "exact_sampled", "free")]
         rows[-1] += [f"{limit['exact']:.2f} / {limit['free']:.2f}", f"{rest['exact']:.0%} / {rest['free']:.0%}"]
         rows[-1].append(r["load_average"])
         bounds += bounded(name, r)

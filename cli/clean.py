@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trajrec.cli.options import ForceOption
 from trajrec.cli.say import say
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def clean(
             "compare the accuracy that the script prints.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing output folder.")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Write which training samples to keep and which to drop.
 

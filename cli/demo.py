@@ -20,8 +20,8 @@ SCRIPTS = Path(__file__).parent / "mnist"
 
 
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 5,
-    top: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 5,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Epochs of training.")] = 5,
+    top: Annotated[int, typer.Option(min=1, metavar="K", help="Rows of the tables.")] = 5,
 ) -> None:
     """Record LeNet-5 on real MNIST images with some wrong labels, and find them again.
 

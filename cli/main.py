@@ -18,6 +18,7 @@ from trajrec.cli.clean import clean
 from trajrec.cli.demo import demo
 from trajrec.cli.maintenance import info, pack, verify
 from trajrec.cli.merge import merge
+from trajrec.cli.options import Command
 from trajrec.cli.record import RecordCommand, record
 from trajrec.cli.replay import replay
 from trajrec.cli.report import report
@@ -66,7 +67,7 @@ app.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )(guarded(record))
 for command in (replay, merge, report, clean, info, verify, pack, demo):
-    app.command()(guarded(command))
+    app.command(cls=Command)(guarded(command))
 
 
 def _version(value: bool) -> None:
@@ -80,7 +81,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """A flight recorder for PyTorch training: record a run, then ask which samples made the model what it is."""

@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from trajrec.cli.options import DeviceOption, RunArgument, choice
 from trajrec.cli.say import say
 from trajrec.errors import printable
 
 if TYPE_CHECKING:
     from trajrec.runfile.reader.run import Run
-
-RunArgument = Annotated[
-    Path | None, typer.Argument(metavar="RUN", help="The run (default: the newest under ./runs).", show_default=False)
-]
 
 
 def info(run: RunArgument = None) -> None:
@@ -39,11 +34,8 @@ def info(run: RunArgument = None) -> None:
 
 def verify(
     run: RunArgument = None,
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="FILE.py:ATTR", help="Also make every step again with this Task.", show_default=False),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    task: Annotated[str | None, choice("FILE.py:ATTR", "Also make every step again with this Task.")] = None,
+    device: DeviceOption = "cpu",
 ) -> int:
     """Check every checksum of a run and its structure; with --task also that the Task reproduces every step.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from trajrec.cli.options import ForceOption, TopOption
 from trajrec.cli.say import say
 
 FoldersArgument = Annotated[list[Path], typer.Argument(metavar="DIR...", help="The folders of all shards.")]
@@ -16,8 +17,8 @@ FoldersArgument = Annotated[list[Path], typer.Argument(metavar="DIR...", help="T
 def merge(
     folders: FoldersArgument,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Output folder.")],
-    top: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output folder.")] = False,
+    top: TopOption = 10,
+    force: ForceOption = False,
 ) -> None:
     """Join the outputs of `trajrec replay --shard i/n` and check that none is missing.
 

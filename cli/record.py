@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from trajrec.cli.options import RUN, TROUBLE, Command, choice, flag
 from trajrec.cli.say import say
 from trajrec.errors import TrajrecError
 
@@ -24,7 +24,7 @@ NOT_RECORDED = 5
 is_command = False  # whether this process is that of the command, and ends with it
 
 
-class RecordCommand(TyperCommand):
+class RecordCommand(Command):
     """Like Python itself: everything after SCRIPT or `-m MODULE` belongs to the script."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -42,39 +42,27 @@ class RecordCommand(TyperCommand):
 def record(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="SCRIPT.py [ARGS]...", show_default=False)] = None,
     module: Annotated[str | None, typer.Option("-m", metavar="MODULE", help="Run a module, as python -m does.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run file (default: ./runs/SCRIPT-TIME.h5).", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, choice("FILE", "The run file (default: ./runs/SCRIPT-TIME.h5).", RUN)] = None,
     task: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE.py:ATTR",
-            help="The Task, noted in the run so that replay finds it (default: task.py beside SCRIPT, if there).",
-            show_default=False,
-        ),
+        choice("FILE.py:ATTR", "The Task, noted for replay (default: task.py beside SCRIPT, if there).", RUN),
     ] = None,
     keep: Annotated[
-        str,
-        typer.Option(metavar="steps|K", help="Weights of every step, or keyframes every K steps."),
+        str, choice("steps|K", "Weights of every step (default), or keyframes every K steps.", RUN)
     ] = "steps",
-    compression: Annotated[str, typer.Option(metavar="zstd|none", help="How rows are compressed.")] = "zstd",
-    budget: Annotated[
-        str | None, typer.Option(metavar="20GB", help="Stay below this size, thinning as the run grows.")
-    ] = None,
-    on_full: Annotated[
-        str, typer.Option(metavar="wait|stop-recording|raise", help="What to do when the disk is full.")
-    ] = "wait",
+    compression: Annotated[str, choice("zstd|none", "How rows are compressed (default: zstd).", RUN)] = "zstd",
     inputs: Annotated[
-        str,
-        typer.Option(metavar="digest|store", help="Checksums of the batches, or the batches themselves."),
+        str, choice("digest|store", "Checksums of the batches (default), or the batches themselves.", RUN)
     ] = "digest",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that --out names.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing run.")] = False,
+    budget: Annotated[str | None, choice("20GB", "Stay below this size, thinning as the run grows.", RUN)] = None,
+    resume: Annotated[bool, flag("--resume", "Go on with the run that --out names.", RUN)] = False,
+    force: Annotated[bool, flag("--force", "Replace an existing run.", RUN)] = False,
+    on_full: Annotated[
+        str, choice("wait|stop-recording|raise", "What to do when the disk is full (default: wait).", TROUBLE)
+    ] = "wait",
     strict: Annotated[
         bool,
-        typer.Option(
-            "--strict", help="End the training with an error where it cannot be recorded (else: exit code 5)."
-        ),
+        flag("--strict", "End the training with an error where it cannot be recorded (else: exit code 5).", TROUBLE),
     ] = False,
 ) -> int:
     """Run a training script and record every optimizer step. The script needs no change.

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from trajrec.cli.options import flag
 from trajrec.cli.say import say
 
 PAGE_ROWS = 100
@@ -30,23 +31,23 @@ def report(
         list[int] | None, typer.Option(metavar="TARGET", help="What taught the model this test sample? Repeatable.")
     ] = None,
     statistics: Annotated[
-        bool, typer.Option("--statistics", help="Mean, deviation, sign balance, concentration, outliers.")
+        bool, flag("--statistics", "Mean, deviation, sign balance, concentration, outliers.")
     ] = False,
-    matrix: Annotated[bool, typer.Option("--matrix", help="Contribution of training classes to test classes.")] = False,
-    suspects: Annotated[bool, typer.Option("--suspects", help="Suspected wrong labels.")] = False,
-    timeline: Annotated[bool, typer.Option("--timeline", help="Which epochs mattered (replay --by-epoch).")] = False,
+    matrix: Annotated[bool, flag("--matrix", "Contribution of training classes to test classes.")] = False,
+    suspects: Annotated[bool, flag("--suspects", "Suspected wrong labels.")] = False,
+    timeline: Annotated[bool, flag("--timeline", "Which epochs mattered (replay --by-epoch).")] = False,
     sample: Annotated[
         list[int] | None, typer.Option(metavar="ID", help="Follow this training sample through the epochs. Repeatable.")
     ] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="RUN|DIR", help="Agreement of this replay with another.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Everything that the replay can answer.")] = False,
+    everything: Annotated[bool, flag("--all", "Everything that the replay can answer.")] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the top tables as CSV.")] = None,
     parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the top tables as Parquet.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything as one HTML page.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite existing output files.")] = False,
+    force: Annotated[bool, flag("--force", "Overwrite existing output files.")] = False,
 ) -> None:
     """Show which training samples helped and which harmed, from a replay.
 

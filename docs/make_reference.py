@@ -1,19 +1,29 @@
-"""Writes docs/commands.md: every command with its arguments, options and example, from what --help is made of.
+"""Writes docs/commands.md from what --help is made of, and docs/api.md from `__all__` and docstrings.
 
-python docs/make_reference.py            writes it (a test asserts that it is up to date)
+python docs/make_reference.py            writes them (a test asserts that they are up to date)
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import typer
 
+import trajrec
+import trajrec.replay
 from trajrec.cli.main import app
 
 PAGE = Path(__file__).parent / "commands.md"
+API = Path(__file__).parent / "api.md"
+API_HEAD = """# Python
+
+Every public name, made from signatures and docstrings by `docs/make_reference.py`. What is not here is not public, and
+may change in any version.
+"""
 HEAD = """# Commands
 
 Made from `trajrec COMMAND --help` by `docs/make_reference.py`.
@@ -27,6 +37,7 @@ Where a command takes a run and none is named, it takes the newest one under `./
 | 2 | usage or task error |
 | 3 | replay refused: drift, or a derivative that cannot be taken |
 | 4 | damaged run |
+| 5 | the script trained, but was not, or not wholly, recorded |
 | 130 | interrupted |
 """
 
@@ -71,5 +82,60 @@ def _code(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def api() -> str:
+    """The text of docs/api.md."""
+    return "\n".join([API_HEAD, *(module_section(module) for module in (trajrec, trajrec.replay))])
+
+
+def module_section(module: ModuleType) -> str:
+    """A module's part of the page."""
+    names = [
+        name for name in module.__all__ if not name.startswith("__") and not inspect.ismodule(getattr(module, name))
+    ]
+    return "\n".join([f"## {module.__name__}\n", *(named_section(module, name) for name in names)])
+
+
+def named_section(module: ModuleType, name: str) -> str:
+    """What a public name stands for: signature and docstring, and those of a class's own methods."""
+    value = getattr(module, name)
+    parts = [f"### {module.__name__}.{name}", _documented(name, value)]
+    for attribute, member in vars(value).items() if inspect.isclass(value) else ():
+        function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        if not attribute.startswith("_") and inspect.isfunction(function):
+            parts += [f"#### {name}.{attribute}", _documented(attribute, function)]
+        elif not attribute.startswith("_") and isinstance(member, property):
+            parts += [f"#### {name}.{attribute}", _text(member.__doc__)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _documented(name: str, value: Any) -> str:
+    is_data = inspect.isclass(value) and issubclass(value, Exception)
+    shown = "" if is_data else f"```python\n{name}{_signature(value)}\n```\n\n"
+    return shown + _text(value.__doc__)
+
+
+def _signature(value: Any) -> str:
+    """One argument a line, as they are written in the code."""
+    parameters = inspect.signature(value).parameters.values()
+    lines, starred = [], False
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            lines.append("*")
+            starred = True
+        if parameter.name not in ("self", "cls"):
+            lines.append(str(parameter).replace("'", ""))
+    short = f"({', '.join(lines)})"
+    return short if len(short) < 80 else "(\n" + "".join(f"    {line},\n" for line in lines) + ")"
+
+
+def _text(doc: str | None) -> str:
+    """A docstring; what is indented below its sections becomes a list."""
+    text = inspect.cleandoc(doc or "")
+    text = re.sub(r"^(Args|Attributes|Raises|Returns):$", r"**\1**\n", text, flags=re.M)
+    text = re.sub(r"^    (\w[\w, ]*): ", r"* `\1`: ", text, flags=re.M)
+    return text
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    API.write_text(api(), encoding="utf-8")

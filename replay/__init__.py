@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from trajrec.replay.methods.hypergradients import hypergradients as hypergradients
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'trajrec.replay' has no attribute {name!r}")

@@ -1,58 +1,145 @@
-"""Everything that decides the numbers of a replay."""
+"""Everything that decides the numbers of a replay, one frozen value that is checked once.
+
+    Question    what a user asks, of any recording
+    Scope       what it comes to in one: which targets and samples, in which direction, over which steps
+
+What decides rounding only (how many targets at once, which form of the derivatives) is no part of it.
+
+Letters: M targets, N training samples, S samples asked for, T steps.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 
 from trajrec.errors import ReplayError
-from trajrec.records import IntArray
-from trajrec.replay.losses.targets import Targets
+from trajrec.records import IntArray, Json
+from trajrec.replay.losses.batches import Samples
+from trajrec.replay.losses.targets import NO_TARGETS, Targets, check_ids, choose_targets
 
-CURVATURES = ("hessian", "ggn", "none")
+Curvature: TypeAlias = Literal["hessian", "ggn", "none"]
+Mode: TypeAlias = Literal["auto", "adjoint", "tangent"]
+Certify: TypeAlias = Literal["all", "sampled"]
+TargetChoice: TypeAlias = Literal["mean", "each", "class"] | IntArray
+FloatName: TypeAlias = Literal["float32", "float64"]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_SAMPLED = 32
 
 
-def curvature_of(exact: bool, curvature: str | None) -> str:
+def curvature_of(exact: bool, curvature: Curvature | None) -> Curvature:
     """The curvature that was asked for, by one name or the other.
 
     Raises:
-        ReplayError: if there is none of that name, or the two contradict each other.
+        ReplayError: if the two contradict each other.
     """
-    if curvature not in (None, *CURVATURES):
-        raise ReplayError(f"curvature must be one of {', '.join(CURVATURES)}, not {curvature!r}.")
     if exact and curvature not in (None, "hessian"):
         raise ReplayError(f'exact stands for curvature "hessian"; ask for one of the two, not also for {curvature!r}.')
     return curvature or ("hessian" if exact else "none")
 
 
-def certification_of(certify: str | None, exact: bool) -> str:
-    """Which steps are certified.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked of a recording.
+
+    Attributes:
+        targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), or [M] test ids.
+        samples: [S] training sample ids; None for all N.
+        curvature: "hessian" (exact), "ggn" (its Gauss-Newton form), or "none" (the paper's approximation).
+        mode: "adjoint" (all samples at once, cost by targets), "tangent" (cost by samples), or "auto".
+        by_epoch: the part of each epoch, too (adjoint only).
+        steps: (a, b): only what steps a to b contribute; None for all.
+        certify: which steps are made again, "all" or a "sampled" few; None for all if there is a curvature.
+        shard: (i, n): only piece i of n, by targets (adjoint) or by samples (tangent).
+        dtype: "float32" or "float64"; None for the recording's.
+        device: torch device; None for the CPU.
+        allow_drift: go on where the task does not reproduce the recording.
 
     Raises:
-        ReplayError: there is no choice of that name.
+        ReplayError: if a choice has no such name, or two do not go together.
     """
-    if certify not in (None, "sampled", "turns", "all"):
-        raise ReplayError(f'certify must be "sampled", "turns" or "all", not {certify!r}.')
-    return certify or ("all" if exact else "sampled")
+
+    targets: TargetChoice = "mean"
+    samples: IntArray | None = None
+    curvature: Curvature = "none"
+    mode: Mode = "auto"
+    by_epoch: bool = False
+    steps: tuple[int, int] | None = None
+    certify: Certify | None = None
+    shard: tuple[int, int] | None = None
+    dtype: FloatName | torch.dtype | None = None
+    device: str | torch.device | None = None
+    allow_drift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ReplayError(f'mode must be "auto", "adjoint" or "tangent", not {self.mode!r}.')
+        if self.curvature not in get_args(Curvature):
+            raise ReplayError(f"curvature must be one of {', '.join(get_args(Curvature))}, not {self.curvature!r}.")
+        if self.certify not in (None, *get_args(Certify)):
+            raise ReplayError(f'certify must be "sampled" or "all", not {self.certify!r}.')
+        if self.by_epoch and self.mode == "tangent":
+            raise ReplayError('Contributions by epoch need mode="adjoint".')
+
+    def options(self) -> Json:
+        """All that decides the numbers but targets, samples and shard, by name."""
+        left_out = ("targets", "samples", "shard")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+
+    def scope(self, samples: int, steps: int, test: Callable[[], Samples] | None) -> Scope:
+        """What the question comes to in a recording of so many samples and steps, measured on a test set if any.
+
+        Raises:
+            TaskError: if there are no such targets.
+            SampleRangeError: if an id does not exist.
+            ReplayError: if there are no such steps, or no such shard.
+        """
+        chosen = np.arange(samples) if self.samples is None else check_ids(self.samples, samples, "training")
+        targets = NO_TARGETS if test is None else choose_targets(self.targets, test())
+        mode: Literal["adjoint", "tangent"] = "adjoint"
+        if self.mode == "tangent" or (self.mode == "auto" and not self.by_epoch and len(targets.names) > len(chosen)):
+            mode = "tangent"
+        certify = self.certify or ("sampled" if self.curvature == "none" else "all")
+        stride = max(1, min(_SAMPLED, steps // _SAMPLED)) if certify == "sampled" else 1
+        window = _window(self.steps, steps)
+        return Scope(*_cut(targets, chosen, mode, self.shard), mode, self.curvature, self.by_epoch, window, stride)
 
 
-def window_of(steps: tuple[int, int] | None, last: int) -> tuple[int, int]:
-    """The first and the last step whose contributions are asked for.
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a question comes to in a recording.
 
-    Raises:
-        ReplayError: they are no steps of the run.
+    Attributes:
+        targets: what is measured.
+        samples: [S] training sample ids.
+        mode: "adjoint" or "tangent".
+        curvature: as in the question.
+        by_epoch: as in the question.
+        window: first and last step whose contributions count.
+        stride: the certificate makes one step in so many again.
     """
+
+    targets: Targets
+    samples: IntArray
+    mode: Literal["adjoint", "tangent"]
+    curvature: Curvature
+    by_epoch: bool
+    window: tuple[int, int]
+    stride: int
+
+
+def _window(steps: tuple[int, int] | None, last: int) -> tuple[int, int]:
     first, end = steps or (1, last)
     if not 1 <= first <= end <= last:
         raise ReplayError(f"Steps {first}:{end} are not steps of this run: it has steps 1 to {last}.")
     return int(first), int(end)
 
 
-def shard_of(count: int, shard: tuple[int, int] | None, what: str, hint: str = "") -> slice:
+def _shard_of(count: int, shard: tuple[int, int] | None, what: str, hint: str = "") -> slice:
     """The part of `count` targets or samples that is piece i of n, counted from 1.
 
     Raises:
@@ -69,16 +156,16 @@ def shard_of(count: int, shard: tuple[int, int] | None, what: str, hint: str = "
     return slice(int(edges[i - 1]), int(edges[i]))
 
 
-def cut(wanted: Targets, chosen: IntArray, mode: str, shard: tuple[int, int] | None) -> tuple[Targets, IntArray]:
+def _cut(targets: Targets, chosen: IntArray, mode: str, shard: tuple[int, int] | None) -> tuple[Targets, IntArray]:
     """The targets (adjoint) or samples (tangent) of a shard, and all of the other."""
     if mode == "tangent":
-        return wanted, chosen[shard_of(len(chosen), shard, "samples")]
+        return targets, chosen[_shard_of(len(chosen), shard, "samples")]
     hint = "Samples are cut with --mode tangent; backwards, one replay answers for any number of them."
-    piece = shard_of(len(wanted.names), shard, "target(s)", hint)
-    return Targets(wanted.kind, wanted.names[piece], wanted.groups[piece]), chosen
+    piece = _shard_of(len(targets.names), shard, "target(s)", hint)
+    return Targets(targets.kind, targets.names[piece], targets.groups[piece]), chosen
 
 
-def parse_dtype(dtype: Any, default: str) -> torch.dtype:
+def parse_dtype(dtype: FloatName | torch.dtype | None, default: str) -> torch.dtype:
     """A floating type by name or torch dtype.
 
     Raises:
@@ -93,7 +180,7 @@ def parse_dtype(dtype: Any, default: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def parse_device(device: Any) -> torch.device:
+def parse_device(device: str | torch.device | None) -> torch.device:
     """A torch device that is there; None is the CPU.
 
     Raises:
@@ -103,31 +190,3 @@ def parse_device(device: Any) -> torch.device:
         return torch.empty(0, device=device or "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise ReplayError(f"Device {device} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def check_mode(mode: str) -> None:
-    """Raises ReplayError for an unknown mode."""
-    if mode not in ("auto", "adjoint", "tangent"):
-        raise ReplayError(f'mode must be "auto", "adjoint" or "tangent", not {mode!r}.')
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked of a session.
-
-    Attributes:
-        wanted: the targets.
-        chosen: [S] sample ids.
-        exact: with the Hessian.
-        by_epoch: the part of each epoch, too.
-        window: first and last step whose contributions count.
-        certify: which steps the certificate checks: "all", or a "sampled" few; "turns": all where one target is asked
-            for and the gradient is not at hand, a part of the weights each (`replay.turns`).
-    """
-
-    wanted: Targets
-    chosen: IntArray
-    exact: bool
-    by_epoch: bool
-    window: tuple[int, int]
-    certify: str

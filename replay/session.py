@@ -1,63 +1,40 @@
-"""Everything that one replay needs, put together: the run, the task's losses, data, rule and certifier.
+"""A recording and a Task that fit each other: everything that one replay needs, put together.
 
-This is where a recording and a Task are held against each other before any mathematics: model, data set length,
-fingerprint of the first batch. A drift found later is explained here, by going forwards from the first step.
+This is where the two are held against each other before any mathematics: model, data, ids, optimizer. `proof.fit` says
+what must agree, `proof.refusal` what is said where a replay does not reproduce the recording.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from trajrec.digest import digest
-from trajrec.errors import DataMismatchError, DriftError, ReplayError
-from trajrec.replay.derivatives.operators import derivative_error
-from trajrec.replay.losses.batches import OtherInputs, Samples
+from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction, users_code
 from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.losses.reduction import found_reduction
-from trajrec.replay.losses.targets import Targets, choose_targets, target_gradients, target_values
+from trajrec.replay.losses.targets import Targets, target_gradients
 from trajrec.replay.losses.watching import watch
 from trajrec.replay.machine.memory import budget
-from trajrec.replay.machine.torch_switches import full_single_precision
+from trajrec.replay.progress import Progress
+from trajrec.replay.proof import fit
 from trajrec.replay.proof.certificate import Certificate, StepChecks
-from trajrec.replay.proof.diagnosis import Diagnosis
 from trajrec.replay.proof.keyframes import KeyframeChecks
-from trajrec.replay.proof.refusal import Drifted, drift_error
-from trajrec.replay.proof.stepwise import Certifier
-from trajrec.replay.question import DTYPES, parse_device, parse_dtype
+from trajrec.replay.proof.refusal import Drifted, guarded
+from trajrec.replay.proof.stepwise import StepwiseChecks
+from trajrec.replay.question import FloatName, Question, parse_device, parse_dtype
 from trajrec.replay.step import RecordedRun, Step, Trajectory, initial_state, make_step, vector_of
-from trajrec.replay.trajectory.participation import RegroupedRun, as_seen
-from trajrec.replay.trajectory.recomputed import OtherState, RebuiltTrajectory, RecomputedTrajectory
-from trajrec.replay.trajectory.stored import StoredTrajectory
+from trajrec.replay.trajectory.participation import as_seen
+from trajrec.replay.trajectory.source import trajectory_of
 from trajrec.rules import FlatLayout, rule_for
 from trajrec.rules.composed.transformed import TransformedRule
 from trajrec.rules.selftest import self_test
-from trajrec.task.seeding import find_seeded
 from trajrec.task.task import Task
 
-
-class Progress(Protocol):
-    """Is told how far a replay is; the command line draws it."""
-
-    def start(self, what: str, total: int, done: int = 0) -> None:
-        """A piece of work of `total` steps begins, of which so many were done by an earlier replay."""
-
-    def advance(self, count: int) -> None:
-        """So many steps are done."""
-
-
-class Silent:
-    """Draws nothing."""
-
-    def start(self, what: str, total: int, done: int = 0) -> None:
-        """Ignores it."""
-
-    def advance(self, count: int) -> None:
-        """Ignores it."""
+T = TypeVar("T")
 
 
 class Session:
@@ -81,47 +58,45 @@ class Session:
         run: RecordedRun,
         task: Task,
         *,
-        dtype: Any = None,
-        device: Any = None,
+        dtype: FloatName | torch.dtype | None = None,
+        device: str | torch.device | None = None,
         allow_drift: bool = False,
         memory: int | None = None,
     ) -> None:
-        if run.steps == 0:
-            raise ReplayError("The recording holds no step yet: there is nothing to replay.")
-        if 0 not in run.keyframe_steps:
-            raise ReplayError(
-                "The recording lacks its keyframe of step 0 (buffers and optimizer state before the training), with "
-                "which every replay begins. `trajrec verify` tells what else is missing; restore the file from a copy."
-            )
+        fit.check_start(run)
         self.run = run = as_seen(run)
-        self.task = task
-        self.dtype = parse_dtype(dtype, run.spec.dtype)
-        self.device = parse_device(device)
-        self.allow_drift = allow_drift
+        self.task, self.allow_drift, self.memory = task, allow_drift, memory
+        self.dtype, self.device = parse_dtype(dtype, run.spec.dtype), parse_device(device)
         self.layout = FlatLayout(run.spec)
         self.rule = rule_for(run.spec, self.layout, task.optimizer)
         if task.gradient is not None:
             self.rule = TransformedRule(self.rule, task.gradient)
-        self.memory = memory
         self.function = LossFunction(task, run, self.layout, self.dtype, self.device)
-        self.train = self._training_samples(self.dtype)
-        self._check_trainable()
-        self.train.check_ids(self._largest_id(), "training")
+        self.train = self.training_samples(self.dtype)
+        self._test: Samples | None = None
+        fit.check_trainable(run, self.layout, allow_drift)
+        self.train.check_ids(fit.largest_id(run), "training")
         watch(self.function, self.train, self.step_at_start())
         self.reduction = found_reduction(run, self.function, self.train)
-        self.checks = self._checks(allow_drift)
-        self.trajectory = self._trajectory(self.checks)
-        self._test: Samples | None = None
+        self.checks = self.new_checks(allow_drift)
+        self.trajectory = trajectory_of(self, self.checks)
         self.samples = run.spec.samples or len(self.train)
-        self._check_data()
+        self.data_changed = fit.data_changed(self)
+        self.train.checks_inputs = not (self.data_changed or allow_drift)
         self.guarded(self._test_rule)
         self.guarded(self._finish_buffers)
 
-    def _training_samples(self, dtype: torch.dtype) -> Samples:
+    @classmethod
+    def of(cls, run: RecordedRun, task: Task, question: Question, memory: int | None) -> Session:
+        """The session that a question is answered in."""
+        q = question
+        return cls(run, task, dtype=q.dtype, device=q.device, allow_drift=q.allow_drift, memory=memory)
+
+    def training_samples(self, dtype: torch.dtype) -> Samples:
+        """The training set, in a floating type."""
         first_pass = int(self.run.spec.data.get("seeded_from", 0))
-        return Samples(
-            self.task.train, self.task.collate, dtype, self.device, first_pass=first_pass, stored=self.run.inputs
-        )
+        stored, task = self.run.inputs, self.task
+        return Samples(task.train, task.collate, dtype, self.device, first_pass=first_pass, stored=stored)
 
     @property
     def test(self) -> Samples:
@@ -130,52 +105,10 @@ class Session:
             self._test = Samples(self.task.test, self.task.collate, self.dtype, self.device)
         return self._test
 
-    def _largest_id(self) -> int:
-        largest = -1
-        for t in range(1, self.run.steps + 1):
-            ids = self.run.sample_ids(t)
-            if not len(ids):
-                raise ReplayError(f"The recording names no sample of step {t}: its gradient cannot be made again.")
-            largest = max(largest, int(ids.max()))
-        return largest
-
-    def _check_data(self) -> None:
-        recorded = self.run.spec.data.get("first_batch_crc32")
-        self.data_changed = recorded is not None and digest(self.train.raw_step(self.step_at_start())) != recorded
-        # Other data that give the same first loss (inputs prepared elsewhere, say) are the same to the mathematics.
-        if self.data_changed and not self.allow_drift and not self._same_first_loss():
-            raise DataMismatchError(
-                "The training data changed since the recording: the first batch has other contents (CRC-32 "
-                f"{recorded:08x} recorded), and the first loss is another. Give the Task the data set that the run "
-                f"was trained on, or go on with --allow-drift. {self._about_augmentation()}"
-            )
-        self.train.checks_inputs = not (self.data_changed or self.allow_drift)
-
-    def _about_augmentation(self) -> str:
-        was, is_now = "seeded_from" in self.run.spec.data, find_seeded(self.task.train) is not None
-        if was != is_now:
-            return f"It was {'' if was else 'not '}recorded with trajrec.seeded(...), and the Task's is{' not' * was}."
-        return "Items with random augmentation come back only if both are wrapped in trajrec.seeded(...)."
-
     def step_at_start(self) -> Step:
         """Step 1, with the weights before it on both sides."""
         before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
         return make_step(self.run, 1, before, before)
-
-    def _check_trainable(self) -> None:
-        """Parameters that the optimizer never stepped are held constant; they must have been."""
-        if not self.layout.params:
-            raise ReplayError("No parameter ever had a gradient in this recording: there is nothing to replay.")
-        last = self.run.steps if self.run.stored(self.run.steps) else self.run.keyframe_steps[-1]
-        first_row, last_row = self.run.row(0), self.run.row(last)
-        moved = [
-            p.name for p in self.run.spec.params if not p.trainable and (first_row[p.span] != last_row[p.span]).any()
-        ]
-        if moved and not self.allow_drift:
-            raise DriftError(
-                f"Parameter {moved[0]} is not in the optimizer and was changed by step {last}. Weights that change "
-                "outside the optimizer are not replayed: an exponential average of weights, say, belongs into a copy."
-            )
 
     def _test_rule(self) -> None:
         """Lets the rule prove itself at the first step."""
@@ -192,64 +125,37 @@ class Session:
             return
         with self.function.keeping_final_buffers():
             for step in self.trajectory.forwards(last + 1):
-                self._loss(step)
+                self.loss(step)
 
-    def _same_first_loss(self) -> bool:
-        recorded, computed = self.run.loss(1), self._loss(self.step_at_start())
-        return abs(recorded - computed) <= 1e-4 * abs(recorded)
-
-    def _loss(self, step: Step) -> float:
+    def loss(self, step: Step) -> float:
         """The loss of a step by the Task."""
         return self.function.value(step.before.to(self.dtype), self.train, step)
 
     @property
     def certifies_once(self) -> bool:
         """Whether one pass over the run certifies it; rows that are made again are compared in every pass."""
-        return not self._keyframed
+        return not self.is_keyframed
 
     def may_begin_at(self, t: int) -> bool:
         """Whether a pass forwards may begin with step t."""
-        return not self._keyframed or t - 1 in self.run.keyframe_steps
+        return not self.is_keyframed or t - 1 in self.run.keyframe_steps
 
     @property
-    def _keyframed(self) -> bool:
+    def is_keyframed(self) -> bool:
+        """Whether the recording keeps keyframes, and the rows between are made again."""
         return self.run.keep != "steps"
 
-    def _checks(self, allow_drift: bool) -> StepChecks:
-        if self._keyframed:
+    def new_checks(self, allow_drift: bool) -> StepChecks:
+        """Checks that have seen no step."""
+        if self.is_keyframed:
             return KeyframeChecks(self.run, self.layout, self.rule, allow_drift)
-        return Certifier(self.run, self.rule, self.dtype, allow_drift)
-
-    def _trajectory(self, checks: StepChecks) -> Trajectory:
-        stored = StoredTrajectory(self.run, self.layout, self.dtype, self.device)
-        # Where groups rest now and then, the weights do not imply the states.
-        if not self._keyframed and not self.rule.needs_state and not isinstance(self.run, RegroupedRun):
-            return stored
-        native = DTYPES[self.run.spec.dtype]
-        # A model of its own: a forward pass changes running statistics.
-        function = LossFunction(self.task, self.run, self.layout, native, self.device)
-        function.reduction = self.function.reduction
-        same = native == self.dtype
-        samples = self.train if same else self._training_samples(native)
-        of_rows = checks if isinstance(checks, KeyframeChecks) else None
-        recomputed = RecomputedTrajectory(
-            self.run,
-            self.layout,
-            function,
-            samples,
-            self.rule,
-            self.dtype,
-            of_rows,
-            budget(self.memory, self.device) // 4,
-            self.allow_drift,
-        )
-        return recomputed if of_rows is not None else RebuiltTrajectory(stored, recomputed)
+        return StepwiseChecks(self.run, self.rule, self.dtype, allow_drift)
 
     def find_drift(self) -> Drifted | None:
         """The first step that differs from the recording, going forwards; None if none does."""
-        checks = self._checks(allow_drift=False)
+        checks = self.new_checks(allow_drift=False)
         try:
-            self._certify(checks, self._trajectory(checks), lambda _: None)
+            self._certify(checks, trajectory_of(self, checks), lambda _: None)
         except Drifted as drifted:
             return drifted
         return None
@@ -267,68 +173,13 @@ class Session:
     def _certify(self, checks: StepChecks, trajectory: Trajectory, advance: Callable[[int], None]) -> None:
         state = initial_state(trajectory, self.rule)
         for step in trajectory.forwards():
-            if not self._keyframed:
+            if not self.is_keyframed:
                 state = checks.forwards(step, state, gradient_of(self.function, self.train, step))
             advance(1)
 
-    def explain(self, drifted: Drifted) -> DriftError:
-        """The refusal to raise for a drift: names the first bad step and the likely cause."""
-        first = self.find_drift() or drifted
-        tolerance = self._checks(allow_drift=True).certificate().tolerance
-        found = Diagnosis(self.run, self.function, self.train, self.rule, first).cause()
-        cause = found.sentence if found else ""
-        if self.data_changed:
-            cause += " The first batch also differs from the recorded one."
-        return drift_error(first, self.run.loss(first.probe.t), self._loss(first.probe), tolerance, cause)
-
-    def guarded(self, work: Callable[[], Any]) -> Any:
-        """Does the work; a drift in it becomes an explained refusal."""
-        try:
-            return self._explained(work)
-        except OtherInputs as other:
-            raise DriftError(
-                f"Replay drifted at step {self._first_other_inputs(other.t)}: the inputs of its batch are not those "
-                "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
-                f"{self._about_augmentation()} Mend the Task, or go on with --allow-drift."
-            ) from None
-
-    def _explained(self, work: Callable[[], Any]) -> Any:
-        try:
-            with full_single_precision():
-                return self._derivable(work)
-        except Drifted as drifted:
-            raise self.explain(drifted) from None
-        except OtherState as other:
-            first = self.find_drift()
-            raise (DriftError(str(other)) if first is None else self.explain(first)) from None
-
-    def _derivable(self, work: Callable[[], Any]) -> Any:
-        """Does the work; what torch says of a derivative that it has not becomes a refusal that names the operator."""
-        try:
-            return work()
-        except RuntimeError as error:
-            refusal = derivative_error(error, self.function.model)
-            if refusal is None:
-                raise
-            raise refusal from error
-
-    def _first_other_inputs(self, seen_at: int) -> int:
-        """The first step whose inputs differ from the recorded ones, `seen_at` being one."""
-        before = torch.empty(0)
-        for t in range(1, seen_at):
-            step = make_step(self.run, t, before, before)
-            try:
-                for part in step.parts:
-                    self.train.part(step, part)
-            except OtherInputs:
-                return t
-        return seen_at
-
-    def told_losses(self, targets: Any) -> list[str]:
-        """The loss of the first step and the mean target loss at the end, to five digits: other data show in them."""
-        wanted = choose_targets(targets, self.test)
-        values = target_values(wanted, self.function, self.test, self.trajectory.weights(self.run.steps))
-        return [f"{value:.5g}" for value in (self._loss(self.step_at_start()), float(values.mean()))]
+    def guarded(self, work: Callable[[], T]) -> T:
+        """Does the work; what it fails at for a reason that is known becomes an explained refusal."""
+        return guarded(self, work)
 
     def target_gradients(self, targets: Targets) -> Tensor:
         """Grad l_j(w_T) of every target, [M, P']."""

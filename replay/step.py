@@ -53,6 +53,10 @@ class RecordedRun(Protocol):
     def inputs(self, t: int) -> list[Batch] | None: ...  # noqa: D102
 
 
+class OtherState(Exception):  # noqa: N818
+    """An optimizer state that was made again is not the recorded one; the message is the refusal."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """What went through the model in one forward pass.

@@ -177,8 +177,10 @@ def test_the_test_of_a_contribution_comes_out(project, capsys):
 
 def test_the_command_reference_is_up_to_date(capsys, monkeypatch):
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    made = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))["page"]()
-    assert page == made, "run python docs/make_reference.py"
+    reference = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
+    assert page == reference["page"](), "run python docs/make_reference.py"
+    api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert api == reference["api"](), "run python docs/make_reference.py"
     monkeypatch.setenv("COLUMNS", "200")
     sections = dict(part.split("\n", 1) for part in page.split("\n## ")[1:])
     for command, section in sections.items():

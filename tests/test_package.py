@@ -153,6 +153,7 @@ def test_public_names_are_there():
     for module in (trajrec, trajrec.replay):
         for name in module.__all__:
             assert getattr(module, name) is not None
+            assert name in dir(module)
         with pytest.raises(AttributeError):
             module.no_such_name  # noqa: B018
     # The functions, not modules of the same name, whichever way round they are imported.

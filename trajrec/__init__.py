@@ -59,6 +59,10 @@ if TYPE_CHECKING:
     from trajrec.task.task import Task as Task
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'trajrec' has no attribute {name!r}")

@@ -31,6 +31,8 @@ GROUP_STATE = "group:"
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Row = npt.NDArray[Any]
+Array = npt.NDArray[Any]  # of any dtype
+Json = dict[str, Any]  # what JSON can hold
 NO_IDS: IntArray = np.empty(0, dtype=np.int64)
 WEIGHT_DTYPES = ("float32", "float64")
 # Of a run that is read: more were never recorded, and would only be made to fill the memory.

@@ -1,7 +1,7 @@
 """Which form a replay computes its derivatives in: proved right at a recorded step, then the fastest.
 
-The forms of `replay.linearize` give the same numbers, and which is the fastest depends on the model, the number of
-directions and the machine. At the first step that a replay visits, every form that may serve is carried out there:
+The forms of `replay.derivatives.derivatives` give the same numbers, and which is the fastest depends on the model, the
+number of directions and the machine. At the first step of its kind every form that may serve is carried out:
 
 * one that raises (an operator without a forward derivative, samples that cannot be taken one by one) is left out;
 * one whose numbers differ from reverse over reverse mode is left out: a formula of torch is wrong for this model;
@@ -12,27 +12,28 @@ directions and the machine. At the first step that a replay visits, every form t
 Where reverse over reverse mode is not to be had, because an operator has no second derivative, and only first ones are
 asked for, the forms that need no other (`FIRST_ORDER`) are held against single backward passes in the same way.
 
-The choice is noted (`names`), because another form rounds differently: a replay that is taken up again goes on with the
-form it began with, and tests name the form they want.
+The choice is noted (`Chosen`), because another form rounds differently: a replay that is taken up again goes on with
+the form it began with. Trials go along a random direction, once a kind of step, and have no place in the recurrence.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from trajrec.replay.derivatives.derivatives import Derivatives, Point
+from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.forward import ForwardPoint
 from trajrec.replay.derivatives.gauss_newton import GaussNewtonPoint
+from trajrec.replay.derivatives.operators import operator_without
 from trajrec.replay.derivatives.per_sample import LayersPoint, PushedPoint, SamplesPoint, SinglesPoint, SlicesPoint
-from trajrec.replay.derivatives.pieces import CutPoint, Cutting, Form
-from trajrec.replay.derivatives.reverse import BatchedPoint, ReversePoint
+from trajrec.replay.derivatives.pieces import CutPoint, Cutting, Form, cut
+from trajrec.replay.derivatives.reverse import ReversePoint, saved_bytes
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.step import Step, Trajectory
@@ -42,63 +43,69 @@ REFERENCE = "reverse"
 SINGLES = "singles"
 FIRST_ORDER = ("pushed", "layers", "samples", "slices", SINGLES)
 GAUSS_NEWTON = "gauss-newton"
-EXACT = "exact"
+FORMS: Mapping[str, Form] = {
+    "forward": ForwardPoint,
+    "reverse": ReversePoint,
+    "samples": SamplesPoint,
+    "layers": LayersPoint,
+    "pushed": PushedPoint,
+    "slices": SlicesPoint,
+    SINGLES: SinglesPoint,
+    GAUSS_NEWTON: GaussNewtonPoint,
+}
 _TRIALS = 4
 _LONG = 0.5
 _CLOSE = 1.1
 _MOST_TOGETHER = 32
-FORMS: dict[str, Callable[[LossFunction, Samples, Step, int], Point]] = {
-    "forward": ForwardPoint,
-    "reverse": ReversePoint,
-    "batched": BatchedPoint,
-    "samples": SamplesPoint,
-    "layers": LayersPoint,
-}
-POINTS = FORMS | {GAUSS_NEWTON: GaussNewtonPoint, "pushed": PushedPoint, "slices": SlicesPoint, SINGLES: SinglesPoint}
 Trial = Callable[[str], Derivatives]
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How derivatives may be taken; fixed before the first step.
+
+    Attributes:
+        curvature: "hessian", "ggn" or "none".
+        only: use this form wherever it may serve, without trials; None chooses.
+        memory: bytes that the gradients of many samples may take.
+        cutting: how many samples of a batch are taken at once.
+        forms: by name; a benchmark may put timed ones in their places.
+    """
+
+    curvature: str = "none"
+    only: str | None = None
+    memory: int = 1 << 30
+    cutting: Cutting = field(default_factory=Cutting)
+    forms: Mapping[str, Form] = field(default_factory=lambda: FORMS)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the derivative of the gradient is taken at all."""
+        return self.curvature != "none"
 
 
 @dataclass(slots=True)
-class Forms:
-    """The forms chosen so far.
+class Chosen:
+    """What was chosen on the way, JSON-ready.
 
     Attributes:
-        only: use this form wherever it may serve, without trials; None chooses.
-        gauss_newton: the Gauss-Newton form takes the place of the Hessian, and is no matter of choice.
-        names: the form by kind of step.
-        memory: bytes that the intermediate values of several directions may take.
-        chunk: directions that "batched" takes together; 0 before it is known.
-        cutting: how many samples of a batch are taken at once.
+        forms: by kind of step.
+        pieces: samples taken at once, by kind of step; 0 is all.
+        chunk: samples of a slice; 0 before it is known.
+        block: targets or samples at once; None before it is known.
     """
 
-    only: str | None = None
-    gauss_newton: bool = False
-    memory: int = 1 << 30
+    forms: dict[str, str] = field(default_factory=dict)
+    pieces: dict[str, int] = field(default_factory=dict)
     chunk: int = 0
-    cutting: Cutting = field(default_factory=Cutting)
-    names: dict[str, str] = field(default_factory=dict)
-
-    def settle_chunk(self, needed: Callable[[], int]) -> None:
-        """Fixes the chunk from the bytes that the intermediate values of one direction need."""
-        if not self.chunk:
-            self.chunk = max(1, min(_MOST_TOGETHER, self.memory // max(1, needed())))
-
-    def form(self, kind: str, candidates: Sequence[str], trial: Trial) -> str:
-        """The form for a kind of step; `trial` computes a step in a form."""
-        if self.gauss_newton and kind.startswith(EXACT):
-            return GAUSS_NEWTON
-        if kind not in self.names:
-            if self.only is not None:
-                self.names[kind] = self.only if self.only in candidates else reference_of(candidates)
-            else:
-                self.names[kind] = candidates[0] if len(candidates) == 1 else fastest(candidates, trial)
-        return self.names[kind]
+    block: int | None = None
 
 
 def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
     """Steps of one kind share a form: the Hessian, directions, batch size (to a factor of 2), micro-batches, modes."""
     modes, size = ",".join(step.conditions.eval_modules), len(step.ids).bit_length()
-    return f"{EXACT if hessian else 'free'}/{directions}/{size}/{len(step.parts)}/{modes}"
+    return f"{'exact' if hessian else 'free'}/{directions}/{size}/{len(step.parts)}/{modes}"
 
 
 def reference_of(candidates: Sequence[str]) -> str:
@@ -163,27 +170,150 @@ class Problem:
         function: per-sample losses.
         samples: the training set.
         rule: the optimizer.
-        exact: with the Hessian.
-        forms: which form computes derivatives.
+        plan: how derivatives may be taken.
+        chosen: what was chosen on the way.
     """
 
     trajectory: Trajectory
     function: LossFunction
     samples: Samples
     rule: Rule
-    exact: bool
-    forms: Forms = field(default_factory=Forms)
+    plan: Plan = field(default_factory=Plan)
+    chosen: Chosen = field(default_factory=Chosen)
+
+    def at(self, step: Step, directions: int, *, gradient: bool, first: bool = False, usual: bool = False) -> At:
+        """A step, ready for derivatives along several directions at once.
+
+        Args:
+            step: the step.
+            directions: how many there will be.
+            gradient: whether g_t is wanted beside them.
+            first: whether it is wanted before the directions are known.
+            usual: whether most steps want it: a form is tried as these need it.
+        """
+        kind = kind_of(step, directions, hessian=self.plan.exact)
+        stages = (self._candidates(step, directions), (REFERENCE,), () if self.plan.exact else self._first_order(step))
+        return At(self, step, kind, stages, gradient, _Need(directions, first, usual))
+
+    def forced(self, step: Step, samples: int) -> At:
+        """A step, ready for what the gradient changes by: for the tangents of so many samples."""
+        kind = kind_of(step, samples, hessian=self.plan.exact)
+        first = GAUSS_NEWTON if self.plan.curvature == "ggn" else REFERENCE
+        stages = ((first,), () if self.plan.exact else (SINGLES,))
+        return At(self, step, kind, stages, True, _Need(samples, True, True))
+
+    def _candidates(self, step: Step, directions: int) -> tuple[str, ...]:
+        """The forms that may serve."""
+        if self.plan.curvature == "ggn":
+            return (GAUSS_NEWTON,)
+        if self.function.takes_derivatives:
+            # What the others make of derivatives within need not show at the step where they are tried.
+            return (REFERENCE,)
+        if directions == 1:
+            return ("forward", REFERENCE)
+        if self.plan.exact:
+            return (REFERENCE, "forward")
+        return (REFERENCE, "layers", *(("samples",) if self._fits(step) else ()), "forward")
+
+    def _first_order(self, step: Step) -> tuple[str, ...]:
+        """The forms that may serve where only first derivatives are to be had."""
+        return tuple(name for name in FIRST_ORDER if name != "samples" or self._fits(step))
+
+    def _fits(self, step: Step) -> bool:
+        """Whether the gradients of all samples fit into the memory."""
+        return self.at_once(step) * step.before.nbytes <= self.plan.memory
+
+    def at_once(self, step: Step) -> int:
+        """How many samples of a step a form takes at once."""
+        return self.plan.cutting.size(self.function, self.samples, step, self.chosen.pieces)
+
+    def point(self, name: str, step: Step) -> Any:
+        """A step in a form; in pieces, where it does not fit as a whole."""
+        size, form = self.at_once(step), self.plan.forms[name]
+        if name == "slices" and not self.chosen.chunk:
+            piece = step if size == len(step.ids) else next(cut(self.function, self.samples, step, size))
+            needed = max(1, saved_bytes(self.function, self.samples, piece))
+            self.chosen.chunk = max(1, min(_MOST_TOGETHER, self.plan.memory // needed))
+        given = self.function, self.samples, step, self.chosen.chunk
+        return form(*given) if size == len(step.ids) else CutPoint(form, *given, size)
 
 
-def point_at(form: Form, problem: Problem, step: Step) -> Any:
-    """A step in a form; in pieces, where it does not fit as a whole."""
-    forms, function, samples = problem.forms, problem.function, problem.samples
-    size = at_once(problem, step)
-    if size == len(step.ids):
-        return form(function, samples, step, forms.chunk)
-    return CutPoint(form, function, samples, step, forms.chunk, size)
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What a form is tried for: directions, whether g_t is needed before them, and whether beside them."""
+
+    directions: int
+    first: bool
+    gradient: bool
 
 
-def at_once(problem: Problem, step: Step) -> int:
-    """How many samples of a step a form takes at once."""
-    return problem.forms.cutting.size(problem.function, problem.samples, step)
+class At:
+    """A step in the form that is right and fastest for its kind; in a plainer one where that cannot be computed here.
+
+    A model may use its weights otherwise than at the step that was tried, and an operator may have no second
+    derivative. Nothing takes the place of a curvature that was asked for.
+    """
+
+    def __init__(
+        self, problem: Problem, step: Step, kind: str, stages: Sequence[Sequence[str]], gradient: bool, need: _Need
+    ) -> None:
+        self._problem, self._step, self._kind, self._gradient, self._need = problem, step, kind, gradient, need
+        self._stages = [stage for stage in stages if stage]
+        self._point: Any = None
+
+    @property
+    def shares(self) -> Tensor:
+        """The c[t,i] [B] of the batch."""
+        found: Tensor = self._computed(lambda point: point.shares)
+        return found
+
+    def gradient(self) -> Tensor:
+        """g_t [P']."""
+        found: Tensor = self._computed(lambda point: point.gradient())
+        return found
+
+    def along(self, directions: Tensor) -> Derivatives:
+        """Derivatives along directions [K, P']."""
+        exact, gradient = self._problem.plan.exact, self._gradient
+        found: Derivatives = self._computed(lambda at: at.along(directions, hessian=exact, gradient=gradient))
+        return found
+
+    def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
+        """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
+        found: Tensor = self._computed(lambda point: point.forced(directions, multipliers))
+        return found
+
+    def _computed(self, what: Callable[[Any], _Found]) -> _Found:
+        while True:
+            try:
+                if self._point is None:
+                    self._point = self._problem.point(self._form(), self._step)
+                return what(self._point)
+            except RuntimeError as error:
+                may_give_way = isinstance(error, NotImplementedError) or operator_without(error)
+                if len(self._stages) == 1 or not may_give_way or self._problem.plan.curvature == "ggn":
+                    raise
+            self._problem.chosen.forms.pop(self._kind, None)
+            self._stages.pop(0)
+            self._point = None
+
+    def _form(self) -> str:
+        """The form for this kind of step, chosen at the first of its kind."""
+        plan, chosen, candidates = self._problem.plan, self._problem.chosen.forms, self._stages[0]
+        if self._kind not in chosen:
+            if plan.only is not None and candidates != (GAUSS_NEWTON,):
+                chosen[self._kind] = plan.only if plan.only in candidates else reference_of(candidates)
+            else:
+                chosen[self._kind] = candidates[0] if len(candidates) == 1 else fastest(candidates, self._trial)
+        return chosen[self._kind]
+
+    def _trial(self, name: str) -> Derivatives:
+        problem, need = self._problem, self._need
+        point = problem.point(name, self._step)
+        if need.first:
+            point.gradient()
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(need.directions, problem.function.layout.size, generator=generator)
+        given = problem.function.free(directions.to(self._step.before), self._step)
+        found: Derivatives = point.along(given, hessian=problem.plan.exact, gradient=need.gradient)
+        return found

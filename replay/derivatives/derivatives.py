@@ -11,8 +11,7 @@ Four forms give the same numbers, at different prices:
     forward   reverse over forward: one pass carries the tangent gamma along, so inner = dl/dw gamma comes out of it;
               one backward pass of sum_i c_i inner_i gives H gamma (with respect to w) and g (with respect to gamma)
     reverse   reverse over reverse: g(u, w) = sum_i u_i grad l_i by one backward pass that is recorded;
-              d/du <g, gamma> = inner and d/dw <g, gamma> = H gamma. The recorded pass serves any number of directions,
-              one after the other ("reverse") or together ("batched")
+              d/du <g, gamma> = inner and d/dw <g, gamma> = H gamma. The recorded pass serves any number of directions
     samples   the gradient of every sample by itself, then one matrix product with the directions. Only without the
               Hessian, and only where the samples of a batch do not touch each other (no BatchNorm in train mode)
     layers    the same from one pass over the whole batch, layer by layer (`replay.layers`); only where every weight is
@@ -31,9 +30,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
-
-# Whether g_t is wanted; or the names of the parameters for which it is, with zeros for the others.
-Wanted = bool | frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,5 +55,5 @@ class Point(Protocol):
     def gradient(self) -> Tensor:
         """g_t [P'], before any direction is known."""
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']; `gradient`: g_t is wanted, too."""

@@ -13,11 +13,10 @@ For a normalisation with cotangents (u, v) of (n, n') the backward pass is, a be
     x'-bar = s a(v)
     x-bar  = s a(u - s (v mean(n x') + x' mean(n v))) - s n (mean(v n') + ...)      see `_BatchNorm.backward`
 
-GELU has a formula of its own because torch's second derivative goes through many small steps, products have theirs to
-sum in place (`replay.products`), and max pooling over 2 x 2 finds the same places as torch's, faster. Values are
-torch's own to the bit: where they differed in the last one, a ReLU behind would flip now and then, and the certificate
-would see another gradient. Everything else is torch's forward mode. That all of it is right for a model is proved at
-the first step of every replay (`replay.choice`); these formulas are tested one by one.
+Attention is products with the softmax in between, as torch's own plain path has it. The values of a normalisation and a
+softmax are torch's own to the bit: where they differed in the last one, a ReLU behind would flip now and then, and the
+certificate would see another gradient. Everything else is torch's forward mode. That all of it is right for a model is
+proved at the first step of every replay (`replay.derivatives.choice`); these formulas are tested one by one.
 
 Letters: B batch, C channels, M values that one statistic is taken of.
 """
@@ -25,20 +24,40 @@ Letters: B batch, C channels, M values that one statistic is taken of.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwd
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from trajrec.replay.derivatives import products
-from trajrec.replay.derivatives.tangents import Handler, both_of, dual_of, parts_of
-
 _batch_norm = torch.ops.aten.native_batch_norm
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
-_gelu_backward = torch.ops.aten.gelu_backward
+Handler = Callable[..., Any]
+
+
+def parts_of(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Value and tangent of a tensor."""
+    parts = fwd.unpack_dual(x)  # type: ignore[no-untyped-call]
+    return parts.primal, parts.tangent
+
+
+def dual_of(value: Tensor, tangent: Tensor) -> Tensor:
+    """A tensor that carries a tangent."""
+    dual: Tensor = fwd.make_dual(value, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def _both_of(bars: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    """The cotangents of value and tangent, the first two of `bars`; zeros in place of one that there is none of."""
+    u, v = bars[:2]
+    if u is None:
+        assert v is not None
+        return torch.zeros_like(v), v
+    return u, torch.zeros_like(u) if v is None else v
 
 
 class DualOperators(TorchFunctionMode):
@@ -74,7 +93,10 @@ def _softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any
     value, tangent = parts_of(x)
     if tangent is None or dim is None or dtype is not None:
         return None
-    y = torch.softmax(value, dim)
+    return _softmax_dual(torch.softmax(value, dim), tangent, dim)
+
+
+def _softmax_dual(y: Tensor, tangent: Tensor, dim: int) -> Tensor:
     product = y * tangent
     return dual_of(y, product - y * product.sum(dim, keepdim=True))
 
@@ -148,7 +170,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dx, w, dw, n, mean, s, n_dx, mean_dx = ctx.saved_tensors
-        u, v = both_of(bars)
+        u, v = _both_of(bars)
         shape, count = _channels(x)
 
         def backwards(g: Tensor, weight: Tensor | None, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +229,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dx, w, dw, n, mean, s, dn, n_dx = ctx.saved_tensors
-        u, v = both_of(bars)
+        u, v = _both_of(bars)
         dims, rows = list(range(-len(ctx.shape), 0)), list(range(x.dim() - len(ctx.shape)))
         dx_bar, dw_bar, db_bar = _layer_norm_backward(v, x, ctx.shape, mean, s, w, w, [True, True, True])
         _, w_bar, b_bar = _layer_norm_backward(u, x, ctx.shape, mean, s, w, w, [False, True, True])
@@ -221,76 +243,31 @@ class _LayerNorm(torch.autograd.Function):
         return x_bar, dx_bar, w_bar, dw_bar, b_bar, db_bar, None, None
 
 
-def _gelu(x: Tensor, approximate: str = "none") -> Tensor | None:
-    value, tangent = parts_of(x)
-    if tangent is None or approximate != "none":
-        return None
-    y, dy = _Gelu.apply(value, tangent)  # type: ignore[no-untyped-call]
-    return dual_of(y, dy)
-
-
-class _Gelu(torch.autograd.Function):
-    """(y, y') of x Phi(x): first derivative Phi + x phi, second phi (2 - x^2)."""
-
-    @staticmethod
-    def forward(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.gelu(x), _gelu_backward(dx, x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, dx = ctx.saved_tensors
-        u, v = both_of(bars)
-        square = x * x
-        density = (-0.5 * square).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        x_bar = square.neg_().add_(2).mul_(density).mul_(dx).mul_(v).add_(_gelu_backward(u, x))
-        return x_bar, _gelu_backward(v, x)
-
-
-def _max_pool2d(
-    x: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor | None:
-    two_by_two = _both(kernel_size, 2) and (stride is None or stride == [] or _both(stride, 2))
-    plain = _both(padding, 0) and _both(dilation, 1) and not ceil_mode and not return_indices
-    value, tangent = parts_of(x)
-    if not (two_by_two and plain) or x.dim() != 4 or tangent is None or x.device.type != "cpu":
+    # With dropout the mask must come from the same random numbers: left to torch's own plain path.
+    if dropout_p or enable_gqa or all(parts_of(x)[1] is None for x in (query, key, value)):
         return None
-    with torch.no_grad():
-        places = pool_places(value)
-    return dual_of(_picked(value, places), _picked(tangent, places))
+    scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.mT
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    s, ds = parts_of(scores)
+    # Safe, as torch's own: a row whose mask leaves nothing (padding) is zero, not NaN.
+    p = torch._safe_softmax(s, -1)
+    return (p if ds is None else _softmax_dual(p, ds, -1)) @ value
 
 
-def _both(value: Any, wanted: int) -> bool:
-    return value == wanted or (isinstance(value, tuple | list) and all(v == wanted for v in value))
-
-
-def _picked(x: Tensor, places: Tensor) -> Tensor:
-    return x.flatten(2).gather(2, places.flatten(2)).view(places.shape)
-
-
-def pool_places(x: Tensor) -> Tensor:
-    """Where in its plane [H W] the largest value of each 2 x 2 window of x [B, C, H, W] is; of equal ones the first."""
-    height, width = x.shape[2] // 2, x.shape[3] // 2
-    left, right = x[..., : 2 * height, : 2 * width : 2], x[..., : 2 * height, 1 : 2 * width : 2]
-    larger, is_right = torch.maximum(left, right), right > left
-    is_below = larger[..., 1::2, :] > larger[..., ::2, :]
-    column = torch.where(is_below, is_right[..., 1::2, :], is_right[..., ::2, :])
-    rows = torch.arange(height, device=x.device)[:, None] * (2 * x.shape[3])
-    corner = rows + torch.arange(width, device=x.device) * 2
-    return is_below.long().mul_(x.shape[3]).add_(column).add_(corner)
-
-
-HANDLERS: dict[Any, Handler] = products.HANDLERS | {
+HANDLERS: dict[Any, Handler] = {
     functional.log_softmax: _log_softmax,
     torch.log_softmax: _log_softmax,
     Tensor.log_softmax: _log_softmax,
@@ -302,7 +279,5 @@ HANDLERS: dict[Any, Handler] = products.HANDLERS | {
     functional.cross_entropy: _cross_entropy,
     functional.batch_norm: _batch_normalised,
     functional.layer_norm: _layer_normalised,
-    functional.gelu: _gelu,
-    functional.max_pool2d: _max_pool2d,
-    torch.max_pool2d: _max_pool2d,
+    functional.scaled_dot_product_attention: _attention,
 }

@@ -6,15 +6,13 @@ import torch
 import torch.autograd.forward_ad as fwd
 from torch import Tensor
 
-from trajrec.replay.derivatives.derivatives import Derivatives, Wanted
-from trajrec.replay.derivatives.dual_rules import DualOperators
-from trajrec.replay.derivatives.tangents import dual_of, parts_of
+from trajrec.replay.derivatives.derivatives import Derivatives
+from trajrec.replay.derivatives.dual_rules import DualOperators, dual_of, parts_of
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.losses.objective import Objective
 from trajrec.replay.step import Step
-from trajrec.rules import FlatLayout
 
 
 class ForwardPoint:
@@ -30,7 +28,7 @@ class ForwardPoint:
             self._gradient = gradient_of(self._function, self._samples, self._step)
         return self._gradient
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         inners, products, shares = [], [], directions
         for direction in directions:
@@ -41,12 +39,12 @@ class ForwardPoint:
         hvps = torch.stack([p for p in products if p is not None]) if hessian else None
         return Derivatives(torch.stack(inners), shares, hvps, self._gradient)
 
-    def _one(self, direction: Tensor, hessian: bool, gradient: Wanted) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _one(self, direction: Tensor, hessian: bool, gradient: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         weights = self._step.before.detach().requires_grad_(hessian)
         tangents = self._function.layout.split(direction)
-        chosen = [name for name in tangents if gradient is True or (gradient and name in gradient)]
-        leaves = [tangents[name].detach().requires_grad_() for name in chosen]
-        tangents |= dict(zip(chosen, leaves, strict=True))
+        if gradient:
+            tangents = {name: tangent.detach().requires_grad_() for name, tangent in tangents.items()}
+        leaves = list(tangents.values()) if gradient else []
         wanted = [weights, *leaves] if hessian else leaves
         with torch.set_grad_enabled(bool(wanted)), fwd.dual_level(), DualOperators():
             values = self._function.layout.split(weights)
@@ -56,22 +54,9 @@ class ForwardPoint:
         # Outside of the level: inside, the backward pass would carry tangents along as well.
         sums = _summed([slope for _, slope in found], wanted)
         if gradient:
-            self._gradient = _filled(
-                self._function.layout, dict(zip(chosen, sums[-len(chosen) :], strict=True)), direction
-            )
+            self._gradient = self._function.layout.join(dict(zip(tangents, sums[-len(leaves) :], strict=True)))
         inner = torch.cat([inner.detach() for inner, _ in found])
         return inner, sums[0] if hessian else None, torch.cat([part.shares for part in parts])
-
-
-def _filled(layout: FlatLayout, known: dict[str, Tensor], like: Tensor) -> Tensor:
-    """Parameters by name as a vector [P'] like another, with zeros for those that are missing."""
-    if len(known) == len(layout.params):
-        return layout.join(known)
-    vector = torch.zeros_like(like)
-    parts = layout.split(vector)
-    for name, value in known.items():
-        parts[name].copy_(value)
-    return vector
 
 
 def _summed(slopes: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:

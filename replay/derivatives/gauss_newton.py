@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import ReplayError
 from trajrec.replay.derivatives.composed import composed_norms
-from trajrec.replay.derivatives.derivatives import Derivatives, Wanted
+from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.reverse import ReversePoint
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
@@ -188,7 +188,7 @@ class GaussNewtonPoint(ReversePoint):
         super().__init__(function, samples, step, chunk)
         self._form = GaussNewton(function, samples, step)
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         found = super().along(directions, hessian=False, gradient=gradient)
         return replace(found, hvp=self._form.products(directions)) if hessian else found

@@ -29,8 +29,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from trajrec.replay.derivatives.products import pair
-
 # Of single samples' gradients for a weight, so many numbers are formed at once.
 _MOST_NUMBERS = 1 << 24
 
@@ -197,13 +195,18 @@ def _conv2d(
     if isinstance(padding, str) or groups != 1 or x.dim() != 4:
         return
     x, kernel = x.detach(), list(weight.shape[2:])
-    steps, edges, holes = pair(stride), pair(padding), pair(dilation)
+    steps, edges, holes = _pair(stride), _pair(padding), _pair(dilation)
 
     def product(u: Tensor) -> Product:
         return Product(_windows(x, kernel, list(u.shape[2:]), steps, edges, holes).mT, u.flatten(2).mT)
 
     yield weight, product
     yield bias, lambda u: _spread(u, _channels(u))
+
+
+def _pair(value: Any) -> list[int]:
+    """An option of a convolution for both dimensions of an image."""
+    return list(value) if isinstance(value, tuple | list) else [value, value]
 
 
 def _windows(

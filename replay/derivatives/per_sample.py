@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 
-from trajrec.replay.derivatives.derivatives import Derivatives, Wanted
+from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.forward import ForwardPoint
 from trajrec.replay.derivatives.layers import Piece, Tape
 from trajrec.replay.losses.batches import Samples
@@ -46,7 +46,7 @@ class SamplesPoint:
         """g_t [P']."""
         return gradient_of(*self._point) if self._has_penalty else self._shares @ self._rows
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         if hessian:
             raise NotImplementedError("Per-sample gradients give no Hessian-vector product.")
@@ -92,7 +92,7 @@ class LayersPoint:
                 values[name].add_(piece().summed(shares).view_as(values[name]))
         return total
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         if hessian:
             raise NotImplementedError("Per-sample gradients give no Hessian-vector product.")
@@ -128,7 +128,7 @@ class SinglesPoint:
         """g_t [P'], by a pass of its own."""
         return gradient_of(*self._point)
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         if hessian:
             raise NotImplementedError("First derivatives give no Hessian-vector product.")
@@ -168,7 +168,7 @@ class SlicesPoint(SinglesPoint):
 class PushedPoint(ForwardPoint):
     """Forward mode by itself: the gradient comes from a pass of its own, and nothing is differentiated twice."""
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         if hessian:
             raise NotImplementedError("First derivatives give no Hessian-vector product.")

@@ -19,7 +19,7 @@ Letters: B batch, K directions, P' trainable weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import ReplayError
-from trajrec.replay.derivatives.derivatives import Derivatives, Wanted
+from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.reverse import saved_bytes
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
@@ -74,7 +74,7 @@ class CutPoint:
             self._gradient = _sum(gradient_of(self._function, self._samples, piece) for piece in self._pieces)
         return self._gradient
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         wanted = gradient if self._gradient is None else False
         inners, hvp, total = [], None, None
@@ -106,33 +106,31 @@ def _sum(values: Iterator[Tensor]) -> Tensor:
     return total
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Cutting:
-    """How many samples a form takes at once, by kind of step.
+    """How many samples a form takes at once.
 
     Attributes:
         memory: bytes that one step may take.
         most: bytes that the user gave the replay, or None.
-        sizes: what has been settled; 0 is all.
     """
 
     memory: int = 1 << 62
     most: int | None = None
-    sizes: dict[str, int] = field(default_factory=dict)
 
-    def size(self, function: LossFunction, samples: Samples, step: Step) -> int:
-        """The size for a step, at most its batch; tried out at the first of its kind.
+    def size(self, function: LossFunction, samples: Samples, step: Step, known: dict[str, int]) -> int:
+        """The size for a step, at most its batch; tried out at the first of its kind, and `known` from then on.
 
         Raises:
             ReplayError: if the batch does not fit into the memory that the user gave, and cannot be cut.
         """
         modes, random = ",".join(step.conditions.eval_modules), any(part.rng for part in step.parts)
         kind = f"{len(step.ids)}/{len(step.parts)}/{random}/{modes}"
-        if kind not in self.sizes:
-            self.sizes[kind] = self._settle(function, samples, step)
-        return min(self.sizes[kind] or len(step.ids), len(step.ids))
+        if kind not in known:
+            known[kind] = self._fitting(function, samples, step)
+        return min(known[kind] or len(step.ids), len(step.ids))
 
-    def _settle(self, function: LossFunction, samples: Samples, step: Step) -> int:
+    def _fitting(self, function: LossFunction, samples: Samples, step: Step) -> int:
         count = len(step.ids)
         if not _has_rows(samples, step) or count < 2 * _FEW:
             return 0

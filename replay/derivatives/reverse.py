@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from trajrec.replay.derivatives.composed import composed_norms
-from trajrec.replay.derivatives.derivatives import Derivatives, Wanted
-from trajrec.replay.derivatives.forward import _filled
+from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.operators import cuts_told, operator_without
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
@@ -22,10 +21,7 @@ from trajrec.rules.step import pull_batched
 class ReversePoint:
     """Reverse over reverse mode; one recorded pass for all directions, taken one after the other."""
 
-    batched = False
-
     def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
-        self._chunk, self._layout = chunk, function.layout
         self._weights = step.before.detach().requires_grad_()
         with torch.enable_grad(), composed_norms(function.takes_derivatives):
             objective = function.objective(self._weights, samples, step)
@@ -45,15 +41,11 @@ class ReversePoint:
         """g_t [P']."""
         return self._gradient.detach()
 
-    def along(self, directions: Tensor, *, hessian: bool, gradient: Wanted) -> Derivatives:
+    def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         inputs = [self._shares, self._weights] if hessian else [self._shares]
         found = self._pull([self._gradient], inputs, [directions])
-        whole = self.gradient()
-        if isinstance(gradient, frozenset):
-            parts = self._layout.split(whole)
-            whole = _filled(self._layout, {name: parts[name] for name in gradient}, whole)
-        return Derivatives(found[0], self.shares, found[1] if hessian else None, whole)
+        return Derivatives(found[0], self.shares, found[1] if hessian else None, self.gradient())
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
@@ -65,19 +57,11 @@ class ReversePoint:
 
     def _pull(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
         count = len(cotangents[0])
-        size = (self._chunk or count) if self.batched else 1
-        rows = []
-        for start in range(0, count, size):
-            given = [c[start : start + size] for c in cotangents]
-            # The last pass frees what was recorded.
-            rows.append(pull_batched(outputs, inputs, given, retain=start + size < count))
+        rows = [  # the last pass frees what was recorded
+            pull_batched(outputs, inputs, [c[k : k + 1] for c in cotangents], retain=k + 1 < count)
+            for k in range(count)
+        ]
         return rows[0] if len(rows) == 1 else [torch.cat(column) for column in zip(*rows, strict=True)]
-
-
-class BatchedPoint(ReversePoint):
-    """Reverse over reverse mode, many directions in one pass."""
-
-    batched = True
 
 
 def saved_bytes(function: LossFunction, samples: Samples, step: Step) -> int:

@@ -17,35 +17,36 @@ import numpy as np
 import torch
 
 import trajrec
+from trajrec.replay.losses.targets import choose_targets, target_values
+from trajrec.replay.question import Question, TargetChoice
 from trajrec.replay.session import Session
 from trajrec.task.loading import file_sha256, task_file
 
 
-def question(session: Session, task: str, targets: Any, samples: Any, options: dict[str, Any]) -> str:
-    """The identity of a question, in hexadecimal digits.
-
-    Args:
-        session: a recording and a Task.
-        task: reference of the Task.
-        targets: a word, or test ids [M].
-        samples: training ids [S], or None for all.
-        options: everything else that was asked.
-    """
+def identity_of(question: Question, session: Session, task: str) -> str:
+    """The identity of a question, in hexadecimal digits; `task` is the reference of the Task."""
     file = task_file(task)
     facts = {
         "run": session.run.spec.run_id,
         "steps": session.run.steps,
         "task": task if file is None else file_sha256(file),
-        "losses": session.told_losses(targets),
-        "targets": _identity(targets),
-        "samples": _identity(samples),
-        "options": {name: value if value is None else str(value) for name, value in options.items()},
+        "losses": _losses(session, question),
+        "targets": _digest(question.targets),
+        "samples": _digest(question.samples),
+        "options": {name: value if value is None else str(value) for name, value in question.options().items()},
         "versions": [trajrec.__version__, str(torch.__version__)],
     }
     return question_of(facts)
 
 
-def _identity(ids: Any) -> str | None:
+def _losses(session: Session, question: Question) -> list[str]:
+    """The loss of the first step and the mean target loss at the end, to five digits: other data show in them."""
+    targets = choose_targets(question.targets, session.test)
+    values = target_values(targets, session.function, session.test, session.trajectory.weights(session.run.steps))
+    return [f"{value:.5g}" for value in (session.loss(session.step_at_start()), float(values.mean()))]
+
+
+def _digest(ids: TargetChoice | None) -> str | None:
     if ids is None or isinstance(ids, str):
         return ids
     return hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest()

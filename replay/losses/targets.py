@@ -42,6 +42,9 @@ class Targets:
     groups: tuple[IntArray, ...]
 
 
+NO_TARGETS = Targets("", np.zeros(0, dtype=np.int64), ())
+
+
 def choose_targets(question: Any, samples: Samples) -> Targets:
     """The targets of "mean", "each", "class" or an array of test ids.
 

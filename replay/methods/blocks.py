@@ -1,10 +1,11 @@
 r"""The passes over a run that answer a question, block by block, with progress that survives a kill.
 
 Backwards (adjoint) a block is a number of targets, forwards (tangent) a number of samples. How many fit follows from
-the memory that a replay may take (`replay.heap`): a target needs lam, sigma, gamma and H gamma, a sample D, R and the
-two forces, each as large as the weights. Without the Hessian a target of a constant rule needs its gradient only.
+the memory that a replay may take (`replay.machine.memory`): a target needs lam, sigma, gamma and H gamma, a
+sample D, R and the two forces, each as large as the weights. Without the Hessian a target of a constant rule needs its
+gradient only.
 
-A `ProgressFile` is written between two steps: the block, the step, the vectors carried along, the sums so far, what the
+A `ResumeFile` is written between two steps: the block, the step, the vectors carried along, the sums so far, what the
 certificate has seen, the sizes and forms that were chosen. A replay that reads it goes on to the same bits.
 
 Letters: E epochs, K targets or samples at once, M targets, N training samples, P' trainable weights, S samples.
@@ -12,8 +13,8 @@ Letters: E epochs, K targets or samples at once, M targets, N training samples, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -21,199 +22,197 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajrec.records import FloatArray
-from trajrec.replay.derivatives.choice import Forms, Problem
+from trajrec.records import FloatArray, IntArray, Json
+from trajrec.replay.derivatives.choice import FORMS, Chosen, Plan, Problem
+from trajrec.replay.derivatives.pieces import Cutting, Form
 from trajrec.replay.losses.targets import Targets
 from trajrec.replay.machine.memory import budget
 from trajrec.replay.methods.adjoint import Adjoint
 from trajrec.replay.methods.growth import Norms
-from trajrec.replay.methods.resume import Arrays, ProgressFile
+from trajrec.replay.methods.resume import Arrays, ResumeFile
 from trajrec.replay.methods.tangent import Tangent
-from trajrec.replay.question import Question
-from trajrec.replay.session import Progress, Session
+from trajrec.replay.progress import Progress, Silent
+from trajrec.replay.question import Curvature, Scope
+from trajrec.replay.session import Session
 from trajrec.replay.step import Step
 
-_SAMPLED = 32
-_VECTORS = {"exact": 6, "free": 2, "tangent": 8}
-_MOST = {"exact": 256, "free": 4096, "tangent": 256}
+_VECTORS = {"exact": 6, "hessian-free": 2, "tangent": 8}
+_MOST = {"exact": 256, "hessian-free": 4096, "tangent": 256}
 
 
-@dataclass(slots=True)
-class Means:
-    """With what a question is answered.
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a question is worked on; decides no number but by rounding.
 
     Attributes:
         progress: is told how far the replay is.
-        forms: chosen, or to be chosen.
         file: where progress is kept, or None.
         block: targets or samples at once, or None to follow from the memory.
+        form: of the derivatives, wherever it may serve; None chooses by trial.
+        forms: by name; a benchmark may put timed ones in their places.
     """
 
-    progress: Progress
-    forms: Forms
-    file: ProgressFile | None = None
+    progress: Progress = field(default_factory=Silent)
+    file: ResumeFile | None = None
     block: int | None = None
-
-    def restore(self) -> tuple[dict[str, Any], Arrays]:
-        """The values and arrays of an earlier replay, or nothing."""
-        found = None if self.file is None else self.file.load()
-        if found is None:
-            return {}, {}
-        self.forms.names.update(found[0]["forms"])
-        self.forms.chunk = found[0]["chunk"]
-        self.forms.cutting.sizes.update(found[0]["pieces"])
-        self.block = found[0]["block"]
-        return found
+    form: str | None = None
+    forms: Mapping[str, Form] = field(default_factory=lambda: FORMS)
 
 
 class Table:
-    """Sums contributions by sample and target, and by epoch if asked for, in float64."""
+    """Sums contributions by sample and target, and by epoch if asked for, in float64: [E, S, M]."""
 
-    def __init__(self, session: Session, targets: int, by_epoch: bool) -> None:
+    def __init__(self, session: Session, samples: IntArray, targets: int, by_epoch: bool) -> None:
         self.epochs = np.unique(session.run.epochs) if by_epoch else np.zeros(1, dtype=np.int64)
         self._of_step = session.run.epochs if by_epoch else None
-        shape = (len(self.epochs), session.samples, targets)
-        self.values = torch.zeros(shape, dtype=torch.float64, device=session.device)
+        tracked, self._rows = np.unique(samples, return_inverse=True)
+        # Of samples that nobody asked for the place is one behind the last, whose sums are thrown away.
+        places = np.full(session.samples, len(tracked))
+        places[tracked] = np.arange(len(tracked))
+        self._places = torch.as_tensor(places, device=session.device)
+        shape = (len(self.epochs), len(tracked) + 1, targets)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=session.device)
 
     def add(self, columns: slice, step: Step, values: Tensor) -> None:
         """Adds a step's contributions [K, B] to the targets of these columns."""
         epoch = 0 if self._of_step is None else int(np.searchsorted(self.epochs, self._of_step[step.t - 1]))
-        ids = torch.as_tensor(step.ids, device=values.device)
-        self.values[epoch, :, columns].index_add_(0, ids, values.T.double())
+        places = self._places[torch.as_tensor(step.ids, device=values.device)]
+        self.sums[epoch, :, columns].index_add_(0, places, values.T.double())
+
+    def values(self) -> FloatArray:
+        """The sums [E, S, M], in the order in which the samples were asked for."""
+        return self.sums.cpu().numpy()[:, self._rows]
 
 
 class AdjointPasses:
     """All samples' contributions to the targets of a question, by going backwards once a block of targets."""
 
-    def __init__(self, session: Session, question: Question, means: Means) -> None:
-        self._session, self._question, self._means = session, question, means
-        self._problem = problem_of(session, question.exact, means.forms)
-        self._table = Table(session, len(question.wanted.names), question.by_epoch)
+    def __init__(self, session: Session, scope: Scope, execution: Execution) -> None:
+        self._session, self._scope, self._execution = session, scope, execution
+        self._problem = problem_of(session, scope.curvature, execution)
+        self._table = Table(session, scope.samples, len(scope.targets.names), scope.by_epoch)
         self._growth: list[float] = []
 
     def run(self) -> tuple[Table, FloatArray]:
         """The sums, and the growth of the adjoint's norm (`Contributions.growth`)."""
-        values, arrays = self._means.restore()
+        values, arrays = resumed(self._execution.file, self._problem.chosen)
         pieces = self._pieces()
-        start = self._take_up(values, arrays)
-        steps = self._session.run.steps - self._question.window[0] + 1
-        begin(self._means.progress, "adjoint", steps, len(pieces), start, self._done_in_block(values))
+        start = 0
+        if values:
+            self._table.sums.copy_(torch.from_numpy(arrays["sums"]))
+            self._growth, start = values["growth"], int(values["number"])
+        steps = self._session.run.steps - self._scope.window[0] + 1
+        begin(self._execution.progress, "adjoint", steps, len(pieces), start, self._done_in_block(values))
         for number in range(start, len(pieces)):
             self._block(number, pieces[number], values if number == start else {}, arrays)
         if start == len(pieces):
-            self._session.checks.go_on(values["checks"])
+            self._session.checks.resume(values["checks"])
         self._finish(len(pieces))
         return self._table, np.asarray(self._growth)
 
     def _pieces(self) -> list[slice]:
-        kind = "exact" if self._question.exact or not self._session.rule.constant else "free"
-        self._means.block = self._means.block or block_size(self._session, kind)
-        return blocks(len(self._question.wanted.names), most=self._means.block)
+        kind = "exact" if self._problem.plan.exact or not self._session.rule.constant else "hessian-free"
+        chosen = self._problem.chosen
+        chosen.block = chosen.block or self._execution.block or block_size(self._session, kind)
+        return blocks(len(self._scope.targets.names), most=chosen.block)
 
-    def _take_up(self, values: dict[str, Any], arrays: Arrays) -> int:
-        if not values:
-            return 0
-        self._table.values.copy_(torch.from_numpy(arrays["sums"]))
-        self._growth = values["growth"]
-        return int(values["number"])
-
-    def _block(self, number: int, piece: slice, values: dict[str, Any], arrays: Arrays) -> None:
-        session, wanted = self._session, self._question.wanted
-        part = Targets(wanted.kind, wanted.names[piece], wanted.groups[piece])
-        adjoint = Adjoint.begin(self._problem, session.target_gradients(part), part.names, self._question.window[0])
+    def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> None:
+        session, targets = self._session, self._scope.targets
+        part = Targets(targets.kind, targets.names[piece], targets.groups[piece])
+        adjoint = Adjoint.begin(self._problem, session.target_gradients(part), part.names, self._scope.window[0])
         norms = Norms(adjoint, session, self._growth, keep=number == 0)
-        certifier = session.checks if number == 0 or not session.certifies_once else None
+        checks = session.checks if number == 0 or not session.certifies_once else None
         if values:
             self._restore(adjoint, values, arrays)
 
         def after_step(count: int) -> None:
             norms.note()
-            self._means.progress.advance(count)
-            if self._means.file is not None and self._means.file.due:
+            self._execution.progress.advance(count)
+            if self._execution.file is not None and self._execution.file.due:
                 self._save(number, adjoint)
 
-        adjoint.go(certifier, lambda step, found: self._collect(piece, step, found), after_step)
+        adjoint.go(checks, lambda step, found: self._collect(piece, step, found), after_step)
 
-    def _done_in_block(self, values: dict[str, Any]) -> int:
+    def _done_in_block(self, values: Json) -> int:
         """Steps of the first block that an earlier replay has done."""
         return self._session.run.steps - values["first"] if values else 0
 
     def _collect(self, piece: slice, step: Step, found: Tensor) -> None:
-        if step.t <= self._question.window[1]:
+        if step.t <= self._scope.window[1]:
             self._table.add(piece, step, found)
 
     def _save(self, number: int, adjoint: Adjoint) -> None:
-        assert self._means.file is not None
-        arrays = carried_arrays(lam=adjoint.puller.lam, sigma=adjoint.puller.sigma, sums=self._table.values)
-        values = common_values(self._session, self._means, arrays)
+        assert self._execution.file is not None
+        arrays = carried_arrays(lam=adjoint.puller.lam, sigma=adjoint.puller.sigma, sums=self._table.sums)
+        values = common_values(self._session, self._problem.chosen, arrays)
         values |= {"number": number, "first": adjoint.first, "growth": self._growth}
-        self._means.file.save(values, arrays)
+        self._execution.file.save(values, arrays)
 
     def _finish(self, pieces: int) -> None:
         """Hands the last state over, from which an answer can be made without a step."""
-        if self._means.file is not None:
-            arrays = carried_arrays(sums=self._table.values)
-            values = common_values(self._session, self._means, {})
+        if self._execution.file is not None:
+            arrays = carried_arrays(sums=self._table.sums)
+            values = common_values(self._session, self._problem.chosen, {})
             values |= {"number": pieces, "first": self._session.run.steps, "growth": self._growth}
-            self._means.file.finish(values, arrays)
+            self._execution.file.finish(values, arrays)
 
-    def _restore(self, adjoint: Adjoint, values: dict[str, Any], arrays: Arrays) -> None:
+    def _restore(self, adjoint: Adjoint, values: Json, arrays: Arrays) -> None:
         adjoint.puller.lam = torch.from_numpy(arrays["lam"]).to(adjoint.puller.lam.device)
         adjoint.puller.sigma = vectors_in(arrays, "sigma/", self._session.device)
         adjoint.first = values["first"]
-        take_up_checks(self._session, values, arrays, backwards=True)
+        resume_checks(self._session, values, arrays, backwards=True)
 
 
 class TangentPasses:
     """The hypergradients of a question's samples, by going forwards once a block of samples."""
 
-    def __init__(self, session: Session, question: Question, means: Means) -> None:
-        self._session, self._question, self._means = session, question, means
-        self._problem = problem_of(session, question.exact, means.forms)
+    def __init__(self, session: Session, scope: Scope, execution: Execution) -> None:
+        self._session, self._scope, self._execution = session, scope, execution
+        self._problem = problem_of(session, scope.curvature, execution)
         self._values: FloatArray = np.zeros(0)
 
     def run(self, take: Callable[[slice, Tensor], None], values_so_far: FloatArray) -> None:
         """Hands over the D_T [K, P'] of one block after the other; `values_so_far` is what progress keeps beside."""
-        self._values = values_so_far
-        values, arrays = self._means.restore()
-        self._means.block = self._means.block or block_size(self._session, "tangent")
-        pieces = blocks(len(self._question.chosen), most=self._means.block)
+        self._values, chosen = values_so_far, self._problem.chosen
+        values, arrays = resumed(self._execution.file, chosen)
+        chosen.block = chosen.block or self._execution.block or block_size(self._session, "tangent")
+        pieces = blocks(len(self._scope.samples), most=chosen.block)
         start = 0
         if values:
             start = int(values["number"])
             self._values[:] = arrays["sums"]
         done = values["first"] - 1 if values else 0
-        begin(self._means.progress, "tangent", self._session.run.steps, len(pieces), start, done)
+        begin(self._execution.progress, "tangent", self._session.run.steps, len(pieces), start, done)
         for number in range(start, len(pieces)):
             take(pieces[number], self._block(number, pieces[number], values if number == start else {}, arrays))
         if start == len(pieces):
-            self._session.checks.go_on(values["checks"])
-        if self._means.file is not None:
-            values = common_values(self._session, self._means, {}) | {"number": len(pieces), "first": 1}
-            self._means.file.finish(values, {"sums": self._values})
+            self._session.checks.resume(values["checks"])
+        if self._execution.file is not None:
+            values = common_values(self._session, self._problem.chosen, {}) | {"number": len(pieces), "first": 1}
+            self._execution.file.finish(values, {"sums": self._values})
 
-    def _block(self, number: int, piece: slice, values: dict[str, Any], arrays: Arrays) -> Tensor:
-        session, question = self._session, self._question
-        tangent = Tangent.begin(self._problem, question.chosen[piece], session.samples, question.window)
+    def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> Tensor:
+        session, scope = self._session, self._scope
+        tangent = Tangent.begin(self._problem, scope.samples[piece], session.samples, scope.window)
         if values:
             tangent.d = torch.from_numpy(arrays["d"]).to(session.device)
             tangent.r = vectors_in(arrays, "r/", session.device)
             tangent.state = vectors_in(arrays, "state/", session.device)
             tangent.first = values["first"]
-            take_up_checks(session, values, arrays, backwards=False)
+            resume_checks(session, values, arrays, backwards=False)
 
         def after_step(count: int) -> None:
-            self._means.progress.advance(count)
-            if self._means.file is not None and self._means.file.due and session.may_begin_at(tangent.first):
+            self._execution.progress.advance(count)
+            if self._execution.file is not None and self._execution.file.due and session.may_begin_at(tangent.first):
                 self._save(number, tangent)
 
         return tangent.go(session.checks, after_step)
 
     def _save(self, number: int, tangent: Tangent) -> None:
-        assert self._means.file is not None
+        assert self._execution.file is not None
         arrays = carried_arrays(d=tangent.d, r=tangent.r, state=tangent.state) | {"sums": self._values}
-        values = common_values(self._session, self._means, arrays)
-        self._means.file.save(values | {"number": number, "first": tangent.first}, arrays)
+        values = common_values(self._session, self._problem.chosen, arrays)
+        self._execution.file.save(values | {"number": number, "first": tangent.first}, arrays)
 
 
 def begin(progress: Progress, what: str, steps: int, blocks: int, block: int, done: int) -> None:
@@ -225,17 +224,22 @@ def begin(progress: Progress, what: str, steps: int, blocks: int, block: int, do
         progress.start(what, steps * blocks)
 
 
-def sampled_stride(steps: int) -> int:
-    """One step in so many is certified: 32 of the run at least, and every 32nd of a long one."""
-    return max(1, min(_SAMPLED, steps // _SAMPLED))
-
-
-def problem_of(session: Session, exact: bool, forms: Forms) -> Problem:
+def problem_of(session: Session, curvature: Curvature, execution: Execution) -> Problem:
     """The session as the mathematics sees it."""
     whole = budget(session.memory, session.device)
-    forms.memory = whole // 4
-    forms.cutting.memory, forms.cutting.most = (whole if session.memory is None else whole // 4), session.memory
-    return Problem(session.trajectory, session.function, session.train, session.rule, exact, forms)
+    cutting = Cutting(whole if session.memory is None else whole // 4, session.memory)
+    plan = Plan(curvature, execution.form, whole // 4, cutting, execution.forms)
+    return Problem(session.trajectory, session.function, session.train, session.rule, plan)
+
+
+def resumed(file: ResumeFile | None, chosen: Chosen) -> tuple[Json, Arrays]:
+    """The values and arrays of an earlier replay, or nothing; what it chose is chosen again."""
+    found = None if file is None else file.load()
+    if found is None:
+        return {}, {}
+    for name in asdict(chosen):
+        setattr(chosen, name, found[0][name])
+    return found
 
 
 def block_size(session: Session, kind: str) -> int:
@@ -260,24 +264,20 @@ def vectors_in(arrays: Arrays, prefix: str, device: torch.device) -> dict[str, T
     return {name.removeprefix(prefix): torch.from_numpy(arrays[name]).to(device) for name in names}
 
 
-def common_values(session: Session, means: Means, arrays: Arrays) -> dict[str, Any]:
+def common_values(session: Session, chosen: Chosen, arrays: Arrays) -> Json:
     """What progress of both directions holds; the gradient that a check waits with joins the arrays."""
     waiting = session.checks.waiting
     if waiting is not None and waiting[1] is not None:
         arrays["waiting"] = waiting[1].cpu().numpy()
-    return {
-        "forms": means.forms.names,
-        "chunk": means.forms.chunk,
-        "pieces": means.forms.cutting.sizes,
-        "block": means.block,
+    return asdict(chosen) | {
         "checks": session.checks.progress(),
         "waiting": None if waiting is None else waiting[0].t,
     }
 
 
-def take_up_checks(session: Session, values: dict[str, Any], arrays: Arrays, *, backwards: bool) -> None:
+def resume_checks(session: Session, values: Json, arrays: Arrays, *, backwards: bool) -> None:
     """Gives the certifier what it had found, and the step that waited."""
-    session.checks.go_on(values["checks"])
+    session.checks.resume(values["checks"])
     if backwards and values["waiting"] is not None:
         gradient = torch.from_numpy(arrays["waiting"]).to(session.device) if "waiting" in arrays else None
         session.checks.waiting = next(iter(session.trajectory.backwards(values["waiting"]))), gradient

@@ -7,22 +7,21 @@ which single ones are read back.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trajrec.records import IntArray
-from trajrec.replay.derivatives.choice import Forms
-from trajrec.replay.losses.targets import Targets, check_ids
+from trajrec.records import Array, IntArray
 from trajrec.replay.machine.memory import kept
-from trajrec.replay.methods.blocks import Means, TangentPasses
+from trajrec.replay.methods.blocks import Execution, TangentPasses
+from trajrec.replay.progress import Progress, Silent
 from trajrec.replay.proof.certificate import Certificate
-from trajrec.replay.question import Question
-from trajrec.replay.session import Progress, Session, Silent
+from trajrec.replay.question import Curvature, FloatName, Question, Scope, curvature_of
+from trajrec.replay.session import Session
 from trajrec.replay.step import RecordedRun
 from trajrec.task.task import Task
 
@@ -30,10 +29,10 @@ from trajrec.task.task import Task
 class Vectors(Protocol):
     """Where hypergradients [S, P'] are kept."""
 
-    def write(self, piece: slice, vectors: npt.NDArray[Any]) -> None:
+    def write(self, piece: slice, vectors: Array) -> None:
         """Stores vectors [K, P'] of a piece of the samples."""
 
-    def read(self, place: int) -> npt.NDArray[Any]:
+    def read(self, place: int) -> Array:
         """The vector [P'] at a place."""
 
     def close(self) -> None:
@@ -91,44 +90,61 @@ class Hypergradients:
 def hypergradients(
     run: RecordedRun,
     task: Task,
-    samples: Any,
-    exact: bool = False,
     *,
-    out: str | Path | None = None,
-    dtype: Any = None,
-    device: Any = None,
+    samples: IntArray | Sequence[int] | None = None,
+    exact: bool = False,
+    curvature: Curvature | None = None,
+    steps: tuple[int, int] | None = None,
+    dtype: FloatName | torch.dtype | None = None,
+    device: str | torch.device | None = None,
     allow_drift: bool = False,
     memory: int | None = None,
     progress: Progress | None = None,
+    out: str | Path | None = None,
 ) -> Hypergradients:
     """Hypergradients d w_T / d eps_i of chosen training samples (paper, Algorithm 1 and equations (33), (34)).
+
+    They belong to no target and are made going forwards, which makes every step again: what `contributions` takes
+    beyond these (targets, mode, by_epoch, certify) has no meaning for them.
 
     Args:
         run: an open recording (`trajrec.open`).
         task: describes the training.
-        samples: [S] training sample ids.
-        exact: with Hessian-vector products; otherwise the paper's Hessian-free approximation.
+        samples: [S] training sample ids; default all N.
+        exact: as `contributions`.
+        curvature: as `contributions`.
+        steps: (a, b): samples count at steps a to b only; default all.
+        dtype: as `contributions`.
+        device: as `contributions`.
+        allow_drift: as `contributions`.
+        memory: as `contributions`.
+        progress: as `contributions`.
         out: HDF5 file to be written; default a temporary one.
-        dtype: "float32" or "float64"; default the recording's.
-        device: torch device; default CPU.
-        allow_drift: go on where the task does not reproduce the recording.
-        memory: bytes for blocks of samples and for recomputed states; default a quarter of what is free.
-        progress: is told how far the replay is.
 
     Raises:
         OutputExistsError: if `out` exists.
-        TaskError, DriftError, ReplayError: as `contributions`.
+        TaskError, DriftError, DerivativeError, ReplayError: as `contributions`.
     """
     from trajrec.replay.folder.vectors import VectorFile
 
-    session = Session(run, task, dtype=dtype, device=device, allow_drift=allow_drift, memory=memory)
-    chosen = check_ids(samples, session.samples, "training")
+    question = Question(
+        samples=None if samples is None else np.asarray(samples),
+        curvature=curvature_of(exact, curvature),
+        mode="tangent",
+        steps=steps,
+        certify="all",
+        dtype=dtype,
+        device=device,
+        allow_drift=allow_drift,
+    )
+    session = Session.of(run, task, question, memory)
+    scope = question.scope(session.samples, session.run.steps, None)
     folder = None if out is not None else tempfile.TemporaryDirectory(prefix="trajrec-")
     path = Path(out) if folder is None and out is not None else Path(str(folder and folder.name)) / "hypergradients.h5"
-    vectors = VectorFile.create(path, chosen, session.layout.params, str(session.dtype).removeprefix("torch."))
-    result = Hypergradients(session, chosen, path, folder, vectors)
+    vectors = VectorFile.create(path, scope.samples, session.layout.params, str(session.dtype).removeprefix("torch."))
+    result = Hypergradients(session, scope.samples, path, folder, vectors)
     try:
-        session.guarded(lambda: _fill(session, result, exact, progress or Silent()))
+        session.guarded(lambda: _fill(session, scope, result, progress or Silent()))
     except BaseException:
         result.close()
         path.unlink(missing_ok=True)
@@ -136,9 +152,7 @@ def hypergradients(
     return result
 
 
-def _fill(session: Session, result: Hypergradients, exact: bool, progress: Progress) -> None:
-    nothing = Targets("", np.zeros(0, dtype=np.int64), ())
-    question = Question(nothing, result.samples, exact, False, (1, session.run.steps), certify="all")
+def _fill(session: Session, scope: Scope, result: Hypergradients, progress: Progress) -> None:
     with kept():
-        TangentPasses(session, question, Means(progress, Forms())).run(result.write, np.zeros(0))
+        TangentPasses(session, scope, Execution(progress)).run(result.write, np.zeros(0))
     result.certificate = session.checks.certificate()

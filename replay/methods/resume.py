@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from trajrec.errors import OutputExistsError, TrajrecError, is_disk_full
+from trajrec.records import Array, Json
 
 NAME = "progress.npz"
 DAMAGED_FILES = "progress-damaged*.npz"
@@ -37,14 +37,14 @@ _SECONDS = 60.0
 # Writing may take this share of the time: huge states are written more rarely.
 _SHARE = 0.02
 
-Arrays = dict[str, npt.NDArray[Any]]
+Arrays = dict[str, Array]
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class ProgressFile:
+class ResumeFile:
     """Progress in a folder.
 
     Args:
@@ -71,16 +71,16 @@ class ProgressFile:
     ) -> None:
         self.path = folder / NAME
         self.question = question
-        self.notes: dict[str, Any] = {}
+        self.notes: Json = {}
         self.say = say
         self._forced = forced
         self._seconds = seconds
         self._next = self._worth = time.monotonic() + seconds
         self._failed = False
-        self._end: tuple[dict[str, Any], Arrays] | None = None
+        self._end: tuple[Json, Arrays] | None = None
         self._end_is_written = False
 
-    def load(self) -> tuple[dict[str, Any], Arrays] | None:
+    def load(self) -> tuple[Json, Arrays] | None:
         """The values and arrays of an earlier replay of this question; None if there are none.
 
         Raises:
@@ -131,7 +131,7 @@ class ProgressFile:
         """Whether it is time to write."""
         return time.monotonic() >= self._next
 
-    def save(self, values: dict[str, Any], arrays: Arrays) -> bool:
+    def save(self, values: Json, arrays: Arrays) -> bool:
         """Replaces the file. Returns whether it could be written; where it could not, that is said, once in a row."""
         began = time.monotonic()
         try:
@@ -143,7 +143,7 @@ class ProgressFile:
         self._next = now + max(self._seconds, (now - began) / _SHARE)
         return not self._failed
 
-    def _write(self, path: Path, values: dict[str, Any], arrays: Arrays) -> None:
+    def _write(self, path: Path, values: Json, arrays: Arrays) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".progress-{secrets.token_hex(8)}.tmp")
         whose = {"question": self.question, "forced": self._forced, "notes": self.notes}
@@ -167,7 +167,7 @@ class ProgressFile:
             )
         self._failed = True
 
-    def finish(self, values: dict[str, Any], arrays: Arrays) -> None:
+    def finish(self, values: Json, arrays: Arrays) -> None:
         """Takes the last state; written if it is worth the time, else kept in memory until the answer is written."""
         self._end = values, arrays
         if time.monotonic() >= self._worth:
@@ -221,10 +221,10 @@ def _opened(path: Path) -> Iterator[Any]:
         yield file
 
 
-def about(path: Path) -> dict[str, Any]:
+def about(path: Path) -> Json:
     """The values in a progress file. Raises whatever a damaged one makes NumPy raise."""
     with _opened(path) as file:
-        values: dict[str, Any] = json.loads(str(file["values"]))
+        values: Json = json.loads(str(file["values"]))
     return values
 
 

@@ -14,18 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trajrec.records import IntArray
-from trajrec.replay.derivatives.choice import SINGLES, Problem, kind_of, point_at
-from trajrec.replay.derivatives.gauss_newton import GaussNewtonPoint
-from trajrec.replay.derivatives.operators import operator_without
-from trajrec.replay.derivatives.per_sample import SinglesPoint
-from trajrec.replay.derivatives.pieces import Form
-from trajrec.replay.derivatives.reverse import ReversePoint
+from trajrec.replay.derivatives.choice import At, Problem
 from trajrec.replay.methods.overflow import check_tangent
 from trajrec.replay.proof.certificate import StepChecks
 from trajrec.replay.step import Step, initial_state
@@ -62,55 +56,39 @@ class Tangent:
         d = torch.zeros(len(tracked), trajectory.layout.size, dtype=trajectory.dtype, device=trajectory.device)
         return cls(problem, tracked, total, window, d, State(), initial_state(trajectory, problem.rule))
 
-    def go(self, certifier: StepChecks, advance: Callable[[int], None]) -> Tensor:
+    def go(self, checks: StepChecks, advance: Callable[[int], None]) -> Tensor:
         """Goes on forwards to the end. Returns D_T [K, P'].
 
         Args:
-            certifier: makes every step again, which also carries the optimizer's state along.
+            checks: makes every step again, which also carries the optimizer's state along.
             advance: called with the number of steps done.
 
         Raises:
             NonFiniteError: if a loss or a hypergradient overflows, naming the step.
             Drifted: if a step differs from the recorded one.
         """
-        for step in self.problem.trajectory.forwards(self.first):
-            gradient, k = self._in_a_form(step)
-            after = certifier.forwards(step, self.state, gradient)
-            self.d, self.r = self.problem.rule.push(step.before, self.state, gradient, step.hyper, self.d, self.r, k)
-            check_tangent(self.d, self.tracked, step.t, exact=self.problem.exact)
+        problem, free = self.problem, self.problem.function.free
+        for step in problem.trajectory.forwards(self.first):
+            at = problem.forced(step, len(self.tracked))
+            gradient, k = free(at.gradient(), step), free(self._force(at, step), step)
+            after = checks.forwards(step, self.state, gradient)
+            self.d, self.r = problem.rule.push(step.before, self.state, gradient, step.hyper, self.d, self.r, k)
+            check_tangent(self.d, self.tracked, step.t, exact=problem.plan.exact)
             self.state, self.first = after, step.t + 1
             advance(1)
         return self.d
 
-    def _in_a_form(self, step: Step) -> tuple[Tensor, Tensor]:
-        """The gradient [P'] and what it changes by [K, P']; from first derivatives alone where there are no others."""
-        forms, kind = self.problem.forms, kind_of(step, len(self.tracked), hessian=self.problem.exact)
-        if forms.names.get(kind) == SINGLES:
-            return self._linearised(SinglesPoint, step)
-        try:
-            return self._linearised(GaussNewtonPoint if forms.gauss_newton else ReversePoint, step)
-        except RuntimeError as error:
-            if self.problem.exact or operator_without(error) is None:
-                raise
-        forms.names[kind] = SINGLES
-        return self._linearised(SinglesPoint, step)
-
-    def _linearised(self, form: Form, step: Step) -> tuple[Tensor, Tensor]:
-        point, function = point_at(form, self.problem, step), self.problem.function
-        return function.free(point.gradient(), step), function.free(self._force(point, step), step)
-
-    def _force(self, point: Any, step: Step) -> Tensor:
+    def _force(self, at: At, step: Step) -> Tensor:
         """What the gradient changes by, [K, P']; without the Hessian only samples of the batch have anything."""
         device = self.d.device
         found = torch.as_tensor(step.ids, device=device) == torch.as_tensor(self.tracked, device=device)[:, None]
-        multipliers = found.to(self.d.dtype) * point.shares * self.total
+        multipliers = found.to(self.d.dtype) * at.shares * self.total
         if not self.window[0] <= step.t <= self.window[1]:
             multipliers = torch.zeros_like(multipliers)
-        if self.problem.exact:
-            exact: Tensor = point.forced(self.d, multipliers)
-            return exact
+        if self.problem.plan.exact:
+            return at.forced(self.d, multipliers)
         force = torch.zeros_like(self.d)
         (touched,) = torch.nonzero(multipliers.any(dim=1), as_tuple=True)
         if len(touched):
-            force[touched] = point.forced(None, multipliers[touched])
+            force[touched] = at.forced(None, multipliers[touched])
         return force

@@ -18,10 +18,11 @@ unchecked.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from trajrec.records import Json
 from trajrec.replay.step import Step
 from trajrec.rules.step import State
 
@@ -38,7 +39,6 @@ class Certificate:
         at_step: step of the largest drift; 0 if none was checked.
         tolerance: rtol.
         first_bad_step: first step found beyond tolerance, or None.
-        in_turns: each step was compared at the small tensors and a part of the large ones (`replay.turns`).
     """
 
     verdict: str
@@ -48,7 +48,6 @@ class Certificate:
     at_step: int
     tolerance: float
     first_bad_step: int | None = None
-    in_turns: bool = False
 
     @property
     def sentence(self) -> str:
@@ -56,8 +55,6 @@ class Certificate:
         if self.verdict == "unchecked":
             return "No step could be checked: they are hidden, or as small as rounding."
         checked = f"{self.steps_checked:,} of {self.steps:,} steps were made again"
-        if self.in_turns:
-            checked += ", their large tensors in turns"
         if self.verdict == "bit-exact":
             return f"{checked}, every one bit for bit as recorded."
         drift = f"largest drift {self.max_drift:.1e} at step {self.at_step:,}"
@@ -65,7 +62,7 @@ class Certificate:
             return f"{checked}, but from step {self.first_bad_step:,} on they differ ({drift}): NOT the recorded run."
         return f"{checked} and agree with the recording within rounding ({drift})."
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """JSON-ready values, with the sentence."""
         return asdict(self) | {"sentence": self.sentence}
 
@@ -84,12 +81,11 @@ class StepChecks(Protocol):
 
     Attributes:
         stride: check the first, the last and every so many steps; 1 checks all.
+        tolerance: on the drift of a step.
     """
 
     stride: int
-
-    def take_turns(self, on: bool) -> None:
-        """Going backwards, checks a part of the weights at each step, or all of them."""
+    tolerance: float
 
     @property
     def waiting(self) -> tuple[Step, Tensor | None] | None:
@@ -98,10 +94,10 @@ class StepChecks(Protocol):
     @waiting.setter
     def waiting(self, waiting: tuple[Step, Tensor | None] | None) -> None: ...
 
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> Json:
         """What has been found so far, JSON-ready."""
 
-    def go_on(self, progress: dict[str, Any]) -> None:
+    def resume(self, progress: Json) -> None:
         """Takes up what another has found."""
 
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
@@ -109,9 +105,6 @@ class StepChecks(Protocol):
 
     def wants(self, step: Step) -> bool:
         """Whether `backwards` needs the gradient of this step."""
-
-    def among(self, step: Step) -> frozenset[str] | None:
-        """The parameters that `backwards` needs the gradient of a step for; None: all."""
 
     def backwards(self, step: Step, gradient: Tensor | None) -> None:
         """Takes a step going backwards."""

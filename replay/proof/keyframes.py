@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from trajrec.checksum import crc32
-from trajrec.records import Row
+from trajrec.records import Json, Row
 from trajrec.replay.machine.torch_switches import tolerance_of
 from trajrec.replay.proof.certificate import Certificate, verdict_of
 from trajrec.replay.proof.drift import TOLERANCE
@@ -62,7 +61,7 @@ class KeyframeChecks:
                 probe = make_step(self.run, start.t + 1, start.weights, start.weights)
                 raise Drifted(first, drift, probe, made.t, start.state, recorded)
 
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> Json:
         """What has been found so far, JSON-ready."""
         return {
             "equal": sorted(self._equal.items()),
@@ -70,7 +69,7 @@ class KeyframeChecks:
             "first_bad": self._first_bad,
         }
 
-    def go_on(self, progress: dict[str, Any]) -> None:
+    def resume(self, progress: Json) -> None:
         """Takes up what another has found."""
         self._equal = {int(t): bool(equal) for t, equal in progress["equal"]}
         self._worst, self._worst_step = progress["worst"]
@@ -89,13 +88,6 @@ class KeyframeChecks:
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """The state after a step."""
         return self.rule.step(step.before, state, gradient, step.hyper)[1]
-
-    def take_turns(self, on: bool) -> None:
-        """Every row is compared as a whole."""
-
-    def among(self, step: Step) -> frozenset[str] | None:
-        """All."""
-        return None
 
     def wants(self, step: Step) -> bool:
         """Never."""

@@ -1,14 +1,30 @@
-"""What a replay says that does not reproduce its recording."""
+"""What a replay says that does not reproduce its recording, or has no derivative.
+
+A `Drifted` in the middle of a replay says only where it was seen. Before it becomes a refusal, the run is gone through
+from its beginning to the first step that differs, and the cause is looked for by trying (`replay.proof.diagnosis`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
 
 from trajrec.errors import DriftError
-from trajrec.replay.step import Step
+from trajrec.replay.derivatives.operators import derivative_error
+from trajrec.replay.losses.batches import OtherInputs
+from trajrec.replay.machine.torch_switches import full_single_precision
+from trajrec.replay.proof.fit import about_augmentation
+from trajrec.replay.step import OtherState, Step, make_step
 from trajrec.rules.step import State
+
+if TYPE_CHECKING:
+    from trajrec.replay.session import Session
+
+T = TypeVar("T")
 
 _COMPILED = (
     " The step drew random numbers: a compiled model draws others for its dropout than the model itself, unless "
@@ -71,3 +87,61 @@ def _cause(recorded: float, computed: float) -> str:
         f"The loss differs: recorded {recorded:.6g}, by the Task {computed:.6g} (ratio {ratio:.4g}). Another loss or "
         "reduction, other data or labels, augmentation, or another train/eval mode."
     )
+
+
+def guarded(session: Session, work: Callable[[], T]) -> T:
+    """Does the work; a drift in it, or a derivative that there is not, becomes a refusal that says why.
+
+    Raises:
+        DriftError: with the first bad step and the cause. DerivativeError: with the operator.
+    """
+    try:
+        with full_single_precision():
+            return _derivable(session, work)
+    except Drifted as drifted:
+        raise explained(session, drifted) from None
+    except OtherState as other:
+        first = session.find_drift()
+        raise (DriftError(str(other)) if first is None else explained(session, first)) from None
+    except OtherInputs as other:
+        raise DriftError(
+            f"Replay drifted at step {_first_other_inputs(session, other.t)}: the inputs of its batch are not those "
+            "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
+            f"{about_augmentation(session)} Mend the Task, or go on with --allow-drift."
+        ) from None
+
+
+def _derivable(session: Session, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except RuntimeError as error:
+        refusal = derivative_error(error, session.function.model)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def explained(session: Session, drifted: Drifted) -> DriftError:
+    """The refusal to raise for a drift: names the first bad step and the likely cause."""
+    from trajrec.replay.proof.diagnosis import Diagnosis
+
+    first = session.find_drift() or drifted
+    found = Diagnosis(session.run, session.function, session.train, session.rule, first).cause()
+    cause = found.sentence if found else ""
+    if session.data_changed:
+        cause += " The first batch also differs from the recorded one."
+    probe = first.probe
+    return drift_error(first, session.run.loss(probe.t), session.loss(probe), session.checks.tolerance, cause)
+
+
+def _first_other_inputs(session: Session, seen_at: int) -> int:
+    """The first step whose inputs differ from the recorded ones, `seen_at` being one."""
+    nothing = torch.empty(0)
+    for t in range(1, seen_at):
+        step = make_step(session.run, t, nothing, nothing)
+        try:
+            for part in step.parts:
+                session.train.part(step, part)
+        except OtherInputs:
+            return t
+    return seen_at

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from trajrec.records import FloatArray
+from trajrec.records import FloatArray, Json
 from trajrec.replay.machine.torch_switches import tolerance_of
 from trajrec.replay.proof.certificate import Certificate, verdict_of
 from trajrec.replay.proof.drift import PROVES, ROUNDING, movements, noisy, worst_group
 from trajrec.replay.proof.refusal import Drifted
-from trajrec.replay.proof.turns import Portion, portions_of
 from trajrec.replay.step import RecordedRun, Step
 from trajrec.rules import Rule
 from trajrec.rules.step import State
 
 
-class Certifier:
+class StepwiseChecks:
     """Compares recomputed steps with recorded ones.
 
     Args:
@@ -34,7 +31,7 @@ class Certifier:
         self.rule = rule
         self.allow_drift = allow_drift
         coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
-        self.rtol = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance, tolerance_of(run.spec))
+        self.tolerance = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance, tolerance_of(run.spec))
         self._rounding = ROUNDING * coarser
         self._checked: set[int] = set()
         self._worst, self._worst_step = 0.0, 0
@@ -42,12 +39,6 @@ class Certifier:
         self._exact = True
         self._waiting: tuple[Step, Tensor | None] | None = None
         self.stride = 1
-        self._whole = Portion(rule)
-        self._portions: tuple[Portion, ...] = ()
-
-    def take_turns(self, on: bool) -> None:
-        """Going backwards, checks a part of the weights at each step, or all of them."""
-        self._portions = portions_of(self.rule) if on else ()
 
     def due(self, t: int) -> bool:
         """Whether a step is to be checked: the first, the last and every `stride`-th."""
@@ -57,15 +48,6 @@ class Certifier:
         """Whether `backwards` needs the gradient of this step: to check it, or for the state of the one after."""
         return self.due(step.t) or (self.due(step.t + 1) and not self._rows_suffice(step))
 
-    def among(self, step: Step) -> frozenset[str] | None:
-        """The parameters that `backwards` needs the gradient of a step for; None: all."""
-        return self._portion(step).names
-
-    def _portion(self, step: Step) -> Portion:
-        if not (self._portions and self._rows_suffice(step)):
-            return self._whole
-        return self._portions[step.t % len(self._portions)]
-
     def _rows_suffice(self, step: Step) -> bool:
         """Whether the rows alone imply the state after a step."""
         nesterov = "nesterov" in self.rule.names and step.hyper[:, self.rule.names.index("nesterov")].any()
@@ -74,15 +56,14 @@ class Certifier:
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """Checks a step whose state is known. Returns the state after it."""
         made, new_state = self.rule.step(step.before, state, gradient, step.hyper)
-        self._compare(self._whole, step, gradient, made, 1.0, state)
+        self._compare(step, gradient, made, 1.0, state)
         return new_state
 
     def backwards(self, step: Step, gradient: Tensor | None) -> None:
         """Takes a step going backwards, and checks the one that waited for it; or the step itself, state known."""
         if step.state is not None:
             if gradient is not None:
-                portion = self._portion(step)
-                self._check(portion, step, gradient, portion.state(step.state), 1.0)
+                self._check(step, gradient, step.state, 1.0)
             return
         self._check_waiting(step, gradient)
         self._waiting = (step, gradient)
@@ -92,60 +73,54 @@ class Certifier:
         if self._waiting is None or self._waiting[1] is None or not (self.due(before.t + 1) or gradient is not None):
             return
         step, own = self._waiting
-        portion = self._portion(step)
-        state = self._state_after(before, gradient, portion)
+        state = self._state_after(before, gradient)
         if state is not None and own is not None:
-            self._check(portion, step, own, state, _growth(before.hyper, step.hyper, self.rule))
+            self._check(step, own, state, _growth(before.hyper, step.hyper, self.rule))
 
     def finish_backwards(self, initial: State) -> None:
         """Checks the first step, whose state is the one that training began with."""
         step, gradient = self._waiting or (None, None)
         if step is not None and gradient is not None:
-            portion = self._portion(step)
-            self._check(portion, step, gradient, portion.state(initial), 1.0)
+            self._check(step, gradient, initial, 1.0)
         self._waiting = None
 
-    def _state_after(self, step: Step, gradient: Tensor | None, portion: Portion) -> State | None:
+    def _state_after(self, step: Step, gradient: Tensor | None) -> State | None:
         if step.t in self.run.keyframe_steps:
             keyframe = self.run.keyframe(step.t)
-            return portion.state(self.rule.initial_state(keyframe, step.hyper, step.before.dtype, step.before.device))
+            return self.rule.initial_state(keyframe, step.hyper, step.before.dtype, step.before.device)
         if gradient is None and not self._rows_suffice(step):
             return None
-        part = portion.step(step)
         # Where the rows suffice the gradient is not looked at: any will do.
-        known = part.before if gradient is None else portion.of(gradient)
-        return portion.rule.implied_state(part.before, part.after, known, step.hyper)
+        known = step.before if gradient is None else gradient
+        return self.rule.implied_state(step.before, step.after, known, step.hyper)
 
-    def _check(self, portion: Portion, step: Step, gradient: Tensor, state: State, growth: float) -> None:
-        part = portion.step(step)
-        made, _ = portion.rule.step(part.before, state, portion.of(gradient), step.hyper)
-        self._compare(portion, step, gradient, made, growth, state)
+    def _check(self, step: Step, gradient: Tensor, state: State, growth: float) -> None:
+        made, _ = self.rule.step(step.before, state, gradient, step.hyper)
+        self._compare(step, gradient, made, growth, state)
 
-    def _compare(
-        self, portion: Portion, step: Step, gradient: Tensor, made: Tensor, growth: float, state: State
-    ) -> None:
-        part, rule, scales = portion.step(step), portion.rule, movements(self.rule, step)
-        error, moved = (made - part.after).abs(), (part.after - part.before).abs()
-        allowance = self._rounding * growth * part.after.abs()
+    def _compare(self, step: Step, gradient: Tensor, made: Tensor, growth: float, state: State) -> None:
+        rule, scales = self.rule, movements(self.rule, step)
+        error, moved = (made - step.after).abs(), (step.after - step.before).abs()
+        allowance = self._rounding * growth * step.after.abs()
         exact = not bool(error.any())
         # A step that is as small as rounding proves nothing, unless it comes out to the last bit.
         if exact or float(allowance.norm()) <= PROVES * float(moved.norm()):
             self._checked.add(step.t)
         self._exact &= exact
         excess = (error - allowance).clamp_min(0)
-        drift, within = worst_group(rule, scales, error, excess, self.rtol)
+        drift, within = worst_group(rule, scales, error, excess, self.tolerance)
         if not within:
             # What a rounding error of the gradient makes of the step: all of it, where Adam divides noise by noise.
-            left = ~noisy(rule, part.before, state, portion.of(gradient), step.hyper)
-            drift, within = worst_group(rule, scales, error * left, excess * left, self.rtol)
+            left = ~noisy(rule, step.before, state, gradient, step.hyper)
+            drift, within = worst_group(rule, scales, error * left, excess * left, self.tolerance)
         if drift > self._worst:
             self._worst, self._worst_step = drift, step.t
         if not within:
             self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
             if not self.allow_drift:
-                raise Drifted(step.t, drift, step, step.t, state if portion is self._whole else None, step.after)
+                raise Drifted(step.t, drift, step, step.t, state, step.after)
 
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> Json:
         """What has been found so far, JSON-ready."""
         return {
             "checked": sorted(self._checked),
@@ -154,7 +129,7 @@ class Certifier:
             "exact": self._exact,
         }
 
-    def go_on(self, progress: dict[str, Any]) -> None:
+    def resume(self, progress: Json) -> None:
         """Takes up what another certifier has found."""
         self._checked = set(progress["checked"])
         self._worst, self._worst_step = progress["worst"]
@@ -179,9 +154,8 @@ class Certifier:
             checked,
             self._worst,
             self._worst_step,
-            self.rtol,
+            self.tolerance,
             self._first_bad,
-            bool(self._portions),
         )
 
 

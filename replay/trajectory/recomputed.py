@@ -26,14 +26,10 @@ from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.machine.torch_switches import tolerance_of
 from trajrec.replay.proof.drift import TOLERANCE, noisy
 from trajrec.replay.proof.keyframes import KeyframeChecks
-from trajrec.replay.step import Point, RecordedRun, Step, make_step, vector_of
+from trajrec.replay.step import OtherState, Point, RecordedRun, Step, make_step, vector_of
 from trajrec.replay.trajectory.schedule import Advance, Drop, Hold, Load, Recall, Visit, backward_plan
 from trajrec.replay.trajectory.stored import StoredTrajectory
 from trajrec.rules import FlatLayout, Rule
-
-
-class OtherState(Exception):  # noqa: N818
-    """An optimizer state that was made again is not the recorded one; the message is the refusal."""
 
 
 class RecomputedTrajectory:

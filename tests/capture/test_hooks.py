@@ -438,7 +438,7 @@ def test_named_samples_replay_like_those_of_a_loader():
     one, other = (contributions(run, task, exact=True).values for run in runs)
     assert one.shape == (14, 1)
     assert (one == other).all()
-    with hypergradients(runs[0], task, [13]) as h, hypergradients(runs[1], task, [13]) as g:
+    with hypergradients(runs[0], task, samples=[13]) as h, hypergradients(runs[1], task, samples=[13]) as g:
         assert torch.equal(h[13]["weight"], g[13]["weight"])
 
 

@@ -18,17 +18,9 @@ import torch
 import trajrec
 import trajrec.errors
 from tests.made import user_project
+from tests.made.command import TRAJREC, call
 from trajrec.replay import contributions
 from trajrec.task.loading import load_task
-
-TRAJREC = [sys.executable, "-m", "trajrec.cli.main"]
-
-
-def call(*arguments, cwd, **options):
-    """Runs the command in a process of its own, one thread, no colour."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "80"}
-    command = [*TRAJREC, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +109,9 @@ def test_replay_answers_every_kind_of_question(here, options):
     wanted = "each" if "each" in options else "class" if "class" in options else [2, 5]
     torch.set_num_threads(1)
     with trajrec.open(the_run(here)) as run:
-        c = contributions(run, load_task(f"{here / 'task.py'}"), wanted, dtype="float64", by_epoch="t.npy" in options)
+        c = contributions(
+            run, load_task(f"{here / 'task.py'}"), targets=wanted, dtype="float64", by_epoch="t.npy" in options
+        )
     joined = frame.join(c.frame().collect(), on=[n for n in frame.columns if n != "contribution"], suffix="_api")
     assert len(joined) == len(frame)
     np.testing.assert_allclose(joined["contribution"], joined["contribution_api"], rtol=1e-9, atol=1e-15)

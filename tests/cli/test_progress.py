@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.made import scenario
+from tests.made.replays import solved
 from tests.replay.methods.test_long_replay import Always
 from trajrec.cli.progress import ReplayProgress
-from trajrec.replay.methods.contributions import solve
 from trajrec.replay.session import Session
 
 
@@ -79,7 +79,7 @@ class Counting:
 def test_every_step_of_several_blocks_is_counted_once(options, window):
     s = scenario.train()
     progress = Counting()
-    solve(Session(s.run, s.task), "each", exact=True, steps=window, progress=progress, **options)
+    solved(Session(s.run, s.task), "each", exact=True, steps=window, progress=progress, **options)
     assert progress.made == progress.total > s.run.steps
     assert progress.before == 0
 
@@ -91,8 +91,8 @@ def test_a_replay_that_goes_on_begins_at_what_was_done(tmp_path, options, stoppe
     file = Always(tmp_path, "question")
     first, second = Counting(stopped), Counting()
     with pytest.raises(KeyboardInterrupt):
-        solve(Session(s.run, s.task), "each", np.arange(10), exact=True, progress=first, file=file, **options)
-    solve(Session(s.run, s.task), "each", np.arange(10), exact=True, progress=second, file=file, **options)
+        solved(Session(s.run, s.task), "each", samples=np.arange(10), exact=True, progress=first, file=file, **options)
+    solved(Session(s.run, s.task), "each", samples=np.arange(10), exact=True, progress=second, file=file, **options)
     assert second.before == stopped - 1
     assert second.before + second.made == second.total == first.total
 

@@ -87,7 +87,7 @@ def test_every_class_has_its_case():
 @pytest.mark.parametrize("name", CASES)
 def test_both_directions_equal_each_other_and_finite_differences_of_the_training(name):
     run, task = recorded(name)
-    a, t = (contributions(run, task, "each", exact=True, mode=mode) for mode in ("adjoint", "tangent"))
+    a, t = (contributions(run, task, targets="each", exact=True, mode=mode) for mode in ("adjoint", "tangent"))
     if name == "Rprop":  # sees signs only: its training is piecewise constant in eps
         assert (a.values == 0).all()
         assert (t.values == 0).all()
@@ -118,7 +118,9 @@ def test_steps_are_made_again_bit_for_bit_or_to_rounding(name, dtype):
 def test_weights_that_never_had_a_gradient_do_no_harm(name):
     """sqrt(v) at v = 0: finite, and the contributions are those of the living weights."""
     run, task = recorded(name, dead=True)
-    values = {mode: contributions(run, task, "each", exact=True, mode=mode).values for mode in ("adjoint", "tangent")}
+    values = {
+        mode: contributions(run, task, targets="each", exact=True, mode=mode).values for mode in ("adjoint", "tangent")
+    }
     assert np.isfinite(values["adjoint"]).all()
     np.testing.assert_allclose(values["adjoint"], values["tangent"], rtol=1e-7, atol=1e-12)
     if name != "Rprop":
@@ -131,8 +133,8 @@ def test_weights_that_never_had_a_gradient_do_no_harm(name):
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop"])
 def test_states_rebuilt_within_little_memory_are_the_same(name):
     run, task = recorded(name)
-    whole = contributions(run, task, "each", exact=True, mode="adjoint")
-    little = contributions(run, task, "each", exact=True, mode="adjoint", memory=1)
+    whole = contributions(run, task, targets="each", exact=True, mode="adjoint")
+    little = contributions(run, task, targets="each", exact=True, mode="adjoint", memory=1)
     np.testing.assert_allclose(little.values, whole.values, rtol=1e-5, atol=1e-12)
 
 

@@ -138,7 +138,7 @@ def unrounded(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_both_directions_equal_naive_autograd_and_finite_differences(name, unrounded):
     t = train(name)
-    a, f = (contributions(t.run, t.task, "each", exact=True, mode=mode) for mode in ("adjoint", "tangent"))
+    a, f = (contributions(t.run, t.task, targets="each", exact=True, mode=mode) for mode in ("adjoint", "tangent"))
     expected, scale = t.reference(), np.abs(a.values).max()
     assert np.abs(a.values - f.values).max() < 1e-9 * scale
     assert np.abs(a.values - expected).max() < 1e-7 * scale
@@ -166,7 +166,7 @@ def test_muon_steps_in_bfloat16_and_its_derivative_is_that_of_the_polynomials():
     t.plan.step = rounded_muon_step
     expected = t.reference()
     for mode in ("adjoint", "tangent"):
-        c = contributions(t.run, t.task, "each", exact=True, mode=mode)
+        c = contributions(t.run, t.task, targets="each", exact=True, mode=mode)
         assert c.certificate.verdict == "bit-exact"
         assert np.abs(c.values - expected).max() < 1e-6 * np.abs(expected).max()
 
@@ -198,10 +198,10 @@ def test_a_users_class_that_rounds_on_purpose_is_followed_as_torchs_is(monkeypat
     monkeypatch.setattr(registry, "_registered", {})
     trajrec.register_rule(OwnMuon, RoundedRule)
     t = train("Muon")
-    expected = contributions(t.run, t.task, "each", exact=True).values
+    expected = contributions(t.run, t.task, targets="each", exact=True).values
     t.run.spec = replace(t.run.spec, optimizer="OwnMuon", optimizer_module="somewhere")
     for mode in ("adjoint", "tangent"):
-        c = contributions(t.run, t.task, "each", exact=True, mode=mode)
+        c = contributions(t.run, t.task, targets="each", exact=True, mode=mode)
         assert c.certificate.verdict == "bit-exact"
         np.testing.assert_allclose(c.values, expected, rtol=1e-7, atol=1e-12)
     trajrec.register_rule(OwnMuon)
@@ -221,7 +221,7 @@ def test_steps_are_made_again_bit_for_bit(name, dtype):
 @pytest.mark.parametrize(("name", "tolerance"), [("Muon", 0.1), ("Adafactor", 1e-4)])
 def test_a_training_in_float32_is_replayed_in_float64(name, tolerance):
     t = train(name, torch.float32)
-    single, double = (contributions(t.run, t.task, "each", exact=True, dtype=d) for d in ("float32", "float64"))
+    single, double = (contributions(t.run, t.task, targets="each", exact=True, dtype=d) for d in ("float32", "float64"))
     assert double.certificate.verdict == "within rounding"
     assert double.certificate.max_drift < tolerance
     assert np.abs(single.values - double.values).max() < 1e-3 * np.abs(double.values).max()
@@ -231,7 +231,9 @@ def test_a_training_in_float32_is_replayed_in_float64(name, tolerance):
 def test_an_input_that_is_always_zero_does_no_harm(name, unrounded):
     """Rows and columns without a gradient, and the first step of all: second moments of zero."""
     t = train(name, dead=True)
-    values = {m: contributions(t.run, t.task, "each", exact=True, mode=m).values for m in ("adjoint", "tangent")}
+    values = {
+        m: contributions(t.run, t.task, targets="each", exact=True, mode=m).values for m in ("adjoint", "tangent")
+    }
     np.testing.assert_allclose(values["adjoint"], values["tangent"], rtol=1e-7, atol=1e-12)
     eps, h = torch.zeros(N, dtype=torch.float64), 1e-5
     eps[3] = h
@@ -324,8 +326,8 @@ def test_adafactor_with_a_cut_in_its_graph_fails_its_self_test(left_out, monkeyp
 @pytest.mark.parametrize("name", ["Muon", "Adafactor"])
 def test_states_rebuilt_within_little_memory_are_the_same(name):
     t = train(name)
-    whole = contributions(t.run, t.task, "each", exact=True, mode="adjoint")
-    little = contributions(t.run, t.task, "each", exact=True, mode="adjoint", memory=1)
+    whole = contributions(t.run, t.task, targets="each", exact=True, mode="adjoint")
+    little = contributions(t.run, t.task, targets="each", exact=True, mode="adjoint", memory=1)
     np.testing.assert_allclose(little.values, whole.values, rtol=1e-5, atol=1e-12)
 
 

@@ -52,7 +52,7 @@ def registered(monkeypatch):
 def test_both_directions_equal_each_other_and_finite_differences_of_the_training(cls, dead):
     trajrec.register_rule(cls)
     run, task = recorded(cls, dead=dead)
-    a, t = (contributions(run, task, "each", exact=True, mode=mode) for mode in ("adjoint", "tangent"))
+    a, t = (contributions(run, task, targets="each", exact=True, mode=mode) for mode in ("adjoint", "tangent"))
     assert a.certificate.verdict == t.certificate.verdict == "bit-exact"
     scale = np.abs(a.values).max()
     assert np.abs(a.values - t.values).max() < 1e-9 * scale
@@ -67,7 +67,7 @@ def test_both_directions_equal_each_other_and_finite_differences_of_the_training
 def test_a_training_in_float32_is_made_again_bit_for_bit_and_replayed_in_float64(cls):
     trajrec.register_rule(cls)
     run, task = recorded(cls, dtype=torch.float32)
-    single, double = (contributions(run, task, "each", exact=True, dtype=d) for d in ("float32", "float64"))
+    single, double = (contributions(run, task, targets="each", exact=True, dtype=d) for d in ("float32", "float64"))
     assert single.certificate.verdict == "bit-exact"
     assert double.certificate.verdict == "within rounding"
     assert np.abs(single.values - double.values).max() < 1e-3 * np.abs(double.values).max()
@@ -76,7 +76,7 @@ def test_a_training_in_float32_is_made_again_bit_for_bit_and_replayed_in_float64
 def test_amsgrad_of_a_subclass_writes_with_out_and_is_followed():
     trajrec.register_rule(own.Subclassed)
     run, task = recorded(own.Subclassed, amsgrad=True)
-    values = {m: contributions(run, task, "each", exact=True, mode=m).values for m in ("adjoint", "tangent")}
+    values = {m: contributions(run, task, targets="each", exact=True, mode=m).values for m in ("adjoint", "tangent")}
     np.testing.assert_allclose(values["adjoint"], values["tangent"], rtol=1e-7, atol=1e-12)
 
 
@@ -162,7 +162,7 @@ class OnDataRule(SGDRule):
 def test_a_class_that_cannot_be_followed_is_replayed_by_a_rule_of_its_own():
     trajrec.register_rule(own.OnData, OnDataRule)
     run, task = recorded(own.OnData)
-    a = contributions(run, task, "each", exact=True)
+    a = contributions(run, task, targets="each", exact=True)
     assert a.certificate.verdict in ("bit-exact", "within rounding")
     e = torch.zeros(N, dtype=torch.float64)
     e[2] = h = 1e-5
@@ -242,7 +242,7 @@ def test_contributions_are_those_of_naive_autograd_through_the_whole_training():
         return per_sample(lambda a: functional_call(model, params, (a,)), (x, y))
 
     expected = naive(model, start, task.train.tensors[:2], per_sample, plan, N, target)
-    found = contributions(run, task, "each", exact=True).values
+    found = contributions(run, task, targets="each", exact=True).values
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-8, atol=1e-12)
 
 
@@ -281,17 +281,19 @@ def test_a_function_of_the_gradients_goes_before_an_own_rule(cls):
     """What the rule knows of itself (its constants, its rounding) is known through the other as well."""
     trajrec.register_rule(cls, RoundedRule if cls is own.Rounding else None)
     run, task = recorded(cls)
-    plain = contributions(run, task, "each", exact=True).values
+    plain = contributions(run, task, targets="each", exact=True).values
     task.gradient = lambda gradients: gradients
     for mode in ("adjoint", "tangent"):
-        np.testing.assert_allclose(contributions(run, task, "each", exact=True, mode=mode).values, plain, rtol=1e-7)
+        np.testing.assert_allclose(
+            contributions(run, task, targets="each", exact=True, mode=mode).values, plain, rtol=1e-7
+        )
 
 
 def test_states_rebuilt_from_keyframes_are_the_same():
     trajrec.register_rule(own.Slow)
     run, task = recorded(own.Slow)
-    whole = contributions(run, task, "each", exact=True, mode="adjoint")
-    little = contributions(run, task, "each", exact=True, mode="adjoint", memory=1)
+    whole = contributions(run, task, targets="each", exact=True, mode="adjoint")
+    little = contributions(run, task, targets="each", exact=True, mode="adjoint", memory=1)
     np.testing.assert_allclose(little.values, whole.values, rtol=1e-5, atol=1e-12)
 
 
@@ -315,7 +317,7 @@ def test_a_file_is_recorded_and_replayed(tmp_path, keep, cls):
                 optimizer.step()
     with trajrec.open(path) as run:
         for mode in ("adjoint", "tangent"):
-            c = contributions(run, given(task, cls), "each", exact=True, mode=mode)
+            c = contributions(run, given(task, cls), targets="each", exact=True, mode=mode)
             assert (c.certificate.verdict, c.certificate.steps_checked) == ("bit-exact", 6)
 
 

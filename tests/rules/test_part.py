@@ -234,9 +234,9 @@ def test_a_large_model_of_an_own_class_is_replayed():
     trajrec.register_rule(own.Lars)
     run, task = own.recorded(own.Lars)
     selftest.MOST = selftest.LEAST = 20
-    found = trajrec.replay.contributions(run, task, "each", exact=True)
+    found = trajrec.replay.contributions(run, task, targets="each", exact=True)
     selftest.MOST = 1000
-    assert (found.values == trajrec.replay.contributions(run, task, "each", exact=True).values).all()
+    assert (found.values == trajrec.replay.contributions(run, task, targets="each", exact=True).values).all()
     assert np.isfinite(found.values).all()
 
 

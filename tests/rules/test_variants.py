@@ -39,7 +39,7 @@ def replayed(name, device="cpu", **variant):
                 nn.functional.cross_entropy(model(x.to(device)), y.to(device)).backward()
                 optimizer.step()
     task = Task.supervised(build, data, data)
-    return [contributions(MemoryRun(sink), task, "each", exact=True, mode=m, device=device) for m in MODES]
+    return [contributions(MemoryRun(sink), task, targets="each", exact=True, mode=m, device=device) for m in MODES]
 
 
 MODES = ("adjoint", "tangent")

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional
 
 from tests.made import scenario
+from tests.made.replays import solved
+from trajrec.replay import contributions
 from trajrec.replay.derivatives import choice
-from trajrec.replay.derivatives.choice import FORMS, Forms, agree, fastest, right_forms
-from trajrec.replay.derivatives.dual_rules import DualOperators, pool_places
-from trajrec.replay.derivatives.tangents import dual_of, parts_of
+from trajrec.replay.derivatives.choice import FORMS, agree, fastest, right_forms
+from trajrec.replay.derivatives.dual_rules import DualOperators, dual_of, parts_of
 from trajrec.replay.losses.gradient import gradient_of
-from trajrec.replay.methods.contributions import solve
 from trajrec.replay.session import Session
 from trajrec.replay.step import Part
 
@@ -79,7 +79,7 @@ def derivatives(session, step, form, directions, hessian=True):
 def test_every_form_gives_the_same_and_the_hessian_is_the_gradients_slope(name, parts):
     session, step = point(name, parts)
     directions = torch.randn(3, session.layout.size, dtype=torch.float64)
-    found = {form: derivatives(session, step, form, directions) for form in ("reverse", "batched", "forward")}
+    found = {form: derivatives(session, step, form, directions) for form in ("reverse", "forward")}
     for other in found.values():
         torch.testing.assert_close(other.inner, found["reverse"].inner, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(other.hvp, found["reverse"].hvp, rtol=1e-10, atol=1e-13)
@@ -124,24 +124,24 @@ def test_a_form_that_is_wrong_is_not_used(monkeypatch):
     assert agree(trial("reverse"), trial("reverse"))
 
 
-@pytest.mark.parametrize("form", ["forward", "reverse", "batched", "samples", "layers"])
+@pytest.mark.parametrize("form", ["forward", "reverse", "samples", "layers"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_replay_in_any_form_gives_the_same_contributions(form, exact):
     s = scenario.train()
     session = Session(s.run, s.task)
     expected = s.reference(exact)
     for targets in ("each", "mean"):
-        c = solve(session, targets, exact=exact, mode="adjoint", forms=Forms(only=form), block=4)
+        c = solved(session, targets, exact=exact, mode="adjoint", form=form, block=4)
         of_mean = expected.mean(1, keepdims=True)
         assert abs(c.values - (expected if targets == "each" else of_mean)).max() < 1e-9 * abs(expected).max()
 
 
 def test_the_fastest_of_the_right_forms_is_taken_once(monkeypatch):
-    asked = []
-    monkeypatch.setattr(choice, "fastest", lambda names, trial: asked.append(names) or names[0])
-    forms = Forms()
-    assert [forms.form("kind", ("forward", "reverse"), None) for _ in range(3)] == ["forward"] * 3
-    assert asked == [("forward", "reverse")]
+    tried = []
+    monkeypatch.setattr(choice, "fastest", lambda names, trial: tried.append(names) or names[0])
+    s = scenario.train()
+    contributions(s.run, s.task, exact=True)
+    assert tried == [("forward", "reverse")] * 2  # whole batches, and the smaller one at the end of an epoch
 
 
 def test_between_forms_that_are_about_as_fast_the_order_decides(monkeypatch):
@@ -210,12 +210,3 @@ def test_operators_carry_tangents_that_can_be_differentiated(name):
         slope = (scalar(x + h * d, v + h * e) - scalar(x - h * d, v - h * e)) / (2 * h)
     along = (gradients[0] * d).sum() + (gradients[1] * e).sum()
     torch.testing.assert_close(along, slope, rtol=1e-6, atol=1e-6)
-
-
-def test_pooling_finds_the_places_that_torch_finds_also_of_equal_values():
-    torch.manual_seed(0)
-    for shape in ((2, 3, 6, 8), (1, 2, 7, 5)):
-        x = torch.randint(0, 3, shape).float()
-        values, places = functional.max_pool2d(x, 2, return_indices=True)
-        assert torch.equal(pool_places(x), places)
-        assert torch.equal(x.flatten(2).gather(2, places.flatten(2)).view(values.shape), values)

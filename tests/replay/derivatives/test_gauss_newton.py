@@ -122,7 +122,7 @@ def test_both_directions_give_the_recurrence_with_dense_matrices(name):
     gradients = session.target_gradients(choose_targets("each", session.test))
     expected = -(gradients @ d).detach().numpy() / n
     for mode in ("adjoint", "tangent"):
-        c = contributions(made.run, made.task, "each", samples=[sample], curvature="ggn", mode=mode)
+        c = contributions(made.run, made.task, targets="each", samples=[sample], curvature="ggn", mode=mode)
         np.testing.assert_allclose(c.values[0], expected, rtol=1e-8, atol=1e-12)
         assert (c.exact, c.curvature) == (False, "ggn")
 

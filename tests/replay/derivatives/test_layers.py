@@ -165,7 +165,7 @@ def test_contributions_to_several_targets_are_right_in_this_form(name, monkeypat
     tried = []
     monkeypatch.setattr(choice, "fastest", lambda names, trial: tried.append(right_forms(names, trial)) or "layers")
     s = scenario.train(MODELS[name])
-    found = contributions(s.run, s.task, "each", exact=False, mode="adjoint")
+    found = contributions(s.run, s.task, targets="each", exact=False, mode="adjoint")
     expected = s.reference(False)
     assert abs(found.values - expected).max() < 1e-9 * abs(expected).max()
     assert all("layers" in right for right in tried)
@@ -183,7 +183,7 @@ def test_another_form_takes_over_where_a_later_step_uses_a_weight_in_another_way
     monkeypatch.setattr(choice, "fastest", lambda names, trial: chosen.append(right_forms(names, trial)) or "layers")
     s = scenario.train(lambda: Moody(nn.Linear(4, 3)))
     assert len({bool(s.task.train[i][0].sum() > 0) for i in range(len(s.task.train))}) == 2
-    found = contributions(s.run, s.task, "each", exact=False, mode="adjoint")
+    found = contributions(s.run, s.task, targets="each", exact=False, mode="adjoint")
     expected = s.reference(False)
     assert abs(found.values - expected).max() < 1e-9 * abs(expected).max()
 

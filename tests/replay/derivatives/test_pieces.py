@@ -12,7 +12,7 @@ from tests.made import loops, scenario
 from tests.replay.derivatives.test_forms import Attention
 from trajrec.errors import ReplayError
 from trajrec.replay import contributions
-from trajrec.replay.derivatives.choice import FIRST_ORDER, POINTS
+from trajrec.replay.derivatives.choice import FIRST_ORDER, FORMS
 from trajrec.replay.derivatives.pieces import CutPoint, cut
 from trajrec.replay.session import Session
 from trajrec.replay.step import Part
@@ -30,18 +30,18 @@ def point(build=scenario.mlp, edges=(0, 5), penalty=False):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("edges", [(0, 5), (0, 2, 5)])
-@pytest.mark.parametrize("form", POINTS)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_step_in_pieces_has_the_derivatives_of_the_whole(form, edges, size):
     hessian = form not in FIRST_ORDER
     for build, penalty in ((scenario.mlp, True), (scenario.convolution, False), (Attention, False)):
         session, step = point(build, edges, penalty)
         about = session.function, session.train, step, 2
         directions = torch.randn(3, session.layout.size, dtype=torch.float64)
-        whole = POINTS[form](*about).along(directions, hessian=hessian, gradient=True)
-        found = CutPoint(POINTS[form], *about, size).along(directions, hessian=hessian, gradient=True)
+        whole = FORMS[form](*about).along(directions, hessian=hessian, gradient=True)
+        found = CutPoint(FORMS[form], *about, size).along(directions, hessian=hessian, gradient=True)
         for name in ("inner", "shares", "gradient", "hvp") if hessian else ("inner", "shares", "gradient"):
             torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-10, atol=1e-13)
-        torch.testing.assert_close(CutPoint(POINTS[form], *about, size).gradient(), whole.gradient)
+        torch.testing.assert_close(CutPoint(FORMS[form], *about, size).gradient(), whole.gradient)
 
 
 def test_pieces_are_no_larger_than_asked_and_hold_every_sample_once():
@@ -82,7 +82,7 @@ def test_batches_that_cannot_be_cut_are_refused_where_memory_was_given_and_else_
     with pytest.raises(ReplayError, match=r"Step 7 with its batch of 5 needs .* taken in pieces: " + reason):
         contributions(s.run, s.task, exact=True, memory=1)
     monkeypatch.setattr("trajrec.replay.methods.blocks.budget", lambda memory, device: 8)
-    found = contributions(s.run, s.task, "each", exact=True).values
+    found = contributions(s.run, s.task, targets="each", exact=True).values
     assert abs(found - s.reference()).max() < 1e-9 * abs(s.reference()).max()
 
 

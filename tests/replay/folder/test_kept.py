@@ -12,13 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.cli.test_commands import call
 from tests.made import scenario, user_project
+from tests.made.command import call
+from tests.made.replays import solved
 from trajrec.cli.main import guarded
 from trajrec.cli.replay import replay
 from trajrec.replay.methods import resume
-from trajrec.replay.methods.contributions import solve
-from trajrec.replay.methods.resume import ProgressFile
+from trajrec.replay.methods.resume import ResumeFile
 from trajrec.replay.session import Session
 
 
@@ -106,19 +106,19 @@ def test_progress_that_cannot_be_written_is_said_once_and_the_replay_goes_on(run
 
 def test_where_neither_answer_nor_progress_can_be_written_the_work_goes_elsewhere(tmp_path, monkeypatch):
     told = []
-    file = ProgressFile(tmp_path / "out", "question", 1000, say=told.append)
+    file = ResumeFile(tmp_path / "out", "question", 1000, say=told.append)
     file.finish({"a": 1}, {"b": np.arange(3)})
-    write = ProgressFile._write
+    write = ResumeFile._write
     monkeypatch.setattr(
-        ProgressFile, "_write", lambda self, path, *a: full() if path == file.path else write(self, path, *a)
+        ResumeFile, "_write", lambda self, path, *a: full() if path == file.path else write(self, path, *a)
     )
     monkeypatch.setattr(resume.tempfile, "gettempdir", lambda: str(tmp_path))
     said = file.keep()
     (kept,) = tmp_path.glob("trajrec-*resume.npz")
     assert f"kept in {kept}. Make room and move it to {file.path}" in said
     kept.rename(tmp_path / "progress.npz")
-    assert ProgressFile(tmp_path, "question").load()[0] == {"a": 1}
-    monkeypatch.setattr(ProgressFile, "_write", full)
+    assert ResumeFile(tmp_path, "question").load()[0] == {"a": 1}
+    monkeypatch.setattr(ResumeFile, "_write", full)
     assert "None of the work could be kept. Make room" in file.keep()
 
 
@@ -133,7 +133,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_progress_is_said_and_set_aside_and_the_replay_begins_anew(run, project, name):
     out = project / f"damaged {name}"
-    s = ProgressFile(out, "question")
+    s = ResumeFile(out, "question")
     s.save({}, {"sums": np.arange(100.0)})
     broken = DAMAGE[name](s.path.read_bytes())
     s.path.write_bytes(broken)
@@ -150,7 +150,7 @@ def test_damaged_progress_is_said_and_set_aside_and_the_replay_begins_anew(run, 
 def test_damaged_progress_does_not_take_the_name_of_another(tmp_path):
     for content in (b"one", b"two", b"three"):
         (tmp_path / "progress.npz").write_bytes(content)
-        assert ProgressFile(tmp_path, "question").load() is None
+        assert ResumeFile(tmp_path, "question").load() is None
     kept = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     assert kept == [b"two", b"three", b"one"]
 
@@ -159,7 +159,7 @@ def test_what_a_killed_writer_left_is_no_hindrance(tmp_path):
     """Neither by a process id that comes again, nor by its room."""
     for name in (f".progress.npz.{os.getpid()}.tmp", ".progress-00ff.tmp"):
         (tmp_path / name).write_text("half")
-    file = ProgressFile(tmp_path, "question")
+    file = ResumeFile(tmp_path, "question")
     assert file.load() is None
     assert file.save({}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["progress.npz"]
@@ -168,10 +168,10 @@ def test_what_a_killed_writer_left_is_no_hindrance(tmp_path):
 def test_a_replay_that_is_killed_after_its_end_answers_without_a_step(tmp_path):
     s = scenario.train()
     for mode in ("adjoint", "tangent"):
-        file = ProgressFile(tmp_path / mode, "question", 0)
-        whole = solve(Session(s.run, s.task), "each", exact=True, mode=mode, file=file)
-        again = solve(
-            Session(s.run, s.task), "each", exact=True, mode=mode, file=ProgressFile(tmp_path / mode, "question")
+        file = ResumeFile(tmp_path / mode, "question", 0)
+        whole = solved(Session(s.run, s.task), "each", exact=True, mode=mode, file=file)
+        again = solved(
+            Session(s.run, s.task), "each", exact=True, mode=mode, file=ResumeFile(tmp_path / mode, "question")
         )
         assert (again.values == whole.values).all()
         assert again.certificate == whole.certificate

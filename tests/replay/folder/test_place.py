@@ -11,7 +11,7 @@ import pytest
 from trajrec.errors import OutputExistsError, TrajrecError
 from trajrec.replay.folder import place, write
 from trajrec.replay.folder.place import Place
-from trajrec.replay.methods.resume import ProgressFile
+from trajrec.replay.methods.resume import ResumeFile
 from trajrec.replay.report import cleaning
 
 FACTS = {"run_id": "1", "method": "exact", "sign": "positive = helpful", "certificate": {}}
@@ -66,7 +66,7 @@ def test_a_folder_with_anything_foreign_stays_whatever_was_asked(here, name, bas
     folder = finished(here / "out") if base == "finished" else here / "out"
     folder.mkdir(exist_ok=True)
     if base == "progress":
-        ProgressFile(folder, "question").save({}, {})
+        ResumeFile(folder, "question").save({}, {})
     if name == "link of a known name":
         (folder / "top.csv").touch()
     FOREIGN[name](folder)
@@ -201,7 +201,7 @@ def test_an_output_is_replaced_by_force_only(here):
 def test_what_a_replay_that_was_cut_off_left_is_taken_up_without_force(here):
     (here / "empty").mkdir()
     of_replay("empty", force=False)
-    ProgressFile(here / "out", "question").save({}, {})
+    ResumeFile(here / "out", "question").save({}, {})
     (here / "out" / ".progress-00ff.tmp").touch()
     assert (fill(of_replay("out", force=False)).final / "replay.json").is_file()
     assert names(here / "out") == ["contributions.parquet", "replay.json"]
@@ -209,10 +209,10 @@ def test_what_a_replay_that_was_cut_off_left_is_taken_up_without_force(here):
 
 def test_a_forced_replay_that_was_cut_off_goes_on_without_force(here):
     folder = finished(here / "out")
-    ProgressFile(folder, "question").save({}, {})
+    ResumeFile(folder, "question").save({}, {})
     with pytest.raises(OutputExistsError, match="replace it with --force"):
         of_replay("out", force=False)
-    ProgressFile(folder, "question", forced=True).save({}, {})
+    ResumeFile(folder, "question", forced=True).save({}, {})
     assert of_replay("out", force=False).force
     assert (fill(of_replay("out", force=False)).final / "contributions.parquet").read_text() == "new"
 
@@ -226,7 +226,7 @@ def test_what_came_meanwhile_stays_and_the_output_stands_beside_it(here, force):
     with where.claimed(), where.filling() as unfinished:
         (unfinished / "replay.json").write_text("{}")
         finished(here / "out", seconds=1234)
-        ProgressFile(here / "out", "question").save({}, {})
+        ResumeFile(here / "out", "question").save({}, {})
     assert where.final == here / "out-3"
     assert where.shown == Path("out-3")
     assert "has come into out meanwhile" in where.said

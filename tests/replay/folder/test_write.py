@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import trajrec
+from tests.made.replays import solved
 from trajrec.replay.folder import thumbnails as thumbs
 from trajrec.replay.folder.png import png
 from trajrec.replay.folder.read import load
 from trajrec.replay.folder.write import write_replay
-from trajrec.replay.methods.contributions import solve
 from trajrec.replay.session import Session
 
 N, M = 12, 6
@@ -74,7 +74,7 @@ def replayed(tmp_path, train, test, targets="each", **options):
     folder.mkdir()
     with trajrec.open(tmp_path / "run.h5") as run:
         session = Session(run, task)
-        write_replay(folder, solve(session, targets), session, {})
+        write_replay(folder, solved(session, targets), session, {})
     return folder, model
 
 
@@ -164,7 +164,7 @@ def test_outputs_that_are_no_scores_of_classes_give_no_predictions(tmp_path, sha
         task = trajrec.Task.supervised(Net, train, test)
         task.predict = lambda model, batch: torch.zeros(shape)
         session = Session(run, task)
-        result = solve(session, "each")
+        result = solved(session, "each")
         out = tmp_path / "out"
         out.mkdir()
         assert write_replay(out, result, session, {}) == []

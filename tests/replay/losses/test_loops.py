@@ -46,11 +46,11 @@ def check(loop, tolerance=1e-6):
     assert np.abs(expected).max() > 1e-6
     for mode in ("adjoint", "tangent"):
         asked = {"samples": np.array(SAMPLES), "exact": True, "mode": mode, "device": loop.device}
-        c = contributions(made.run, made.task, "each", **asked)
+        c = contributions(made.run, made.task, targets="each", **asked)
         assert c.certificate.verdict in ("bit-exact", "within rounding")
         assert c.certificate.steps_checked == made.run.steps
         assert relative(c.values, expected) < tolerance
-    fast = [contributions(made.run, made.task, "each", mode=mode).values for mode in ("adjoint", "tangent")]
+    fast = [contributions(made.run, made.task, targets="each", mode=mode).values for mode in ("adjoint", "tangent")]
     assert relative(fast[0], fast[1]) < 1e-9
     assert relative(fast[0][list(SAMPLES)], expected) > 1e-3, "the Hessian would not matter here"
     return made
@@ -293,7 +293,7 @@ def test_loss_scaling():
     e[5] = H
     values = [loops.train(train_with_a_fresh_scaler(), s * e).values for s in (1, -1)]
     expected = (-(values[0] - values[1]) / (2 * H * N)).numpy()
-    c = contributions(made.run, made.task, "each", samples=[5], exact=True)
+    c = contributions(made.run, made.task, targets="each", samples=[5], exact=True)
     assert relative(c.values[0], expected) < 1e-6
 
 
@@ -558,11 +558,13 @@ def test_autocast_in_half_precision_with_weights_in_single():
     """Against naive autograd through the whole training, in the same mixed precision."""
     loop = Loop(loss=autocast_loss, objective=Objective(autocast_loss), optimizer=plain_sgd, dtype=torch.float32)
     made = loops.train(loop)
-    c = contributions(made.run, made.task, "each", exact=True)
+    c = contributions(made.run, made.task, targets="each", exact=True)
     assert c.certificate.verdict in ("bit-exact", "within rounding")
     expected = through_the_training(made, autocast_loss)
     assert relative(c.values, expected) < 0.02
-    assert relative(contributions(made.run, made.task, "each", exact=True, mode="tangent").values, expected) < 0.02
+    assert (
+        relative(contributions(made.run, made.task, targets="each", exact=True, mode="tangent").values, expected) < 0.02
+    )
 
 
 def plain_sgd(model):
@@ -734,14 +736,14 @@ def test_steps_made_of_rounding_are_no_drift(mode, monkeypatch):
     from trajrec.replay.proof import stepwise
 
     made = loops.train(Loop(build=noisy_biases, optimizer=adam, dtype=torch.float32))
-    step = stepwise.Certifier._compare
+    step = stepwise.StepwiseChecks._compare
     nudged = lambda self, part, at, g, w, *rest: step(self, part, at, g, nudge(self, at, g, *rest), *rest)  # noqa: E731
 
     def nudge(self, at, gradient, growth, state):
         other = gradient + 1e-7 * gradient.abs().max() * torch.randn(gradient.shape)
         return self.rule.step(at.before, state, other, at.hyper)[0]
 
-    monkeypatch.setattr(stepwise.Certifier, "_compare", nudged)
+    monkeypatch.setattr(stepwise.StepwiseChecks, "_compare", nudged)
     c = contributions(made.run, made.task, exact=True, mode=mode)
     assert c.certificate.verdict == "within rounding"
     monkeypatch.setattr(stepwise, "noisy", lambda rule, w, *rest: torch.zeros_like(w, dtype=torch.bool))

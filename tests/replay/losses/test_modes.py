@@ -59,7 +59,7 @@ def test_changes_of_mode_replay(name, interval):
     made = loops.train(LOOPS[name], interval=interval)
     found = []
     for mode in ("adjoint", "tangent"):
-        c = contributions(made.run, made.task, "each", exact=True, mode=mode)
+        c = contributions(made.run, made.task, targets="each", exact=True, mode=mode)
         assert c.certificate.verdict in ("bit-exact", "within rounding")
         assert c.certificate.steps_checked == made.run.steps
         found.append(c.values)

@@ -148,7 +148,9 @@ def distance(found, truth):
 def assert_exact(training, samples=(0, 5, 11), **options):
     run, truth = training.fit(), training.truth(samples)
     for mode in ("adjoint", "tangent"):
-        c = contributions(run, training.task(**options), "each", samples=np.array(samples), exact=True, mode=mode)
+        c = contributions(
+            run, training.task(**options), targets="each", samples=np.array(samples), exact=True, mode=mode
+        )
         assert c.certificate.verdict in ("bit-exact", "within rounding")
         assert distance(c.values, truth) < 1e-6
     return run
@@ -157,7 +159,7 @@ def assert_exact(training, samples=(0, 5, 11), **options):
 def assert_free(training, run):
     truth = training.free_truth(run)
     for mode, targets in (("adjoint", "each"), ("adjoint", "mean"), ("tangent", "each")):
-        c = contributions(run, training.task(), targets, curvature="none", mode=mode)
+        c = contributions(run, training.task(), targets=targets, curvature="none", mode=mode)
         assert distance(c.values, truth if targets == "each" else truth.mean(1, keepdims=True)) < 1e-9
 
 
@@ -260,7 +262,7 @@ def test_without_the_hessian_operators_need_one_derivative(name):
     assert_free(training, run)
     for curvature, mode in (("hessian", "adjoint"), ("hessian", "tangent"), ("ggn", "adjoint")):
         with pytest.raises(DerivativeError, match=operator) as refusal:
-            contributions(run, training.task(), "each", curvature=curvature, mode=mode)
+            contributions(run, training.task(), targets="each", curvature=curvature, mode=mode)
         assert "--curvature none" in str(refusal.value)
         assert refusal.value.exit_code == 3
 
@@ -374,9 +376,12 @@ def test_samples_of_several_shapes(name):
     training = SHAPES[name]
     run = assert_exact(training)
     assert_free(training, run)
-    by_class = contributions(run, training.task(), "mean", exact=True).values
+    by_class = contributions(run, training.task(), targets="mean", exact=True).values
     assert (
-        distance(by_class, contributions(run, training.task(), "each", exact=True).values.mean(1, keepdims=True)) < 1e-9
+        distance(
+            by_class, contributions(run, training.task(), targets="each", exact=True).values.mean(1, keepdims=True)
+        )
+        < 1e-9
     )
 
 
@@ -416,9 +421,11 @@ def test_lazy_layers_give_what_layers_with_shapes_give():
     training = Training(lazy, begin=passed)
     run = training.fit()
     before = torch.get_rng_state()
-    found = contributions(run, training.task(), "each", exact=True, mode="tangent").values
+    found = contributions(run, training.task(), targets="each", exact=True, mode="tangent").values
     assert torch.equal(torch.get_rng_state(), before)
-    assert (found == contributions(run, training.task(model=ready), "each", exact=True, mode="tangent").values).all()
+    assert (
+        found == contributions(run, training.task(model=ready), targets="each", exact=True, mode="tangent").values
+    ).all()
 
 
 def test_lazy_layers_that_get_no_shapes_are_refused():
@@ -529,7 +536,8 @@ def test_the_gauss_newton_form_of_physics_has_the_derivatives_among_the_outputs(
     rows = torch.stack([_gradient(v, list(model.parameters())) for v in (*u.flatten(), *ddu.flatten())])
     torch.testing.assert_close(found, 2 * rows.T @ rows / len(x), rtol=1e-9, atol=1e-12)
     values = [
-        contributions(run, training.task(), "each", curvature="ggn", mode=m).values for m in ("adjoint", "tangent")
+        contributions(run, training.task(), targets="each", curvature="ggn", mode=m).values
+        for m in ("adjoint", "tangent")
     ]
     assert distance(*values) < 1e-9
 

@@ -56,7 +56,7 @@ def recorded(make_loop=Loop, **options):
 @pytest.mark.parametrize("mode", ["adjoint", "tangent"])
 def test_augmentation_that_nothing_can_seed_replays(mode):
     made = recorded()
-    c = contributions(made.run, made.task, "each", exact=True, mode=mode)
+    c = contributions(made.run, made.task, targets="each", exact=True, mode=mode)
     assert c.certificate.verdict in ("bit-exact", "within rounding")
     assert c.certificate.steps_checked == made.run.steps
 
@@ -88,7 +88,7 @@ def retrained(made, eps=None):
 def test_contributions_are_those_of_the_training_on_the_stored_batches():
     made, h = recorded(), 1e-5
     assert torch.equal(retrained(made), made.values)
-    c = contributions(made.run, made.task, "each", samples=[0, 7], exact=True)
+    c = contributions(made.run, made.task, targets="each", samples=[0, 7], exact=True)
     for row, sample in zip(c.values, (0, 7), strict=True):
         e = torch.zeros(N, dtype=torch.float64)
         e[sample] = h

@@ -49,12 +49,12 @@ def test_a_walk_that_is_left_early_reads_no_further():
 @pytest.mark.parametrize("mode", ["adjoint", "tangent"])
 def test_a_replay_through_transfers_gives_the_same_bits(monkeypatch, mode, exact):
     s = scenario.train()
-    expected = contributions(s.run, s.task, "each", exact=exact, mode=mode)
+    expected = contributions(s.run, s.task, targets="each", exact=exact, mode=mode)
     monkeypatch.setattr(
         "trajrec.replay.trajectory.stored.StoredTrajectory._walk",
         lambda self, first, last: ahead(((t, self._vector(row, t)) for t, row in self.run.walk(first, last)), Own()),
     )
-    found = contributions(s.run, s.task, "each", exact=exact, mode=mode)
+    found = contributions(s.run, s.task, targets="each", exact=exact, mode=mode)
     assert (found.values == expected.values).all()
     assert found.certificate == expected.certificate
 

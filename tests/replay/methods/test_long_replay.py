@@ -13,13 +13,12 @@ import pytest
 import torch
 
 import trajrec
-from tests.cli.test_commands import TRAJREC, call
 from tests.made import scenario, user_project
+from tests.made.command import TRAJREC, call
+from tests.made.replays import solved
 from trajrec.errors import OutputExistsError, ReplayError
 from trajrec.replay import contributions
-from trajrec.replay.derivatives.choice import Forms
-from trajrec.replay.methods.contributions import solve
-from trajrec.replay.methods.resume import ProgressFile
+from trajrec.replay.methods.resume import ResumeFile
 from trajrec.replay.session import Session
 
 SLOW_TASK = """
@@ -56,7 +55,7 @@ class Stopping:
             raise StoppedError
 
 
-class Always(ProgressFile):
+class Always(ResumeFile):
     """Is written at every step."""
 
     due = True
@@ -75,11 +74,11 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_replay_that_was_stopped_goes_on_to_the_same_bits(tmp_path, name, stopped):
     s = scenario.train(groups=[{"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.02}])
-    expected = solve(Session(s.run, s.task), "each", **OPTIONS[name])
+    expected = solved(Session(s.run, s.task), "each", **OPTIONS[name])
     file = Always(tmp_path, "question")
     with pytest.raises(StoppedError):
-        solve(Session(s.run, s.task), "each", file=file, progress=Stopping(stopped), **OPTIONS[name])
-    found = solve(Session(s.run, s.task), "each", file=file, **OPTIONS[name])
+        solved(Session(s.run, s.task), "each", file=file, progress=Stopping(stopped), **OPTIONS[name])
+    found = solved(Session(s.run, s.task), "each", file=file, **OPTIONS[name])
     assert (found.values == expected.values).all()
     assert found.certificate == expected.certificate
     if expected.growth is not None:
@@ -89,13 +88,13 @@ def test_a_replay_that_was_stopped_goes_on_to_the_same_bits(tmp_path, name, stop
 
 
 def test_progress_of_another_question_is_refused_and_nothing_is_unpickled(tmp_path):
-    ProgressFile(tmp_path, "one").save({"a": 1}, {"b": np.arange(3)})
-    values, arrays = ProgressFile(tmp_path, "one").load()
+    ResumeFile(tmp_path, "one").save({"a": 1}, {"b": np.arange(3)})
+    values, arrays = ResumeFile(tmp_path, "one").load()
     assert (values, arrays["b"].tolist()) == ({"a": 1}, [0, 1, 2])
     with pytest.raises(OutputExistsError, match="progress of another question"):
-        ProgressFile(tmp_path, "other").load()
+        ResumeFile(tmp_path, "other").load()
     np.savez(tmp_path / "progress.npz", values=np.array([object()]))
-    assert ProgressFile(tmp_path, "one").load() is None
+    assert ResumeFile(tmp_path, "one").load() is None
     assert (tmp_path / "progress-damaged.npz").exists()
 
 
@@ -157,7 +156,7 @@ def test_the_command_goes_on_after_kill_9_and_ctrl_c(project, kill, options):
 def test_force_starts_anew(project):
     out = project / "anew"
     out.mkdir()
-    ProgressFile(out, "other").save({}, {})
+    ResumeFile(out, "other").save({}, {})
     command, where = replay(project, "anew", "--steps", "100:120")
     assert subprocess.run(command, **where, capture_output=True, timeout=120, check=False).returncode == 2
     assert subprocess.run([*command, "--force"], **where, capture_output=True, timeout=120, check=False).returncode == 0
@@ -206,7 +205,7 @@ def test_options_that_make_no_sense_are_refused(project):
         (["--shard", "1/2"], "Samples are cut with --mode tangent"),
         (["--steps", "0:5"], "are not steps of this run"),
         (["--steps", "5"], "--steps takes A:B"),
-        (["--certify", "some"], 'certify must be "sampled", "turns" or "all"'),
+        (["--certify", "some"], 'certify must be "sampled" or "all"'),
     ):
         done = call("replay", "run.h5", "--out", "senseless", *option, cwd=project)
         assert done.returncode == 2
@@ -217,14 +216,15 @@ def test_options_that_make_no_sense_are_refused(project):
 @pytest.mark.parametrize("exact", [True, False])
 def test_windows_of_steps_add_up_to_the_whole(mode, exact):
     s = scenario.train()
-    whole = contributions(s.run, s.task, "each", exact=exact, mode=mode)
+    whole = contributions(s.run, s.task, targets="each", exact=exact, mode=mode)
     parts = [
-        contributions(s.run, s.task, "each", exact=exact, mode=mode, steps=w).values for w in ((1, 3), (4, 4), (5, 8))
+        contributions(s.run, s.task, targets="each", exact=exact, mode=mode, steps=w).values
+        for w in ((1, 3), (4, 4), (5, 8))
     ]
     np.testing.assert_allclose(sum(parts), whole.values, rtol=1e-9, atol=1e-13)
     assert all(np.abs(part).max() > 1e-9 for part in parts)
-    by_epoch = contributions(s.run, s.task, "each", exact=exact, by_epoch=True).by_epoch
-    first = contributions(s.run, s.task, "each", exact=exact, mode=mode, steps=(1, 4)).values
+    by_epoch = contributions(s.run, s.task, targets="each", exact=exact, by_epoch=True).by_epoch
+    first = contributions(s.run, s.task, targets="each", exact=exact, mode=mode, steps=(1, 4)).values
     np.testing.assert_allclose(first, by_epoch[0], rtol=1e-9, atol=1e-13)
     with pytest.raises(ReplayError, match="Steps 3:99 are not steps"):
         contributions(s.run, s.task, steps=(3, 99))
@@ -236,10 +236,8 @@ def test_blocks_of_any_size_give_the_same():
     for exact in (True, False):
         expected = s.reference(exact)
         for block in (1, 2, 5, 6):
-            for chunk in (1, 3):
-                forms = Forms(only="batched", chunk=chunk)
-                found = solve(session, "each", exact=exact, mode="adjoint", forms=forms, block=block).values
-                assert abs(found - expected).max() < 1e-9 * abs(expected).max()
+            found = solved(session, "each", exact=exact, mode="adjoint", block=block).values
+            assert abs(found - expected).max() < 1e-9 * abs(expected).max()
 
 
 def test_growth_is_the_norm_of_the_adjoint():
@@ -256,8 +254,8 @@ def test_a_long_run_in_single_precision_is_within_a_ten_thousandth_of_double():
     s = scenario.train(epochs=250, dtype=torch.float32, groups=[{"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}])
     assert s.run.steps == 1000
     for exact in (True, False):
-        single = contributions(s.run, s.task, "each", exact=exact).values
-        double = contributions(s.run, s.task, "each", exact=exact, dtype="float64").values
+        single = contributions(s.run, s.task, targets="each", exact=exact).values
+        double = contributions(s.run, s.task, targets="each", exact=exact, dtype="float64").values
         assert abs(single - double).max() < 1e-4 * abs(double).max()
 
 

@@ -41,7 +41,7 @@ def test_every_mode_equals_autograd_through_the_whole_training(name):
         expected = s.reference(exact)
         assert np.abs(expected).max() > 1e-6
         for mode in ("adjoint", "tangent"):
-            c = contributions(s.run, s.task, "each", exact=exact, mode=mode)
+            c = contributions(s.run, s.task, targets="each", exact=exact, mode=mode)
             assert relative(c.values, expected) < 1e-9
             assert c.certificate.steps_checked == s.run.steps
             assert c.certificate.verdict in ("bit-exact", "within rounding")
@@ -50,7 +50,7 @@ def test_every_mode_equals_autograd_through_the_whole_training(name):
 @pytest.mark.parametrize("name", ["momentum", "nesterov", "batch norm", "convolution", "groups", "repeats"])
 def test_exact_equals_central_finite_differences_in_eps(name):
     s = scenario.train(**SCENARIOS[name])
-    c = contributions(s.run, s.task, "each", exact=True)
+    c = contributions(s.run, s.task, targets="each", exact=True)
     for sample in (0, 3, 9):
         e = torch.zeros(s.n, dtype=torch.float64)
         e[sample] = h = 1e-5
@@ -60,7 +60,7 @@ def test_exact_equals_central_finite_differences_in_eps(name):
 
 def test_taylor_remainder_of_the_exact_form_is_of_second_order():
     s = scenario.train()
-    c = contributions(s.run, s.task, "each", exact=True)
+    c = contributions(s.run, s.task, targets="each", exact=True)
     direction = torch.linspace(-1, 1, s.n, dtype=torch.float64)
     slope = -s.n * c.values.T @ direction.numpy()
     base = s.value(torch.zeros(s.n, dtype=torch.float64)).numpy()
@@ -91,7 +91,9 @@ def test_taylor_remainder_of_the_exact_form_is_of_second_order():
 def test_adjoint_equals_tangent_equals_autograd_for_any_configuration(groups, build, batch_size, seed):
     s = scenario.train(build, groups, batch_size=batch_size, seed=seed)
     for exact in (True, False):
-        a, t = (contributions(s.run, s.task, "each", exact=exact, mode=m).values for m in ("adjoint", "tangent"))
+        a, t = (
+            contributions(s.run, s.task, targets="each", exact=exact, mode=m).values for m in ("adjoint", "tangent")
+        )
         assert relative(a, t) < 1e-9
         assert relative(a, s.reference(exact)) < 1e-8
 
@@ -116,7 +118,7 @@ def test_hessian_free_equals_its_closed_form_for_sgd_with_momentum():
         factor = -eta * s.n / len(ids) * (1 - p ** (steps - t + 1)) / (1 - p)
         for k, g in zip(at, torch.autograd.grad(loss, list(at.values())), strict=True):
             expected[k] += factor * g
-    with hypergradients(s.run, s.task, [sample]) as h:
+    with hypergradients(s.run, s.task, samples=[sample]) as h:
         for k, v in expected.items():
             torch.testing.assert_close(h[sample][k], v, rtol=1e-10, atol=1e-13)
 
@@ -124,9 +126,9 @@ def test_hessian_free_equals_its_closed_form_for_sgd_with_momentum():
 @pytest.mark.parametrize("exact", [True, False])
 def test_hypergradients_give_the_contributions(exact):
     s = scenario.train()
-    c = contributions(s.run, s.task, "each", samples=[4, 2], exact=exact, mode="adjoint")
+    c = contributions(s.run, s.task, targets="each", samples=[4, 2], exact=exact, mode="adjoint")
     final = {k: v.detach().clone().requires_grad_() for k, v in s.model.named_parameters()}
-    with hypergradients(s.run, s.task, [4, 2], exact=exact) as h:
+    with hypergradients(s.run, s.task, samples=[4, 2], exact=exact) as h:
         for row, sample in zip(c.values, h.samples, strict=True):
             for j, loss in enumerate(s.target(final)):
                 grads = torch.autograd.grad(loss, list(final.values()), retain_graph=True)
@@ -137,23 +139,23 @@ def test_hypergradients_give_the_contributions(exact):
 @pytest.mark.parametrize(("mode", "exact"), MODES)
 def test_mean_class_and_chosen_targets_are_means_of_each(mode, exact):
     s = scenario.train()
-    each = contributions(s.run, s.task, "each", exact=exact, mode=mode).values
-    mean = contributions(s.run, s.task, "mean", exact=exact, mode=mode)
+    each = contributions(s.run, s.task, targets="each", exact=exact, mode=mode).values
+    mean = contributions(s.run, s.task, targets="mean", exact=exact, mode=mode)
     assert mean.targets.tolist() == [-1]
     assert relative(mean.values[:, 0], each.mean(1)) < 1e-9
-    classes = contributions(s.run, s.task, "class", exact=exact, mode=mode)
+    classes = contributions(s.run, s.task, targets="class", exact=exact, mode=mode)
     labels = s.test[1].numpy()
     assert classes.targets.tolist() == sorted(set(labels.tolist()))
     for column, label in enumerate(classes.targets):
         assert relative(classes.values[:, column], each[:, labels == label].mean(1)) < 1e-9
-    chosen = contributions(s.run, s.task, [5, 0], samples=[3, 1], exact=exact, mode=mode)
+    chosen = contributions(s.run, s.task, targets=[5, 0], samples=[3, 1], exact=exact, mode=mode)
     assert relative(chosen.values, each[[3, 1]][:, [5, 0]]) < 1e-9
 
 
 def test_parts_by_epoch_sum_to_the_whole_and_are_the_windows_of_training():
     s = scenario.train(epochs=3)
-    c = contributions(s.run, s.task, "each", exact=True, by_epoch=True)
-    whole = contributions(s.run, s.task, "each", exact=True)
+    c = contributions(s.run, s.task, targets="each", exact=True, by_epoch=True)
+    whole = contributions(s.run, s.task, targets="each", exact=True)
     assert c.epochs.tolist() == [0, 1, 2]
     assert relative(c.by_epoch.sum(0), whole.values) < 1e-12
     # Only the weights of the last epoch's steps changed: the naive training with eps in that epoch alone.
@@ -172,8 +174,8 @@ def test_parts_by_epoch_sum_to_the_whole_and_are_the_windows_of_training():
 
 def test_float32_replay_is_close_to_float64():
     s = scenario.train(dtype=torch.float32)
-    single = contributions(s.run, s.task, "each", exact=True)
-    double = contributions(s.run, s.task, "each", exact=True, dtype="float64")
+    single = contributions(s.run, s.task, targets="each", exact=True)
+    double = contributions(s.run, s.task, targets="each", exact=True, dtype="float64")
     assert relative(single.values, double.values) < 1e-4
 
 
@@ -230,7 +232,7 @@ def test_hessian_free_derivatives_that_overflow_are_reported_at_their_step(mode)
     s.task.loss = lambda model, batch: 1e18 * inner(model, batch)
     s.task.measure = lambda model, batch: 1e18 * model(batch[0])[:, 0]
     with pytest.raises(NonFiniteError, match=OVERFLOWS[mode]):
-        contributions(s.run, s.task, [3], mode=mode, samples=[4], allow_drift=True)
+        contributions(s.run, s.task, targets=[3], mode=mode, samples=[4], allow_drift=True)
 
 
 def test_samples_that_were_never_drawn_contribute_nothing():

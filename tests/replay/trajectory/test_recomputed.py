@@ -59,8 +59,8 @@ def test_the_keyframed_run_holds_a_row_only_now_and_then(runs):
 def test_replay_of_a_keyframed_run_is_the_same_bit_for_bit(monkeypatch, runs, mode, exact, memory):
     full, sparse, task = runs
     monkeypatch.setattr("trajrec.replay.session.budget", lambda *_: memory or 1 << 30)
-    expected = contributions(full, task, "each", exact=exact, mode=mode)
-    found = contributions(sparse, task, "each", exact=exact, mode=mode)
+    expected = contributions(full, task, targets="each", exact=exact, mode=mode)
+    found = contributions(sparse, task, targets="each", exact=exact, mode=mode)
     assert (found.values == expected.values).all()
     assert found.certificate.verdict == "bit-exact"
     assert found.certificate.steps_checked == 23
@@ -68,7 +68,10 @@ def test_replay_of_a_keyframed_run_is_the_same_bit_for_bit(monkeypatch, runs, mo
 
 def test_hypergradients_and_float64_too(runs):
     full, sparse, task = runs
-    with hypergradients(full, task, [3], exact=True) as a, hypergradients(sparse, task, [3], exact=True) as b:
+    with (
+        hypergradients(full, task, samples=[3], exact=True) as a,
+        hypergradients(sparse, task, samples=[3], exact=True) as b,
+    ):
         assert all(torch.equal(a[3][k], b[3][k]) for k in a[3])
     x, y = (contributions(run, task, exact=True, dtype="float64") for run in (full, sparse))
     assert (x.values == y.values).all()

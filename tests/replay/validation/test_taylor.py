@@ -35,7 +35,7 @@ def checked(made, exact=True):
     session = Session(made.run, made.task)
     steps = []
     wanted = choose_targets("each", session.test)
-    c = contributions(made.run, made.task, "each", samples=SAMPLES, exact=exact)
+    c = contributions(made.run, made.task, targets="each", samples=SAMPLES, exact=exact)
     check = taylor_check(session, wanted, SAMPLES, c.values, steps.append)
     assert sum(steps) == taylor_steps(session, SAMPLES.tolist())
     return check

@@ -1,0 +1,98 @@
+"""Whether a recording and a Task belong together, as far as it shows before any step is made again.
+
+The weights of the first step, the inputs of its batch and its loss are in the recording; so are the ids that the data
+set must have, and the weights that nobody may have moved.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trajrec.digest import digest
+from trajrec.errors import DataMismatchError, DriftError, ReplayError
+from trajrec.replay.step import RecordedRun
+from trajrec.rules import FlatLayout
+from trajrec.task.seeding import find_seeded
+
+if TYPE_CHECKING:
+    from trajrec.replay.session import Session
+
+
+def check_start(run: RecordedRun) -> None:
+    """Checks that there is something to replay, and the state that it begins with.
+
+    Raises:
+        ReplayError: if there is not.
+    """
+    if run.steps == 0:
+        raise ReplayError("The recording holds no step yet: there is nothing to replay.")
+    if 0 not in run.keyframe_steps:
+        raise ReplayError(
+            "The recording lacks its keyframe of step 0 (buffers and optimizer state before the training), with "
+            "which every replay begins. `trajrec verify` tells what else is missing; restore the file from a copy."
+        )
+
+
+def largest_id(run: RecordedRun) -> int:
+    """The largest sample id of all steps.
+
+    Raises:
+        ReplayError: if a step has none.
+    """
+    largest = -1
+    for t in range(1, run.steps + 1):
+        ids = run.sample_ids(t)
+        if not len(ids):
+            raise ReplayError(f"The recording names no sample of step {t}: its gradient cannot be made again.")
+        largest = max(largest, int(ids.max()))
+    return largest
+
+
+def check_trainable(run: RecordedRun, layout: FlatLayout, allow_drift: bool) -> None:
+    """Checks that parameters which the optimizer never stepped, and which are held constant, were.
+
+    Raises:
+        ReplayError: if none was ever stepped. DriftError: if one of the others moved.
+    """
+    if not layout.params:
+        raise ReplayError("No parameter ever had a gradient in this recording: there is nothing to replay.")
+    last = run.steps if run.stored(run.steps) else run.keyframe_steps[-1]
+    first_row, last_row = run.row(0), run.row(last)
+    moved = [p.name for p in run.spec.params if not p.trainable and (first_row[p.span] != last_row[p.span]).any()]
+    if moved and not allow_drift:
+        raise DriftError(
+            f"Parameter {moved[0]} is not in the optimizer and was changed by step {last}. Weights that change "
+            "outside the optimizer are not replayed: an exponential average of weights, say, belongs into a copy."
+        )
+
+
+def data_changed(session: Session) -> bool:
+    """Whether the first batch has other contents than when it was recorded.
+
+    Raises:
+        DataMismatchError: if it has, and gives another loss.
+    """
+    recorded = session.run.spec.data.get("first_batch_crc32")
+    if recorded is None or digest(session.train.raw_step(session.step_at_start())) == recorded:
+        return False
+    # Other data that give the same first loss (inputs prepared elsewhere, say) are the same to the mathematics.
+    if not session.allow_drift and not _same_first_loss(session):
+        raise DataMismatchError(
+            "The training data changed since the recording: the first batch has other contents (CRC-32 "
+            f"{recorded:08x} recorded), and the first loss is another. Give the Task the data set that the run "
+            f"was trained on, or go on with --allow-drift. {about_augmentation(session)}"
+        )
+    return True
+
+
+def _same_first_loss(session: Session) -> bool:
+    recorded, computed = session.run.loss(1), session.loss(session.step_at_start())
+    return abs(recorded - computed) <= 1e-4 * abs(recorded)
+
+
+def about_augmentation(session: Session) -> str:
+    """What a user should know of random augmentation where inputs differ."""
+    was, is_now = "seeded_from" in session.run.spec.data, find_seeded(session.task.train) is not None
+    if was != is_now:
+        return f"It was {'' if was else 'not '}recorded with trajrec.seeded(...), and the Task's is{' not' * was}."
+    return "Items with random augmentation come back only if both are wrapped in trajrec.seeded(...)."
