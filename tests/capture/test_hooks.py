@@ -126,7 +126,7 @@ def test_a_loop_with_one_batch_at_a_time_is_read_as_any_other(name, monkeypatch)
         return [replace(r, time=0.0) for r in loop(DataLoader(Identified(), **LOADERS[name]))[2].records]
 
     ordinary = recorded()
-    monkeypatch.setattr(reading, "_ordinary", lambda known, facts: None)
+    monkeypatch.setattr(reading, "read_ordinary", lambda known, facts: None)
     assert [*map(repr, ordinary)] == [*map(repr, recorded())]
 
 

@@ -8,7 +8,8 @@ from tests.capture.attribution.lines import SIZE, Facts
 from trajrec.capture.attribution.batches import StepBatch
 from trajrec.capture.attribution.facts import Stepped
 from trajrec.capture.attribution.known import Known
-from trajrec.capture.attribution.reading import _ordinary, read, read_in_general
+from trajrec.capture.attribution.ordinary import read_ordinary
+from trajrec.capture.attribution.reading import read, read_in_general
 
 EPOCH = 5  # batches
 BEFORE = ["nothing", "nothing", "evaluates", "evaluates with gradients", "looks at its batch", "looks at numbers"]
@@ -186,7 +187,7 @@ def test_loops_whose_inputs_can_be_told_are_read_to_their_end(ahead, keeps, even
 def test_the_ordinary_and_the_cut_off_are_read_as_any_other(cut, is_shown, ahead, keeps, events):
     known = parts = Known()
     for facts, _ in Loop(is_shown, ahead, keeps).steps(events):
-        ordinary = _ordinary(known, facts)
+        ordinary = read_ordinary(known, facts)
         known, step = read_in_general(known, facts)
         parts, _ = read_in_general(parts, facts[:cut])
         parts, other = read_in_general(parts, facts[cut:]) if cut < len(facts) else (parts, step)

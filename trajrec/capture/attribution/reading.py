@@ -3,7 +3,7 @@
     read(known, facts) -> (known', step or refusal)
 
 A pure function. The common step is one batch drawn, one forward pass on it, one backward pass from that, and the step:
-`_ordinary` matches just this. `read_in_general` reads any facts one after the other, and says the same of those.
+`attribution.ordinary` matches just this. `read_in_general` reads any facts one after the other, and says the same.
 
     Drawn       the batch waits
     Forward     is a use of a batch: of the one that it was shown to be about (its tensors, views or copies); or of the
@@ -43,7 +43,9 @@ from trajrec.capture.attribution.facts import (
     Shared,
     Stepped,
 )
-from trajrec.capture.attribution.known import NONE, NOTHING, Known, Unfinished, Use, Waiting
+from trajrec.capture.attribution.known import NOTHING, Known, Unfinished, Use, Waiting
+from trajrec.capture.attribution.making import lengths_after, part_of, uses_by_batch
+from trajrec.capture.attribution.ordinary import read_ordinary
 from trajrec.errors import UnknownBatchError
 
 _MOST_WAITING = 64
@@ -55,7 +57,7 @@ Outcome = StepBatch | UnknownBatchError | None
 
 def read(known: Known, facts: Sequence[Fact]) -> tuple[Known, Outcome]:
     """What is known after these facts, and the step that ends them, if one does."""
-    return _ordinary(known, facts) or read_in_general(known, facts)
+    return read_ordinary(known, facts) or read_in_general(known, facts)
 
 
 def read_in_general(known: Known, facts: Iterable[Fact]) -> tuple[Known, Outcome]:
@@ -67,70 +69,6 @@ def read_in_general(known: Known, facts: Iterable[Fact]) -> tuple[Known, Outcome
         else:
             _READS[type(fact)](reading, fact)
     return reading.known(), outcome
-
-
-# ---- the ordinary step
-
-
-def _orders() -> dict[tuple[type, ...], tuple[int, int, int]]:
-    """The orders of facts in an ordinary step, with the places of drawing, forward and backward pass."""
-    found: dict[tuple[type, ...], tuple[int, int, int]] = {}
-    kinds: tuple[type, ...] = (Drawn, Forward, Returned, Backward)
-    for cleared in (None, 0, 1, 2, 3):  # never between the backward pass and the step
-        order = kinds if cleared is None else (*kinds[:cleared], Cleared, *kinds[cleared:])
-        places = (order.index(Drawn), order.index(Forward), order.index(Backward))
-        for end in ((Stepped,), (Released, Stepped)):  # the graph is gone, or will be when there is another loss
-            found[*order, *end] = places
-    return found
-
-
-_ORDINARY = _orders()
-
-
-def _ordinary(known: Known, facts: Sequence[Any]) -> tuple[Known, StepBatch] | None:
-    """`read` of a step of one batch that was drawn, used once and stepped on, in a loop that is known; else None."""
-    places = _ORDINARY.get(tuple(map(type, facts)))
-    if places is None or known.unfinished is not NOTHING:
-        return None
-    drawn, forward, backward = [facts[place] for place in places]
-    batch, habits = drawn.batch, known.habits
-    is_meant = forward.shown is batch or (forward.shown is None and not habits.needs_proof)
-    if not (
-        is_meant
-        and batch.ids is not None
-        and habits.has_stepped
-        and habits.uses_newest
-        and batch.source.loader in habits.trained
-        and batch.source.dataset == habits.dataset
-        and habits.thread == batch.thread == forward.thread == facts[-1].thread
-        and habits.lengths == _lengths(forward, batch)
-        and forward.number in backward.reaches
-        and not backward.is_nested
-    ):
-        return None
-    epochs = known.epochs.with_step_of(batch)
-    if epochs is not known.epochs:
-        known = Known(habits, epochs)
-    return known, _alone(batch, forward, backward.loss)
-
-
-def _alone(batch: Batch, forward: Forward, loss: Any) -> StepBatch:
-    """`joined` of one batch that went through the model once: every step pays for this."""
-    ids: Any = batch.ids
-    return StepBatch(
-        ids,
-        None,
-        () if loss is None else (loss,),
-        (len(ids),),
-        (forward.states,) if forward.states else None,
-        None if batch.digest is None else (batch.digest,),
-        () if batch.contents is None else tuple(_part(batch, [forward]).cut_contents()),
-        batch.checksum,
-        (batch,),
-    )
-
-
-# ---- any facts
 
 
 class _Reading:
@@ -370,7 +308,7 @@ class _Reading:
         batches = list({use.batch: None for use in made if use.batch is not None})
         if len(named) == len(batches):
             named = tuple([replace(p, contents=b.contents) for p, b in zip(named, batches, strict=True)])
-        self._has_stepped(batches[-1] if batches else None)
+        self._has_stepped(batches[-1:])
         states = [use.forward.states for use in made if use.forward and use.forward.states is not None]
         return joined(named, losses, loose=states[0] if states else None)
 
@@ -380,80 +318,26 @@ class _Reading:
         Raises:
             UnknownBatchError: if the batch of one of them cannot be told, or they are of two data sets.
         """
-        uses: dict[Batch, list[Use]] = {}
-        for use in made:
-            if use.batch is None:
-                raise UnknownBatchError(use.why)
-            uses.setdefault(use.batch, []).append(use)
-        self._check_sets(list(uses))
-        for batch, of_it in uses.items():
-            self._check(batch, of_it)
-        batches = sorted(uses, key=lambda batch: batch.number)
-        loaders = {batch.source.loader for batch in batches}
-        if not loaders <= self.habits.trained:
-            self.habits = replace(self.habits, trained=self.habits.trained | loaders)
+        uses = uses_by_batch(made, self.habits)
+        self._learn_of_step(lengths=lengths_after(uses, self.habits))
         self.waiting = [w for w in self.waiting if w.batch not in uses]
-        self._has_stepped(batches[-1])
-        parts = [_part(batch, [use.forward for use in uses[batch] if use.forward]) for batch in batches]
+        batches = sorted(uses, key=lambda batch: batch.number)
+        self._learn_of_step(trained=self.habits.trained | {batch.source.loader for batch in batches})
+        self._has_stepped(batches[-1:])
+        parts = [part_of(batch, [use.forward for use in uses[batch] if use.forward]) for batch in batches]
         return joined(parts, losses, drawn=tuple(batches))
 
-    def _has_stepped(self, last: Batch | None) -> None:
+    def _has_stepped(self, last: Sequence[Batch]) -> None:
         """Notes that there was a step, and the last batch that it was made of, if any."""
-        dataset = self.habits.dataset
-        if last is not None:
-            self.epochs = self.epochs.with_step_of(last)
-            dataset = last.source.dataset if dataset is None else dataset
-        if not self.habits.has_stepped or dataset != self.habits.dataset:
-            self.habits = replace(self.habits, has_stepped=True, dataset=dataset)
+        for batch in last:
+            self.epochs = self.epochs.with_step_of(batch)
+            if self.habits.dataset is None:
+                self._learn_of_step(dataset=batch.source.dataset)
+        self._learn_of_step(has_stepped=True)
 
-    def _check_sets(self, batches: Sequence[Batch]) -> None:
-        """Checks that there are batches, and that they are of one data set, that of the steps before.
-
-        Raises:
-            UnknownBatchError: there are none, or they are not.
-        """
-        names = {batch.source.dataset: batch.source.name for batch in batches}
-        if not names:
-            raise UnknownBatchError(refusals.NONE_SEEN)
-        if len(names) > 1:
-            raise UnknownBatchError(refusals.several_sets(list(names.values())))
-        if self.habits.dataset not in (None, *names):
-            raise UnknownBatchError(refusals.another_set(batches[0].source.name))
-
-    def _check(self, batch: Batch, uses: Sequence[Use]) -> None:
-        """Checks that a batch has ids, that it was shown where that is needed, and that all of it was used.
-
-        Raises:
-            UnknownBatchError: it has none, or was not.
-        """
-        if batch.ids is None:
-            raise UnknownBatchError(refusals.no_ids(batch.source))
-        if self.habits.needs_proof and not any(use.is_shown for use in uses):
-            raise UnknownBatchError(refusals.UNPROVEN)
-        passes = [use.forward for use in uses if use.forward is not None]
-        if len(passes) < len(uses):
-            return
-        size = sum(forward.size for forward in passes)
-        in_pieces = len(passes) > 1 and size == len(batch.ids)
-        lengths = frozenset({0}) if in_pieces else NONE.union(*[_lengths(forward, batch) for forward in passes])
-        known = lengths if self.habits.lengths is None else self.habits.lengths & lengths
-        if self.habits.lengths and not known:
-            raise UnknownBatchError(refusals.other_size(size, len(batch.ids)))
-        if known != self.habits.lengths:
-            self.habits = replace(self.habits, lengths=known)
-
-
-def _lengths(forward: Forward, batch: Batch) -> frozenset[int]:
-    """The dimensions of the first tensor that went in in which it is as long as the batch."""
-    count = -1 if batch.ids is None else len(batch.ids)
-    return frozenset([k for k, size in enumerate(forward.shape) if size == count])
-
-
-def _part(batch: Batch, passes: Sequence[Forward]) -> Part:
-    """A batch as part of a step, with the forward passes that led to it."""
-    ids: Any = batch.ids
-    kept = tuple([(forward.size, forward.states) for forward in passes if forward.states is not None])
-    return Part(ids, kept, None, batch.digest, batch.checksum, batch.contents)
+    def _learn_of_step(self, **habits: Any) -> None:
+        if any(getattr(self.habits, name) != value for name, value in habits.items()):
+            self.habits = replace(self.habits, **habits)
 
 
 _READS: dict[type, Callable[[_Reading, Any], None]] = {
