@@ -6,12 +6,10 @@ They are told in the thread in which it happens. What fails while they are told 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
-@dataclass(frozen=True, slots=True)
-class Handed:
+class Handed(NamedTuple):
     """A batch as a loader handed it to the loop.
 
     Attributes:

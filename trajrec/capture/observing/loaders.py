@@ -54,13 +54,13 @@ class Pass:
 
     Attributes:
         loader: the loader.
-        serials: number of the pass, by the listener that hears of it.
+        heard: the listeners that hear of it, each with its number of the pass.
         outer: the iterator of another loader that draws from this one, if one does.
         is_over: whether it came to its end, or nobody can draw from it any more.
     """
 
     loader: Any
-    serials: dict[int, int]
+    heard: tuple[tuple[Listener, int], ...]
     outer: OuterIterator | None = None
     is_over: bool = False
 
@@ -68,17 +68,15 @@ class Pass:
         """Nothing more comes from it."""
         if not self.is_over:
             self.is_over = True
-            for listener, serial in self._heard():
-                listener.end_pass(serial)
+            for listener, serial in self.heard:
+                if listener in listeners.all:  # it may hear no more
+                    listener.end_pass(serial)
 
     def hand_over(self, handed: Handed) -> None:
         """The loop has received a batch of it."""
-        for listener, serial in self._heard():
-            listener.draw(handed, serial)
-
-    def _heard(self) -> list[tuple[Listener, int]]:
-        numbers = [(listener, self.serials.get(id(listener))) for listener in listeners.all]
-        return [(listener, number) for listener, number in numbers if number is not None]
+        for listener, serial in self.heard:
+            if listener in listeners.all:
+                listener.draw(handed, serial)
 
 
 class _Iterator:
@@ -216,11 +214,11 @@ def begin_pass(loader: Any) -> tuple[Pass | None, SamplerTap | None]:
     """A pass over a loader begins: how it is known, and what remembers its ids. None if nobody wants to hear of it."""
     around_it = running()
     around = [outer.loader for outer in around_it]
-    numbers = {id(listener): listener.begin_pass(loader, around) for listener in listeners.all}
-    serials = {key: number for key, number in numbers.items() if number is not None}
-    if not serials:
+    numbers = [(listener, listener.begin_pass(loader, around)) for listener in listeners.all]
+    heard = tuple([(listener, number) for listener, number in numbers if number is not None])
+    if not heard:
         return None, None
-    return Pass(loader, serials, around_it[-1] if around_it else None), _tap(loader)
+    return Pass(loader, heard, around_it[-1] if around_it else None), _tap(loader)
 
 
 def _tap(loader: Any) -> SamplerTap | None:

@@ -46,6 +46,10 @@ from trajrec.records import FloatArray, IntArray
 _MOST_FACTS, _MOST_HELD = 512, 96
 
 
+_transforms = torch._C._functorch.peek_interpreter_stack
+_running_backward = torch._C._current_graph_task_id
+
+
 class Observer:
     """What is seen of a training loop.
 
@@ -203,7 +207,7 @@ class Observer:
             return  # of another training
         with self._lock:
             # A checkpoint calls backward within a backward pass.
-            is_nested = torch._C._current_graph_task_id() != -1
+            is_nested = _running_backward() != -1
             self.backwards += not is_nested
             adds = not self._is_open or is_nested or self._is_cleared or self._adds_up(loss)
             if not is_nested and (self._is_cleared or not adds):
@@ -288,4 +292,4 @@ def _samples_in(inputs: tuple[Any, ...], tensors: Sequence[Tensor]) -> int:
 
 def _is_transformed() -> bool:
     """Whether torch.func is at work, which calls the model on tensors that have no values to look at."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return _transforms() is not None
