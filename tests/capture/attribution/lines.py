@@ -17,6 +17,7 @@ step?words      or it cannot be told, in these words
 """
 
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -47,16 +48,19 @@ class Facts:
     """Makes facts of a line: `read` gives the facts up to each step, with what is expected of it."""
 
     def __init__(self):
-        self.batches = {}
+        self.batches, self.passes = {}, Counter()
 
     def batch(self, name):
         if not name:
             return None
         if name not in self.batches:
             number = int(name[1:])
-            serial = ord(name[0])
+            serial = self.serial(name[0])
             self.batches[name] = Batch(number, LOADERS[name[0]], ids_of(number), serial, THREAD)
         return self.batches[name]
+
+    def serial(self, loader):
+        return 100 * self.passes[loader] + ord(loader)
 
     def forward(self, number, inner, is_seen):
         name, _, part = inner.partition("/")
@@ -76,7 +80,9 @@ class Facts:
         kind, inner = re.fullmatch(r"(\w+)[\[(](.*)[\])]", word).groups()
         match kind:
             case "end":
-                return [Ended(ord(inner))]
+                ended = self.serial(inner)
+                self.passes[inner] += 1
+                return [Ended(ended)]
             case "eval":
                 return [Evaluated(self.batch(inner))]
             case "free":

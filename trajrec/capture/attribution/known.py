@@ -25,7 +25,7 @@ class Waiting(NamedTuple):
         is_used: one with gradients was.
         is_shown: the last of these was seen to be about its tensors, or copies of them.
         is_over: nothing more comes from the pass over a loader that it is of.
-        is_left: it waited already when a backward pass began.
+        is_left: it waited already when the model was called with gradients, or a backward pass began.
     """
 
     batch: Batch
@@ -44,6 +44,7 @@ class Use(NamedTuple):
         batch: None if it cannot be told.
         why: the reason, then.
         is_shown: what the model was called on was seen to be the batch.
+        is_newest: the batch was the newest of its loader, and there could have been a newer one.
         is_marked: a backward pass from it can be seen.
         is_gone: none can come from it any more.
         is_stale: the gradient of an earlier backward pass from it was thrown away.
@@ -53,6 +54,7 @@ class Use(NamedTuple):
     batch: Batch | None
     why: str = ""
     is_shown: bool = False
+    is_newest: bool = False
     is_marked: bool = False
     is_gone: bool = False
     is_stale: bool = False
@@ -72,8 +74,8 @@ class Habits:
         thread: that calls the model; 0 before it does.
         has_stepped: whether there was a step.
         needs_proof: the gradient is another model's, too: that a batch is there says nothing.
-        uses_newest: the loop has used a batch while it was the newest of its loader.
-        draws_ahead: or an older one, or one that another thread has drawn.
+        uses_newest: a step was made of a batch that was used while it was the newest of its loader.
+        draws_ahead: an older one was used, or one that another thread has drawn.
         trained: loaders that steps were made of, and that are there still.
         lengths: dimensions of the first input in which it was as long as the batch in all steps; None before one.
     """

@@ -134,7 +134,7 @@ class _Reading:
             passed = () if fact.states is None else ((fact.size, fact.states),)
             self.named = (*self.named[:-1], replace(last, passes=(*last.passes, *passed)))
         use = self._use(fact)
-        self._note(lambda w: w.batch is use.batch, is_used=True)
+        self.waiting = [w._replace(is_used=w.is_used or w.batch is use.batch, is_left=True) for w in self.waiting]
         self.uses.append(use)
 
     def _use(self, fact: Forward) -> Use:
@@ -144,42 +144,41 @@ class _Reading:
         if not self.habits.thread:
             self.habits = replace(self.habits, thread=fact.thread)
         if fact.shown is not None:
-            self._learn(fact.shown, fact.thread)
             self._note(lambda w: w.batch is fact.shown, is_shown=True)
-            return Use(fact, fact.shown, is_shown=True)
+            return Use(fact, fact.shown, is_shown=True, is_newest=self._is_newest(fact.shown, fact.thread))
         single = next((w for w in self.waiting if w.batch.number == self.single), None)
         if single and self._is_usual(single) and not (single.is_evaluated and self.habits.dataset is None):
-            self._learn(single.batch, fact.thread)
-            return Use(fact, single.batch)
+            return Use(fact, single.batch, is_newest=self._is_newest(single.batch, fact.thread))
         return Use(fact, *self._only())
 
     def _is_usual(self, waiting: Waiting) -> bool:
         """Whether steps were made of this batch's loader before, or of none that is still there."""
         return not self.habits.trained or waiting.batch.source.loader in self.habits.trained
 
-    def _learn(self, batch: Batch, thread: int) -> None:
-        """Notes whether the loop uses batches as it draws them, or draws some ahead of those that it uses."""
-        others = [w.batch for w in self.waiting if w.batch.source.loader == batch.source.loader]
-        is_newest = all(other.number <= batch.number for other in others)
-        is_ahead = not is_newest or batch.thread != thread
-        if (is_newest and not self.habits.uses_newest) or (is_ahead and not self.habits.draws_ahead):
-            newest, ahead = self.habits.uses_newest or is_newest, self.habits.draws_ahead or is_ahead
-            self.habits = replace(self.habits, uses_newest=newest, draws_ahead=ahead)
+    def _is_newest(self, batch: Batch, thread: int) -> bool:
+        """Whether a batch is used while it is the newest, as far as that says something; notes it if it is not."""
+        others = [w for w in self.waiting if w.batch.source.loader == batch.source.loader]
+        is_newest = all(other.batch.number <= batch.number for other in others)
+        self._set(draws_ahead=self.habits.draws_ahead or not is_newest or batch.thread != thread)
+        return is_newest and not any(other.batch is batch and other.is_over for other in others)
 
     def _only(self) -> tuple[Batch | None, str]:
         """The batch that nothing but its being there speaks for."""
         uses = (*self.made, *[use for use in self.uses if not use.is_stale])
         before = [use.batch for use in uses if use.batch and use.forward]
+        there = [w for w in self._own([w for w in self.waiting if self._is_usual(w)]) if w.batch not in before]
         # An evaluation is over when its pass is: until then a batch that was thought to be evaluated may be meant.
-        usual = self._own([w for w in self.waiting if self._is_usual(w)])
-        fitting = [w for w in usual if not (w.is_evaluated and (w.is_shown or w.is_over)) and w.batch not in before]
+        unseen = [w for w in there if not (w.is_evaluated and (w.is_shown or w.is_over))]
+        # So may one that the loop has looked at, where it comes from where others do.
+        loaders = {batch.source.loader for batch in (*[w.batch for w in unseen], *before)}
+        fitting = [w for w in there if w.batch.source.loader in loaders]
         if not fitting:
             return self._again(before)
-        if before and fitting[0].is_left:  # it was there already when the last one was used
-            return None, refusals.several([before[-1], *[w.batch for w in fitting]])
-        if len(fitting) == 1 or self._is_newest_meant(fitting):
-            return fitting[-1].batch, ""
-        return None, refusals.several([w.batch for w in fitting])
+        is_left = bool(before) and fitting[0].is_left  # it was there already when the last one was used
+        is_evaluated = fitting[-1].is_evaluated and fitting[-1].is_over
+        if is_left or is_evaluated or not (len(fitting) == 1 or self._is_newest_meant(fitting)):
+            return None, refusals.several([*before[-1:], *[w.batch for w in fitting]])
+        return fitting[-1].batch, ""
 
     def _again(self, before: Sequence[Batch]) -> tuple[Batch | None, str]:
         """The batch that is used once more, where no other waits: the one of the step, or the newest of several."""
@@ -278,8 +277,8 @@ class _Reading:
             return []
         if len(fitting) > 1 and not self._is_newest_meant(fitting):
             return [Use(None, None, refusals.several([w.batch for w in fitting]))]
-        self._learn(fitting[-1].batch, thread)
-        return [Use(None, fitting[-1].batch)]
+        batch = fitting[-1].batch
+        return [Use(None, batch, is_newest=self._is_newest(batch, thread))]
 
     def _lay_aside(self) -> None:
         """Done with what was drawn, but for the batches that wait for their turn: those after the last in use."""
@@ -297,6 +296,7 @@ class _Reading:
         if self.is_cleared and self.made:
             self._start_anew()  # the gradient that the step is made of was thrown away
         made, losses, named = self.made, self.losses, self.named
+        self._set(uses_newest=self.habits.uses_newest or any(use.is_newest for use in made))
         self.made, self.losses, self.named, self.is_naming = [], (), (), False
         try:
             return self._step_named(named, made, losses) if named else self._step(made, losses)
@@ -319,10 +319,10 @@ class _Reading:
             UnknownBatchError: if the batch of one of them cannot be told, or they are of two data sets.
         """
         uses = uses_by_batch(made, self.habits)
-        self._learn_of_step(lengths=lengths_after(uses, self.habits))
+        self._set(lengths=lengths_after(uses, self.habits))
         self.waiting = [w for w in self.waiting if w.batch not in uses]
         batches = sorted(uses, key=lambda batch: batch.number)
-        self._learn_of_step(trained=self.habits.trained | {batch.source.loader for batch in batches})
+        self._set(trained=self.habits.trained | {batch.source.loader for batch in batches})
         self._has_stepped(batches[-1:])
         parts = [part_of(batch, [use.forward for use in uses[batch] if use.forward]) for batch in batches]
         return joined(parts, losses, drawn=tuple(batches))
@@ -332,10 +332,10 @@ class _Reading:
         for batch in last:
             self.epochs = self.epochs.with_step_of(batch)
             if self.habits.dataset is None:
-                self._learn_of_step(dataset=batch.source.dataset)
-        self._learn_of_step(has_stepped=True)
+                self._set(dataset=batch.source.dataset)
+        self._set(has_stepped=True)
 
-    def _learn_of_step(self, **habits: Any) -> None:
+    def _set(self, **habits: Any) -> None:
         if any(getattr(self.habits, name) != value for name, value in habits.items()):
             self.habits = replace(self.habits, **habits)
 
