@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.capture.attribution.lines import Facts
 from trajrec.capture.attribution.batches import StepBatch
+from trajrec.capture.attribution.facts import Forward, Stepped
 from trajrec.capture.attribution.known import NOTHING, Known
 from trajrec.capture.attribution.reading import read, read_in_general
 
@@ -33,7 +35,7 @@ LOOPS = {
     "draws ahead": "+a1 +a2 1(a1) <1 step=a1 +a3 2(a2) <2 step=a2 end(a) 3(a3) <3 step=a3",
     "draws ahead, two passes": "+a1 +a2 clear 1(a1) <1 clear 2(a1) <2 step=a1",
     "draws ahead, inputs made anew": "+a1 +a2 1() <1 step?2 batches were drawn before the model was called",
-    "draws ahead, made anew later": "+a1 +a2 1(a1) <1 step=a1 2(a2) <2 step=a2 +a3 +a4 3() <3 step?2 batches were drawn",
+    "draws ahead, made anew later": "+a1 +a2 1(a1) <1 step=a1 2(a2) <2 step=a2 +a3 +a4 3() <3 step?2 batches",
     "draws ahead, looks at numbers": "+a1 +a2 eval() clear 1(a1) <1 step=a1 +a3 eval() clear 2(a2) <2 step=a2",
     "draws ahead, looks at its batch": "+a1 +a2 eval(a1) clear 1(a1) <1 step=a1 eval(a2) 2(a2) <2 step=a2",
     "draws ahead, accumulates": "+a1 +a2 eval() 1(a1) <1 +a3 eval() 2(a2) <2 step=a1,a2 clear 3(a3) <3 step=a3",
@@ -48,7 +50,13 @@ LOOPS = {
     "two loaders in turn": "+a1 +b2 1(a1) <1 step=a1 2(b2) <2 step=b2",
     "outputs that nobody sees": "+a1 clear 1[a1] <  step=a1 +a2 2[] < step=a2",
     "within a backward pass": "+a1 1(a1) <1 <(1) +a2 2(a2) <2 <(2) step=a1,a2",
-    "two loaders, one passed over": "+b1 1(b1) <1 step=b1 +a2 2(a2) <2 step=a2 +b3 +a4 3(a4) <3 step=a4 +a5 4() <4 step=a5",
+    "one passed over": "+b1 1(b1) <1 step=b1 +a2 2(a2) <2 step=a2 +b3 +a4 3(a4) <3 step=a4 +a5 4() <4 step=a5",
+    "another model's gradient only": "+a1 1(a1) <1 step=a1 +a2 2(a2) < step?No batch of a DataLoader was seen",
+    "skips a batch": "+a1 1(a1) <1 step=a1 +a2 +a3 2() <2 step=a3",
+    "leaves a pass, and draws anew": "+a1 1(a1) <1 step=a1 +a2 end(a) +a3 2() <2 step=a3",
+    "leaves a pass, and comes back": "+a1 1(a1) <1 step=a1 +b2 +a3 2(b2) <2 step=b2 +b4 +a5 3() <3 step?Two loaders",
+    "another loader's batch at the door": "+a1 1(a1) <1 step=a1 +v2 +a3 2() <2 step=a3",
+    "an evaluation on the same loader": "+a1 1(a1) <1 step=a1 +a2 eval() +a3 eval() end(a) +a4 2() <2 step=a4",
     "draws ahead, and a copy made anew": "+a1 +a2 1(a1) 2() <1,2 step?2 batches were drawn",
     "draws ahead, and an attack": "+a1 +a2 1(a1) 2() <2 clear free(2) <1~ step=a1 +a3 3(a2) <3 step=a2",
     "skips, and looks at its batch": "+a1 1(a1) <1 step=a1 +a2 +a3 eval(a3) 2() <2 step=a3",
@@ -121,6 +129,22 @@ def test_an_ordinary_step_is_read_as_any_other():
         assert (general.habits, general.epochs) == (known.habits, known.epochs)
         for field in StepBatch._fields:
             assert repr(getattr(one, field)) == repr(getattr(other, field))
+
+
+def test_a_batch_that_another_thread_has_drawn_says_that_the_loop_draws_ahead():
+    ((seen, _),) = Facts().read("+a1 clear 1(a1) <1 step=a1")
+    assert not read(Known(), seen)[0].habits.draws_ahead
+    drawn = seen[0].batch
+    seen = [fact._replace(batch=replace(drawn, thread=8)) if fact is seen[0] else fact for fact in seen]
+    seen = [fact._replace(shown=seen[0].batch) if isinstance(fact, Forward) else fact for fact in seen]
+    assert read(Known(), seen)[0].habits.draws_ahead
+
+
+def test_another_thread_is_not_followed():
+    ((seen, _),) = Facts().read("+a1 clear 1(a1) <1 step=a1")
+    assert "steps in another thread" in str(read(Known(), [*seen[:-1], Stepped(8)])[1])
+    other = [fact._replace(thread=8) if isinstance(fact, Forward) else fact for fact in seen]
+    assert "More than one thread calls the model" in str(read(read(Known(), seen)[0], other)[1])
 
 
 def test_reading_needs_no_torch():
