@@ -22,12 +22,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from trajrec.replay.derivatives.derivatives import Derivatives
+from trajrec.replay.derivatives.derivatives import Derivatives, ForcedPoint, Point
 from trajrec.replay.derivatives.forward import ForwardPoint
 from trajrec.replay.derivatives.gauss_newton import GaussNewtonPoint
 from trajrec.replay.derivatives.operators import operator_without
@@ -227,7 +227,7 @@ class Problem:
         """How many samples of a step a form takes at once."""
         return self.plan.cutting.size(self.function, self.samples, step, self.chosen.pieces)
 
-    def point(self, name: str, step: Step) -> Any:
+    def point(self, name: str, step: Step) -> Point:
         """A step in a form; in pieces, where it does not fit as a whole."""
         size, form = self.at_once(step), self.plan.forms[name]
         if name == "slices" and not self.chosen.chunk:
@@ -259,31 +259,27 @@ class At:
     ) -> None:
         self._problem, self._step, self._kind, self._gradient, self._need = problem, step, kind, gradient, need
         self._stages = [stage for stage in stages if stage]
-        self._point: Any = None
+        self._point: Point | None = None
 
     @property
     def shares(self) -> Tensor:
         """The c[t,i] [B] of the batch."""
-        found: Tensor = self._computed(lambda point: point.shares)
-        return found
+        return self._computed(lambda point: cast(ForcedPoint, point).shares)
 
     def gradient(self) -> Tensor:
         """g_t [P']."""
-        found: Tensor = self._computed(lambda point: point.gradient())
-        return found
+        return self._computed(lambda point: point.gradient())
 
     def along(self, directions: Tensor) -> Derivatives:
         """Derivatives along directions [K, P']."""
         exact, gradient = self._problem.plan.exact, self._gradient
-        found: Derivatives = self._computed(lambda at: at.along(directions, hessian=exact, gradient=gradient))
-        return found
+        return self._computed(lambda point: point.along(directions, hessian=exact, gradient=gradient))
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
-        found: Tensor = self._computed(lambda point: point.forced(directions, multipliers))
-        return found
+        return self._computed(lambda point: cast(ForcedPoint, point).forced(directions, multipliers))
 
-    def _computed(self, what: Callable[[Any], _Found]) -> _Found:
+    def _computed(self, what: Callable[[Point], _Found]) -> _Found:
         while True:
             try:
                 if self._point is None:
@@ -315,5 +311,4 @@ class At:
         generator = torch.Generator().manual_seed(0)
         directions = torch.randn(need.directions, problem.function.layout.size, generator=generator)
         given = problem.function.free(directions.to(self._step.before), self._step)
-        found: Derivatives = point.along(given, hessian=problem.plan.exact, gradient=need.gradient)
-        return found
+        return point.along(given, hessian=problem.plan.exact, gradient=need.gradient)

@@ -57,3 +57,14 @@ class Point(Protocol):
 
     def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']; `gradient`: g_t is wanted, too."""
+
+
+class ForcedPoint(Protocol):
+    """A step, ready for what its gradient changes by when weights and samples' shares do."""
+
+    @property
+    def shares(self) -> Tensor:
+        """The c[t,i] [B] of the batch."""
+
+    def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
+        """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""

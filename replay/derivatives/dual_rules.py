@@ -24,8 +24,8 @@ Letters: B batch, C channels, M values that one statistic is taken of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as fwd
@@ -37,6 +37,7 @@ _batch_norm = torch.ops.aten.native_batch_norm
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 Handler = Callable[..., Any]
+Context: TypeAlias = Any  # torch's, on which attributes are put
 
 
 def parts_of(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -81,7 +82,9 @@ def _pair(x: Tensor | None, like: Tensor, value: float) -> tuple[Tensor, Tensor]
     return primal, torch.zeros_like(primal) if tangent is None else tangent
 
 
-def _log_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor | None:
+def _log_softmax(
+    x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor | None:
     value, tangent = parts_of(x)
     if tangent is None or dim is None or dtype is not None:
         return None
@@ -89,7 +92,9 @@ def _log_softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype:
     return dual_of(y, tangent - (y.exp() * tangent).sum(dim, keepdim=True))
 
 
-def _softmax(x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor | None:
+def _softmax(
+    x: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor | None:
     value, tangent = parts_of(x)
     if tangent is None or dim is None or dtype is not None:
         return None
@@ -101,7 +106,7 @@ def _softmax_dual(y: Tensor, tangent: Tensor, dim: int) -> Tensor:
     return dual_of(y, product - y * product.sum(dim, keepdim=True))
 
 
-def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Tensor | None:
+def _logsumexp(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor | None:
     value, tangent = parts_of(x)
     if tangent is None or not isinstance(dim, int):
         return None
@@ -160,7 +165,7 @@ class _BatchNorm(torch.autograd.Function):
         return y, dy, n, mean, s, n_dx / count, sum_dx / count
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, dx, w, dw = inputs[:4]
         ctx.save_for_backward(x, dx, w, dw, *output[2:])
         ctx.mark_non_differentiable(*output[2:])
@@ -168,7 +173,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx.eps = inputs[-1]
 
     @staticmethod
-    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dx, w, dw, n, mean, s, n_dx, mean_dx = ctx.saved_tensors
         u, v = _both_of(bars)
         shape, count = _channels(x)
@@ -195,7 +200,7 @@ def _channels(x: Tensor) -> tuple[list[int], float]:
 
 
 def _layer_normalised(
-    x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor | None:
     value, tangent = parts_of(x)
     like = value.new_empty(list(shape))
@@ -220,14 +225,14 @@ class _LayerNorm(torch.autograd.Function):
         return y, dy, n, mean, s, dn, n_dx
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, dx, w, dw, _, _, ctx.shape, _ = inputs
         ctx.save_for_backward(x, dx, w, dw, *output[2:])
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *bars: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dx, w, dw, n, mean, s, dn, n_dx = ctx.saved_tensors
         u, v = _both_of(bars)
         dims, rows = list(range(-len(ctx.shape), 0)), list(range(x.dim() - len(ctx.shape)))

@@ -18,7 +18,7 @@ Letters: B batch, I inputs, K directions, n numbers of a weight, O outputs, T pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -103,6 +103,8 @@ class Lookup:
 
 
 # A weight, or whatever stands in its place in a call; and its piece, from the gradient u of what the call gave out.
+Sizes = int | Sequence[int]
+Factor = Tensor | float
 Use = tuple[Any, Callable[[Tensor], Piece]]
 
 
@@ -134,7 +136,7 @@ class Tape(TorchFunctionMode):
         self._noted.append((get_gradient_edge(y), uses))
         return y
 
-    def _is_weight(self, value: Any) -> bool:
+    def _is_weight(self, value: object) -> bool:
         return id(value) in self._names
 
     def _known(self, uses: Iterable[Use]) -> list[Use]:
@@ -187,9 +189,9 @@ def _conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> Iterable[Use]:
     if isinstance(padding, str) or groups != 1 or x.dim() != 4:
@@ -204,9 +206,9 @@ def _conv2d(
     yield bias, lambda u: _spread(u, _channels(u))
 
 
-def _pair(value: Any) -> list[int]:
+def _pair(value: Sizes) -> list[int]:
     """An option of a convolution for both dimensions of an image."""
-    return list(value) if isinstance(value, tuple | list) else [value, value]
+    return [value, value] if isinstance(value, int) else list(value)
 
 
 def _windows(
@@ -241,21 +243,27 @@ def _embedding(
     yield weight, lookup
 
 
-def _affine(weight: Any, bias: Any, shape: Iterable[int], normal: Callable[[], Tensor]) -> Iterable[Use]:
+def _affine(
+    weight: Tensor | None, bias: Tensor | None, shape: Iterable[int], normal: Callable[[], Tensor]
+) -> Iterable[Use]:
     """A weight that scales and a bias that shifts normalised values, both of this shape."""
     yield weight, lambda u: _spread(u * normal(), shape)
     yield bias, lambda u: _spread(u, shape)
 
 
-def _layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Iterable[Use]:
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Iterable[Use]:
     return _affine(weight, bias, shape, lambda: functional.layer_norm(x.detach(), shape, eps=eps))
 
 
-def _rms_norm(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Iterable[Use]:
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Iterable[Use]:
     return _affine(weight, None, shape, lambda: functional.rms_norm(x.detach(), shape, eps=eps))
 
 
-def _group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Iterable[Use]:
+def _group_norm(
+    x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Iterable[Use]:
     return _affine(weight, bias, _channels(x), lambda: functional.group_norm(x.detach(), groups, eps=eps))
 
 
@@ -263,8 +271,8 @@ def _batch_norm(
     x: Tensor,
     mean: Tensor | None,
     var: Tensor | None,
-    weight: Any = None,
-    bias: Any = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -281,7 +289,7 @@ def _channels(x: Tensor) -> list[int]:
     return [x.shape[1]] + [1] * (x.dim() - 2)
 
 
-def _sum(x: Any, other: Any) -> Iterable[Use]:
+def _sum(x: Factor, other: Factor) -> Iterable[Use]:
     for weight in (x, other):
         yield weight, partial(_spread, shape=getattr(weight, "shape", ()))
 
@@ -290,11 +298,11 @@ def _scaled(x: Any, other: Any) -> Iterable[Use]:
     return [(x, partial(_times, other, x)), (other, partial(_times, x, other))]
 
 
-def _times(factor: Any, weight: Tensor, u: Tensor) -> Rows:
+def _times(factor: Factor, weight: Tensor, u: Tensor) -> Rows:
     return _spread(u * (factor.detach() if isinstance(factor, Tensor) else factor), weight.shape)
 
 
-def _expanded(x: Tensor, *_sizes: Any) -> Iterable[Use]:
+def _expanded(x: Tensor, *_sizes: object) -> Iterable[Use]:
     yield x, lambda u: _spread(u, x.shape)
 
 

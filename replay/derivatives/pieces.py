@@ -28,14 +28,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import ReplayError
-from trajrec.replay.derivatives.derivatives import Derivatives
+from trajrec.replay.derivatives.derivatives import Derivatives, Point
 from trajrec.replay.derivatives.reverse import saved_bytes
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.step import Part, Step
 
-Form = Callable[[LossFunction, Samples, Step, int], Any]
+Form = Callable[[LossFunction, Samples, Step, int], Point]
 _TEMPORARY = 2
 _FEW = 2
 
