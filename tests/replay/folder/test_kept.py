@@ -33,7 +33,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture
 def run(project, monkeypatch):
-    """Runs `trajrec replay run.h5` in this process; resume is written at every step."""
+    """Runs `trajrec replay run.h5` in this process; progress is written at every step."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("TRAJREC_PROGRESS_SECONDS", "0")
     monkeypatch.setenv("TRAJREC_FORM", "reverse")

@@ -26,10 +26,10 @@ from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError
 from trajrec.records import Inputs, Keyframe, Row, RunSpec
 from trajrec.runfile.format import hdf5
-from trajrec.runfile.format.columns import ColumnSizes
+from trajrec.runfile.format.columns import DATASETS, RAGGED, STEP, Array, Column
 from trajrec.runfile.format.layout import FORMAT, STEP_DIGITS, VERSION, Head, check_head, inputs_name, keyframe_name
 from trajrec.runfile.format.rowfile import SharedRows
-from trajrec.runfile.format.table import LATER, PLAIN, RAGGED, StepTable
+from trajrec.runfile.format.table import StepTable
 from trajrec.runfile.reader.soundness import sound_keyframe, sound_table
 from trajrec.runfile.reader.storedrows import FlatRows, StoredRows, rows_of
 from trajrec.typed import typed
@@ -39,12 +39,6 @@ _CACHE = 1024**2
 _CHUNK = 4 * 1024**2  # larger ones are never written
 _FILTERS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, hdf5.ZSTD}
 _STEP = re.compile(f"[0-9]{{{STEP_DIGITS}}}")
-COLUMNS = {
-    "steps/step": ("<i8", 1),
-    **{f"steps/{name}": (dtype, 3 if name == "hyper" else 1) for name, dtype in PLAIN.items()},
-    **{f"batches/{name}_offsets": ("<i8", 1) for name in RAGGED},
-}
-Column = npt.NDArray[Any]
 _FAULTS = (
     OSError,
     RuntimeError,
@@ -59,14 +53,17 @@ _FAULTS = (
 
 
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Turns a fault of the HDF5 library into a `DamagedRunError` that names file and dataset."""
+def reading(path: Path, what: str, first: int | None = None, stop: int = 0) -> Iterator[None]:
+    """Turns a fault of the HDF5 library into a `DamagedRunError` that names file, dataset and steps [first, stop)."""
     try:
         yield
     except _FAULTS as error:
+        steps = None if first is None else (first, stop - 1)
+        which = "" if steps is None else f", step {first}" if first == stop - 1 else f", steps {first} to {stop - 1}"
         raise DamagedRunError(
-            f"{path}: {what} cannot be read: the file is truncated or damaged ({_reason(error)}). "
-            "Run `trajrec verify` to see what is intact."
+            f"{path}: {what}{which} cannot be read: the file is truncated or damaged ({_reason(error)}). "
+            "Run `trajrec verify` to see what is intact.",
+            *(path, what if what.startswith("/") else "", steps),
         ) from error
 
 
@@ -219,7 +216,7 @@ class StoredRun:
 
     def rows(self, first: int, stop: int) -> Row:
         """Rows of steps [first, stop) [n, P], not checked."""
-        with reading(self.rows_path, f"/weights, steps {first} to {stop - 1}"):
+        with reading(self.rows_path, "/weights", first, stop):
             out = np.empty((stop - first, self.row_length), self._weights.dtype)
             if out.size:
                 self._rows.read(first - self.first, out)
@@ -233,7 +230,7 @@ class StoredRun:
 
     def raw_chunks(self, first: int) -> Iterator[tuple[int, int, bytes]]:
         """Column, filter mask and stored bytes of the chunks whose rows begin with that of step `first`."""
-        with reading(self.path, f"/weights, step {first}"):
+        with reading(self.path, "/weights", first, first + 1):
             for column in range(0, self.row_length, self._weights.chunks[1]):
                 mask, data = self._weights.id.read_direct_chunk((first - self.first, column))
                 yield column, mask, data
@@ -246,63 +243,62 @@ class StoredRun:
         groups, names = self._dataset("steps/hyper", "f", 3).shape[1:]
         return int(groups), int(names)
 
-    def column_sizes(self, first: int, stop: int) -> ColumnSizes:
-        """How much the columns of steps [first, stop) hold."""
-        spans = (self._flat_length(name, first, stop) for name in RAGGED)
-        return ColumnSizes(stop - first, *spans)
-
-    def _flat_length(self, name: str, first: int, stop: int) -> int:
-        offsets = self.column(f"batches/{name}_offsets", first, stop)
-        return int(offsets[-1] - offsets[0])
+    def column_sizes(self, first: int, stop: int) -> dict[str, int]:
+        """How much the columns of steps [first, stop) hold: "entries", and the flat length of ragged ones by name."""
+        offsets = {c.name: self._offsets(c, first, stop) for c in RAGGED}
+        return {"entries": stop - first, **{name: int(found[-1] - found[0]) for name, found in offsets.items()}}
 
     def table(self, first: int, stop: int, is_sound: bool = False) -> StepTable:
         """The records of steps [first, stop), checked unless the whole file is known to be sound."""
-        columns = {name: self.column(name, first, stop) for name in COLUMNS}
-        with reading(self.path, f"/steps/step, steps {first} to {stop - 1}"):
-            if not np.array_equal(columns.pop("steps/step"), np.arange(first, stop)):
+        columns = {path: self.column(path, first, stop) for path in DATASETS if not path.endswith("_offsets")}
+        with reading(self.path, "/steps/step", first, stop):
+            if not np.array_equal(columns.pop(STEP), np.arange(first, stop)):
                 raise ValueError("the steps are not consecutive")
-        fields = {name.partition("/")[2]: values for name, values in columns.items()}
-        table = sound_table(StepTable(first, **{**fields, **self._ragged(fields, first, stop)}), self.spec(), self.path)
+        fields = {path.partition("/")[2]: values for path, values in columns.items()}
+        for c in RAGGED:
+            fields |= self._ragged(c, first, stop)
+        table = sound_table(StepTable(first, fields), self.spec(), self.path)
         if not is_sound and (step := table.damaged()) is not None:
             raise DamagedRunError(
                 f"{self.path}: /steps and /batches, step {step}: the record does not match its checksum; the file is "
-                "damaged. Run `trajrec verify` to see what is intact."
+                "damaged. Run `trajrec verify` to see what is intact.",
+                *(self.path, "/steps", (step, step)),
             )
         return table
 
-    def _ragged(self, fields: dict[str, Column], first: int, stop: int) -> dict[str, Column]:
-        """The values that the offsets point to, and the offsets from 0."""
-        found = {}
-        for name in RAGGED:
-            if self._lacks(name):
-                found[name] = np.empty(0, RAGGED[name])
-                continue
-            with reading(self.path, f"/batches/{name}, steps {first} to {stop - 1}"):
-                offsets = fields[f"{name}_offsets"]
-                flat = self._dataset(f"batches/{name}", np.dtype(RAGGED[name]).kind, 1)
-                if offsets[0] < 0 or offsets[-1] > len(flat) or (np.diff(offsets) < 0).any():
-                    raise ValueError(f"/batches/{name}_offsets is not an ascending list within it")
-                found[name] = flat[offsets[0] : offsets[-1]].astype(RAGGED[name], copy=False)
-                found[f"{name}_offsets"] = offsets - offsets[0]
-        return found
+    def _ragged(self, c: Column, first: int, stop: int) -> dict[str, Array]:
+        """The values of a ragged column, and their offsets from 0."""
+        offsets = self._offsets(c, first, stop)
+        if self._lacks(c):
+            return {c.name: c.nothing, c.offsets: offsets}
+        with reading(self.path, f"/{c.path}", first, stop):
+            flat = self._dataset(c.path, np.dtype(c.dtype).kind, 1)
+            if offsets[0] < 0 or offsets[-1] > len(flat) or (np.diff(offsets) < 0).any():
+                raise ValueError(f"/{c.path}_offsets is not an ascending list within it")
+            values = flat[offsets[0] : offsets[-1]].astype(c.dtype, copy=False)
+            return {c.name: values, c.offsets: offsets - offsets[0]}
 
-    def _lacks(self, name: str) -> bool:
+    def _offsets(self, c: Column, first: int, stop: int) -> Array:
+        return self.column(f"{c.path}_offsets", first, stop)
+
+    def _lacks(self, c: Column) -> bool:
         """Whether a ragged column did not exist yet when the file was written."""
-        if name not in LATER or f"batches/{name}_offsets" in self._known:
+        if not c.since or f"{c.path}_offsets" in self._known:
             return False
         with reading(self.path, "/batches"):
-            return self._file.get(f"batches/{name}_offsets", getlink=True) is None
+            return self._file.get(f"{c.path}_offsets", getlink=True) is None
 
-    def column(self, name: str, first: int, stop: int) -> Column:
-        """Entries of steps [first, stop) of a column, by its HDF5 path; n + 1 entries of an offset column."""
-        if name.endswith("_offsets") and self._lacks(name.removeprefix("batches/").removesuffix("_offsets")):
+    def column(self, path: str, first: int, stop: int) -> Array:
+        """Entries of steps [first, stop) of one of `DATASETS`; n + 1 entries of offsets."""
+        more = path.endswith("_offsets")
+        if more and any(self._lacks(c) for c in RAGGED if path == f"{c.path}_offsets"):
             return np.zeros(stop - first + 1, "<i8")
-        with reading(self.path, f"/{name}, steps {first} to {stop - 1}"):
-            dtype, dimensions = COLUMNS[name]
-            dataset, more = self._dataset(name, np.dtype(dtype).kind, dimensions), name.endswith("_offsets")
+        with reading(self.path, f"/{path}", first, stop):
+            dtype, dimensions = DATASETS[path]
+            dataset = self._dataset(path, np.dtype(dtype).kind, dimensions)
             if len(dataset) != self.entries + more:
                 raise ValueError(f"it has {len(dataset)} entries, {self.entries + more} were expected")
-            values: Column = dataset[first - self.first : stop - self.first + more].astype(dtype, copy=False)
+            values: Array = dataset[first - self.first : stop - self.first + more].astype(dtype, copy=False)
             return values
 
     # ---- keyframes and inputs
@@ -341,7 +337,8 @@ class StoredRun:
         dataset = self._checked_dataset(name, "biufc", None)
         value = np.asarray(dataset[()])
         if crc32(np.ascontiguousarray(value).data) != int(dataset.attrs["crc32"]):
-            raise DamagedRunError(f"{self.path}: /{name} does not match its checksum; the file is damaged.")
+            message = f"{self.path}: /{name} does not match its checksum; the file is damaged."
+            raise DamagedRunError(message, self.path, f"/{name}")
         return value.astype(value.dtype.newbyteorder("="), copy=False)
 
 

@@ -16,7 +16,6 @@ from trajrec.runfile.durable import durable, sync
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.format import layout, trailer
 from trajrec.runfile.format.arrays import read_keyframe
-from trajrec.runfile.format.columns import Columns, ColumnSizes
 from trajrec.runfile.format.geometry import CHUNK_ROWS
 from trajrec.runfile.format.rowfile import HEAD_BYTES, RowFile
 from trajrec.runfile.manifest import Manifest
@@ -25,6 +24,7 @@ from trajrec.runfile.reader.stored import StoredRun
 from trajrec.runfile.reader.verify import check_made
 from trajrec.runfile.writer.sealing import _ENTRIES, row_file
 from trajrec.runfile.writer.sealing import head_of as _head
+from trajrec.runfile.writer.steps import StepColumns, total
 
 
 def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[int, int]]) -> Path:
@@ -143,7 +143,7 @@ def _copy_steps(file: h5py.File, folder: Folder, manifest: Manifest, pieces: Pie
             _gather_rows(row_file(folder, manifest), piece, a, b)
         sizes.append(piece.column_sizes(a, b))
         shapes.append(piece.hyper_shape)
-    columns = Columns(file, ColumnSizes.total(sizes), max(shapes), manifest.compression)
+    columns = StepColumns(file, total(sizes), max(shapes), manifest.compression)
     for k, a, b in clips:
         sound = _is_sound(pieces.open(k))
         for start in range(a, b, _ENTRIES):

@@ -26,13 +26,13 @@ from trajrec.runfile.durable import durable
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.format import layout, trailer
 from trajrec.runfile.format.arrays import has_inputs, read_inputs
-from trajrec.runfile.format.columns import Columns, ColumnSizes
 from trajrec.runfile.format.geometry import chunk_shape
 from trajrec.runfile.format.layout import Head
 from trajrec.runfile.format.rowfile import PIECE_BYTES, RowFile
 from trajrec.runfile.format.table import table_of
 from trajrec.runfile.manifest import Manifest
 from trajrec.runfile.ring import Ring
+from trajrec.runfile.writer.steps import StepColumns, sizes_of
 
 _ENTRIES = 4096
 
@@ -63,8 +63,7 @@ def _write_segment(folder: Folder, manifest: Manifest, ring: Ring, records: Sequ
         file = layout.begin(tmp, head, manifest.spec, len(records) if inside else 0, cache=0)
         if inside:
             layout.write_rows(file, _blocks(ring, first, stop))
-        columns = Columns(file, ColumnSizes.of(table), table.hyper.shape[1:], manifest.compression)
-        columns.append(table)
+        StepColumns(file, sizes_of(table), table["hyper"].shape[1:], manifest.compression).append(table)
         _take_in_inputs(file, folder, manifest, range(first, stop))
         file.close()
         trailer.append(tmp)
