@@ -72,7 +72,7 @@ def record(
     Example: [bold]trajrec record --out runs/mnist.h5 train.py --epochs 5[/bold]
     """
     from trajrec.api import record as make_recorder
-    from trajrec.capture.recorder import processes
+    from trajrec.capture.processes import processes
     from trajrec.cli.runs import new_run
 
     script, rest = _script(arguments or [], module)
@@ -112,7 +112,7 @@ def _unrecorded(recorder: Recorder) -> int:
 
     Where several processes train it is 0 all the same: their launcher would end the others.
     """
-    from trajrec.capture.recorder import processes
+    from trajrec.capture.processes import processes
 
     problem = recorder.problem or (recorder.summary.stopped if recorder.summary is not None else None)
     if problem is None or processes() > 1:

@@ -168,7 +168,11 @@ class Session:
         """
         progress.start("certify", self.run.steps)
         self.guarded(lambda: self._certify(self.checks, self.trajectory, progress.advance))
-        return self.checks.certificate()
+        return self.certificate()
+
+    def certificate(self) -> Certificate:
+        """What has been proved so far."""
+        return self.checks.found.certificate(self.run.steps, self.checks.tolerance)
 
     def _certify(self, checks: StepChecks, trajectory: Trajectory, advance: Callable[[int], None]) -> None:
         state = initial_state(trajectory, self.rule)

@@ -25,6 +25,8 @@ FORBIDDEN = {
     **{f"trajrec.{name}": ["torch"] for name in ("errors", "records", "typed", "checksum")},
     "trajrec.task.": ["trajrec.capture", "trajrec.snapshot", "trajrec.rules", "trajrec.runfile", *ABOVE, *DATA],
     "trajrec.capture.": ["trajrec.runfile", *ABOVE, *DATA],
+    "trajrec.capture.attribution.": ["torch", "trajrec.task", "trajrec.snapshot", "trajrec.rules"],
+    "trajrec.capture.observing.": ["trajrec.snapshot", "trajrec.rules"],
     "trajrec.snapshot.": ["trajrec.task", "trajrec.capture", "trajrec.rules", "trajrec.runfile", *ABOVE, *DATA],
     "trajrec.rules.": ["trajrec.task", "trajrec.capture", "trajrec.snapshot", "trajrec.runfile", *ABOVE, *DATA],
     "trajrec.runfile.": ["trajrec.task", "trajrec.capture", "trajrec.snapshot", "trajrec.rules", "polars", *ABOVE],
@@ -42,7 +44,8 @@ FORBIDDEN = {
     **{f"trajrec.replay.{name}": OUTPUT for name in ("question", "step", "session")},
     "trajrec.replay.folder.": ["trajrec.replay.report", "trajrec.cli"],
     "trajrec.replay.report.": ["torch", "h5py", "trajrec.runfile", "trajrec.replay.methods", "trajrec.cli"],
-    "trajrec.replay.report.render.": ["trajrec.replay.report.scores"],
+    "trajrec.replay.report.sections.": ["trajrec.replay.report.render", "trajrec.replay.report.report"],
+    "trajrec.replay.report.render.": ["trajrec.replay.report.scores", "trajrec.replay.report.sections"],
     "": ["torchvision"],
 }
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from trajrec.capture.recorder import Recorder, processes
+from trajrec.capture.processes import processes
+from trajrec.capture.recorder import Recorder
 from trajrec.runfile.trainer.sink import RunFileSink
 from trajrec.sink import MemorySink, Sink
 

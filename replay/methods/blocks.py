@@ -106,7 +106,7 @@ class AdjointPasses:
         for number in range(start, len(pieces)):
             self._block(number, pieces[number], values if number == start else {}, arrays)
         if start == len(pieces):
-            self._session.checks.resume(values["checks"])
+            self._session.checks.found.resume(values["checks"])
         self._finish(len(pieces))
         return self._table, np.asarray(self._growth)
 
@@ -186,7 +186,7 @@ class TangentPasses:
         for number in range(start, len(pieces)):
             take(pieces[number], self._block(number, pieces[number], values if number == start else {}, arrays))
         if start == len(pieces):
-            self._session.checks.resume(values["checks"])
+            self._session.checks.found.resume(values["checks"])
         if self._execution.file is not None:
             values = common_values(self._session, self._problem.chosen, {}) | {"number": len(pieces), "first": 1}
             self._execution.file.finish(values, {"sums": self._values})
@@ -270,14 +270,14 @@ def common_values(session: Session, chosen: Chosen, arrays: Arrays) -> Json:
     if waiting is not None and waiting[1] is not None:
         arrays["waiting"] = waiting[1].cpu().numpy()
     return asdict(chosen) | {
-        "checks": session.checks.progress(),
+        "checks": session.checks.found.to_json(),
         "waiting": None if waiting is None else waiting[0].t,
     }
 
 
 def resume_checks(session: Session, values: Json, arrays: Arrays, *, backwards: bool) -> None:
     """Gives the certifier what it had found, and the step that waited."""
-    session.checks.resume(values["checks"])
+    session.checks.found.resume(values["checks"])
     if backwards and values["waiting"] is not None:
         gradient = torch.from_numpy(arrays["waiting"]).to(session.device) if "waiting" in arrays else None
         session.checks.waiting = next(iter(session.trajectory.backwards(values["waiting"]))), gradient

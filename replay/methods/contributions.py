@@ -187,7 +187,7 @@ def _contributions(session: Session, scope: Scope, values: FloatArray) -> Contri
         values=values,
         samples=scope.samples,
         targets=scope.targets.names,
-        certificate=session.checks.certificate(),
+        certificate=session.certificate(),
         exact=scope.curvature == "hessian",
         mode=scope.mode,
         target_kind=scope.targets.kind,

@@ -17,7 +17,8 @@ unchecked.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from torch import Tensor
@@ -27,12 +28,21 @@ from trajrec.replay.step import Step
 from trajrec.rules.step import State
 
 
+class Verdict(StrEnum):
+    """What steps that were made again come to."""
+
+    BIT_EXACT = "bit-exact"
+    WITHIN_ROUNDING = "within rounding"
+    DRIFTED = "drifted"
+    UNCHECKED = "unchecked"
+
+
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """What a replay has proved.
 
     Attributes:
-        verdict: "bit-exact", "within rounding", "drifted" or "unchecked".
+        verdict: what they come to.
         steps: T.
         steps_checked: how many steps were made again and compared.
         max_drift: largest drift_t of the checked steps (no unit).
@@ -41,7 +51,7 @@ class Certificate:
         first_bad_step: first step found beyond tolerance, or None.
     """
 
-    verdict: str
+    verdict: Verdict
     steps: int
     steps_checked: int
     max_drift: float
@@ -52,13 +62,13 @@ class Certificate:
     @property
     def sentence(self) -> str:
         """The certificate in words."""
-        if self.verdict == "unchecked":
+        if self.verdict is Verdict.UNCHECKED:
             return "No step could be checked: they are hidden, or as small as rounding."
         checked = f"{self.steps_checked:,} of {self.steps:,} steps were made again"
-        if self.verdict == "bit-exact":
+        if self.verdict is Verdict.BIT_EXACT:
             return f"{checked}, every one bit for bit as recorded."
         drift = f"largest drift {self.max_drift:.1e} at step {self.at_step:,}"
-        if self.verdict == "drifted":
+        if self.verdict is Verdict.DRIFTED:
             return f"{checked}, but from step {self.first_bad_step:,} on they differ ({drift}): NOT the recorded run."
         return f"{checked} and agree with the recording within rounding ({drift})."
 
@@ -67,13 +77,54 @@ class Certificate:
         return asdict(self) | {"sentence": self.sentence}
 
 
-def verdict_of(checked: int, exact: bool, first_bad: int | None) -> str:
-    """The verdict on so many checked steps, all equal to the bit or not, and the first that drifted."""
-    if not checked:
-        return "unchecked"
-    if first_bad is not None:
-        return "drifted"
-    return "bit-exact" if exact else "within rounding"
+@dataclass(slots=True)
+class Comparisons:
+    """What has been found of the steps that were made again so far; as JSON in the file of a replay in progress.
+
+    Attributes:
+        checked: the steps that count as made again.
+        unequal: the steps that did not come out to the last bit.
+        worst: the largest drift, and worst_step: where.
+        first_bad: the first step beyond tolerance, or None.
+    """
+
+    checked: set[int] = field(default_factory=set)
+    unequal: set[int] = field(default_factory=set)
+    worst: float = 0.0
+    worst_step: int = 0
+    first_bad: int | None = None
+
+    def drifted(self, t: int, drift: float) -> None:
+        """Notes the drift of a step."""
+        if drift > self.worst:
+            self.worst, self.worst_step = drift, t
+
+    def bad(self, t: int) -> None:
+        """Notes a step beyond tolerance."""
+        self.first_bad = t if self.first_bad is None else min(t, self.first_bad)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict so far."""
+        if not self.checked:
+            return Verdict.UNCHECKED
+        if self.first_bad is not None:
+            return Verdict.DRIFTED
+        return Verdict.WITHIN_ROUNDING if self.unequal else Verdict.BIT_EXACT
+
+    def certificate(self, steps: int, tolerance: float) -> Certificate:
+        """The certificate of a run of so many steps."""
+        checked = len(self.checked)
+        return Certificate(self.verdict, steps, checked, self.worst, self.worst_step, tolerance, self.first_bad)
+
+    def to_json(self) -> Json:
+        """JSON-ready values."""
+        return asdict(self) | {"checked": sorted(self.checked), "unequal": sorted(self.unequal)}
+
+    def resume(self, values: Json) -> None:
+        """Takes up what `to_json` gave."""
+        for name, value in values.items():
+            setattr(self, name, set(value) if name in ("checked", "unequal") else value)
 
 
 class StepChecks(Protocol):
@@ -82,10 +133,12 @@ class StepChecks(Protocol):
     Attributes:
         stride: check the first, the last and every so many steps; 1 checks all.
         tolerance: on the drift of a step.
+        found: what the steps so far have come to.
     """
 
     stride: int
     tolerance: float
+    found: Comparisons
 
     @property
     def waiting(self) -> tuple[Step, Tensor | None] | None:
@@ -93,12 +146,6 @@ class StepChecks(Protocol):
 
     @waiting.setter
     def waiting(self, waiting: tuple[Step, Tensor | None] | None) -> None: ...
-
-    def progress(self) -> Json:
-        """What has been found so far, JSON-ready."""
-
-    def resume(self, progress: Json) -> None:
-        """Takes up what another has found."""
 
     def forwards(self, step: Step, state: State, gradient: Tensor) -> State:
         """Takes a step going forwards, with the optimizer's state before it. Returns the state after it."""
@@ -111,6 +158,3 @@ class StepChecks(Protocol):
 
     def finish_backwards(self, initial: State) -> None:
         """The backward pass has ended; `initial` is the state before step 1."""
-
-    def certificate(self) -> Certificate:
-        """What has been proved so far."""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from trajrec.checksum import crc32
-from trajrec.records import Json, Row
+from trajrec.records import Row
 from trajrec.replay.machine.torch_switches import tolerance_of
-from trajrec.replay.proof.certificate import Certificate, verdict_of
+from trajrec.replay.proof.certificate import Comparisons
 from trajrec.replay.proof.drift import TOLERANCE
 from trajrec.replay.proof.refusal import Drifted
 from trajrec.replay.step import Point, RecordedRun, Step, make_step
@@ -30,14 +30,14 @@ class KeyframeChecks:
         self.stride = 1
         self.waiting: tuple[Step, Tensor | None] | None = None
         self._row: Row = run.row(0).copy()
-        self._equal: dict[int, bool] = {}
-        self._worst, self._worst_step = 0.0, 0
-        self._first_bad: int | None = None
+        self.found = Comparisons()
 
     def row(self, point: Point) -> None:
         """Compares the checksum of a recomputed row."""
         self.layout.fill(self._row, point.weights.cpu().numpy())
-        self._equal[point.t] = crc32(self._row.data) == self.run.crc32(point.t)
+        self.found.checked.add(point.t)
+        if crc32(self._row.data) != self.run.crc32(point.t):
+            self.found.unequal.add(point.t)
 
     def keyframe(self, made: Point, start: Point, recorded: Tensor, left_out: Callable[[], Tensor]) -> None:
         """Compares recomputed weights with a keyframe's, `start` being the keyframe before.
@@ -52,36 +52,13 @@ class KeyframeChecks:
         if error > self.tolerance * moved:
             error = float(((made.weights - recorded) * ~left_out()).abs().max())
         drift = error / moved if moved else float(error > 0)
-        if drift > self._worst:
-            self._worst, self._worst_step = drift, made.t
+        self.found.drifted(made.t, drift)
         if drift > self.tolerance:
-            first = min((t for t, equal in self._equal.items() if not equal), default=made.t)
-            self._first_bad = min(first, self._first_bad or first)
+            first = min(self.found.unequal, default=made.t)
+            self.found.bad(first)
             if not self.allow_drift:
                 probe = make_step(self.run, start.t + 1, start.weights, start.weights)
                 raise Drifted(first, drift, probe, made.t, start.state, recorded)
-
-    def progress(self) -> Json:
-        """What has been found so far, JSON-ready."""
-        return {
-            "equal": sorted(self._equal.items()),
-            "worst": [self._worst, self._worst_step],
-            "first_bad": self._first_bad,
-        }
-
-    def resume(self, progress: Json) -> None:
-        """Takes up what another has found."""
-        self._equal = {int(t): bool(equal) for t, equal in progress["equal"]}
-        self._worst, self._worst_step = progress["worst"]
-        self._first_bad = progress["first_bad"]
-
-    def certificate(self) -> Certificate:
-        """What has been proved so far."""
-        checked = len(self._equal)
-        verdict = verdict_of(checked, all(self._equal.values()), self._first_bad)
-        return Certificate(
-            verdict, self.run.steps, checked, self._worst, self._worst_step, self.tolerance, self._first_bad
-        )
 
     # A replay's own steps start from the recomputed weights, which have been compared already.
 

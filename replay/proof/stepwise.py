@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajrec.records import FloatArray, Json
+from trajrec.records import FloatArray
 from trajrec.replay.machine.torch_switches import tolerance_of
-from trajrec.replay.proof.certificate import Certificate, verdict_of
+from trajrec.replay.proof.certificate import Comparisons
 from trajrec.replay.proof.drift import PROVES, ROUNDING, movements, noisy, worst_group
 from trajrec.replay.proof.refusal import Drifted
 from trajrec.replay.step import RecordedRun, Step
@@ -33,10 +33,7 @@ class StepwiseChecks:
         coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
         self.tolerance = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance, tolerance_of(run.spec))
         self._rounding = ROUNDING * coarser
-        self._checked: set[int] = set()
-        self._worst, self._worst_step = 0.0, 0
-        self._first_bad: int | None = None
-        self._exact = True
+        self.found = Comparisons()
         self._waiting: tuple[Step, Tensor | None] | None = None
         self.stride = 1
 
@@ -105,35 +102,20 @@ class StepwiseChecks:
         exact = not bool(error.any())
         # A step that is as small as rounding proves nothing, unless it comes out to the last bit.
         if exact or float(allowance.norm()) <= PROVES * float(moved.norm()):
-            self._checked.add(step.t)
-        self._exact &= exact
+            self.found.checked.add(step.t)
+        if not exact:
+            self.found.unequal.add(step.t)
         excess = (error - allowance).clamp_min(0)
         drift, within = worst_group(rule, scales, error, excess, self.tolerance)
         if not within:
             # What a rounding error of the gradient makes of the step: all of it, where Adam divides noise by noise.
             left = ~noisy(rule, step.before, state, gradient, step.hyper)
             drift, within = worst_group(rule, scales, error * left, excess * left, self.tolerance)
-        if drift > self._worst:
-            self._worst, self._worst_step = drift, step.t
+        self.found.drifted(step.t, drift)
         if not within:
-            self._first_bad = step.t if self._first_bad is None else min(step.t, self._first_bad)
+            self.found.bad(step.t)
             if not self.allow_drift:
                 raise Drifted(step.t, drift, step, step.t, state, step.after)
-
-    def progress(self) -> Json:
-        """What has been found so far, JSON-ready."""
-        return {
-            "checked": sorted(self._checked),
-            "worst": [self._worst, self._worst_step],
-            "first_bad": self._first_bad,
-            "exact": self._exact,
-        }
-
-    def resume(self, progress: Json) -> None:
-        """Takes up what another certifier has found."""
-        self._checked = set(progress["checked"])
-        self._worst, self._worst_step = progress["worst"]
-        self._first_bad, self._exact = progress["first_bad"], progress["exact"]
 
     @property
     def waiting(self) -> tuple[Step, Tensor | None] | None:
@@ -143,20 +125,6 @@ class StepwiseChecks:
     @waiting.setter
     def waiting(self, waiting: tuple[Step, Tensor | None] | None) -> None:
         self._waiting = waiting
-
-    def certificate(self) -> Certificate:
-        """What has been proved so far."""
-        checked = len(self._checked)
-        verdict = verdict_of(checked, self._exact, self._first_bad)
-        return Certificate(
-            verdict,
-            self.run.steps,
-            checked,
-            self._worst,
-            self._worst_step,
-            self.tolerance,
-            self._first_bad,
-        )
 
 
 def _growth(before: FloatArray, after: FloatArray, rule: Rule) -> float:

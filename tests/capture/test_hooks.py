@@ -1,6 +1,6 @@
 """Which samples made a step: told right for every way that loops draw their batches, or refused with a reason."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import trajrec
-from trajrec.capture.batches import MicroBatch, StepBatch, _joined, alone
-from trajrec.capture.digesting import SampleSet
-from trajrec.capture.ledger import BatchLedger
+from trajrec.capture.attribution import reading
+from trajrec.capture.attribution.batches import Part, joined
+from trajrec.capture.observing.digesting import SampleSet
 from trajrec.capture.recorder import Recorder
 from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
 from trajrec.sink import MemorySink
@@ -119,26 +119,15 @@ def test_an_abandoned_pass_and_a_skipped_batch_are_told_apart():
     assert [r.ids.tolist() for r in sink.records[1:]] == seen
 
 
-@pytest.mark.parametrize("weights", [None, np.array([0.5, 0.25, 0.25])])
-@pytest.mark.parametrize("sketch", [None, 7])
-def test_a_batch_alone_gives_what_joining_gives(weights, sketch):
-    batch = MicroBatch(np.array([3, 1, 2]), weights=weights, digest=5, sketch=sketch)
-    batch.passes.append((3, (torch.arange(4, dtype=torch.uint8),)))
-    straight, joined = alone(batch, [torch.tensor(1.0)]), _joined([batch], [torch.tensor(1.0)], None)
-    for field in fields(StepBatch):
-        assert repr(getattr(straight, field.name)) == repr(getattr(joined, field.name))
-
-
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_loop_with_one_batch_at_a_time_is_booked_as_any_other(name, monkeypatch):
-    def booked():
+def test_a_loop_with_one_batch_at_a_time_is_read_as_any_other(name, monkeypatch):
+    def recorded():
         LOADERS["generator"]["generator"].manual_seed(3)
         return [replace(r, time=0.0) for r in loop(DataLoader(Identified(), **LOADERS[name]))[2].records]
 
-    straight = booked()
-    monkeypatch.setattr(BatchLedger, "_take_lone", lambda self: None)
-    monkeypatch.setattr(BatchLedger, "_lone", property(lambda self: None, lambda self, _: None), raising=False)
-    assert [*map(repr, straight)] == [*map(repr, booked())]
+    ordinary = recorded()
+    monkeypatch.setattr(reading, "read_ordinary", lambda known, facts: None)
+    assert [*map(repr, ordinary)] == [*map(repr, recorded())]
 
 
 def test_batches_are_summed_where_a_sample_is_new_and_now_and_then_later():
@@ -162,9 +151,9 @@ def test_every_sample_is_summed_where_it_comes_first(batches_an_epoch):
 
 
 def test_a_step_of_a_batch_that_was_summed_and_one_that_was_not():
-    batches = [MicroBatch(np.array([k, k + 1]), sketch=sketch) for k, sketch in enumerate((None, 7))]
-    assert _joined(batches, [], None).sketches == (-1, 7)
-    assert _joined(batches[:1], [], None).sketches is None
+    parts = [Part(np.array([k, k + 1]), digest=digest) for k, digest in enumerate((None, 7))]
+    assert joined(parts, ()).digests == (-1, 7)
+    assert joined(parts[:1], ()).digests is None
 
 
 def test_a_set_of_samples():

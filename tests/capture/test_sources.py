@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from trajrec.capture.batches import Handed
+from trajrec.capture.observing.listeners import Handed
 from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch.nn.modules import module as library
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from trajrec.capture.ledger import BatchLedger
+from trajrec.capture.guard import Guard
+from trajrec.capture.observing.observer import Observer
+from trajrec.capture.stopwatch import Stopwatch
 from trajrec.errors import RecordingError
 from trajrec.snapshot.generators import Generators, States
 
@@ -65,8 +68,8 @@ def parameters_of(optimizer: Optimizer) -> list[Any]:
 class Discovery:
     """Finds the model that a script trains: the outermost module whose parameters the optimizer holds."""
 
-    def __init__(self, ledger: BatchLedger) -> None:
-        self.ledger = ledger
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
         self._called: dict[int, nn.Module] = {}
         self._depth = 0
         self._outermost: nn.Module | None = None
@@ -92,7 +95,7 @@ class Discovery:
         gradients = torch.is_grad_enabled()
         named = _named_inputs()
         given = (*inputs, named) if named else inputs
-        self.ledger.forward(gradients, module.training, given, _states_for(module))
+        self.observer.forward(gradients, module.training, given, _states_for(module))
         if gradients:
             self._called[id(module)] = module
             self._outermost = module
@@ -101,7 +104,7 @@ class Discovery:
         self._depth -= 1
         if self._depth == 0 and module is self._outermost:
             self._outermost = None
-            self.ledger.forwarded(outputs)
+            self.observer.forwarded(outputs)
 
     def model_of(self, *optimizers: Optimizer) -> nn.Module:
         """The called module that holds all parameters of the optimizers.
@@ -117,3 +120,47 @@ class Discovery:
             f"No module that was called holds all {len(wanted)} parameters of the {type(optimizers[0]).__name__} "
             "optimizer, so the model cannot be told. Use trajrec.record(model=..., optimizer=...) in the script."
         )
+
+
+class ModelHook:
+    """Stands in the model's hooks; copies and pickles of the model do not take the recorder along."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        """Before or after a forward pass."""
+        self._call(*args)
+
+    def __deepcopy__(self, _: Any) -> ModelHook:
+        return self
+
+    def __reduce__(self) -> Any:
+        # A hook that hands everything on as it is, and needs nothing of ours where the model is loaded.
+        return getattr, (nullcontext(), "__exit__")
+
+
+def watch_model(model: nn.Module, observer: Observer, guard: Guard, watch: Stopwatch) -> list[Any]:
+    """Tells the observer of every forward pass of the model, by hooks that can be removed.
+
+    Raises:
+        RecordingError: if the model has nothing to train.
+    """
+    if next(model.parameters(), None) is None:
+        raise RecordingError(f"model= has no parameters: a {type(model).__name__} does not train.")
+    states = _states_for(model)
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if module is model:  # a copy (an average of weights, say) brings its hooks along
+            given = (*inputs, named) if named else inputs
+            observer.forward(torch.is_grad_enabled(), module.training, given, states)
+
+    def leave(module: nn.Module, _: Any, outputs: Any) -> None:
+        if module is model and torch.is_grad_enabled():
+            observer.forwarded(outputs)
+
+    before, after = [ModelHook(guard.around(hook, watch)) for hook in (enter, leave)]
+    handles: list[Any] = [model.register_forward_pre_hook(before, with_kwargs=True)]
+    if getattr(model, "_compiled_call_impl", None) is None:  # else a compiler would look into the outputs
+        handles.append(model.register_forward_hook(after))
+    return handles

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from trajrec.capture.stopwatch import Stopwatch
+
 
 class Guard:
     """Keeps what hooks raise away from the training.
@@ -33,12 +35,26 @@ class Guard:
         self._failed = failed
         self._strict = strict
 
-    def around(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook, guarded; None is returned in its place where it fails or is not called any more."""
+    def around(self, hook: Callable[..., Any], watch: Stopwatch | None = None) -> Callable[..., Any]:
+        """The hook, guarded; None is returned in its place where it fails or is not called any more.
+
+        Args:
+            hook: a function.
+            watch: times it.
+        """
 
         @wraps(hook)
-        def guarded(*args: Any, **named: Any) -> Any:
-            return self.run(hook, *args, **named) if self.is_open else None
+        def guarded(*args: Any) -> Any:
+            if not self.is_open:
+                return None
+            began = 0.0 if watch is None else watch.start()
+            try:
+                return hook(*args)
+            except Exception as error:
+                self.give(error)
+            finally:
+                if watch is not None:
+                    watch.stop(began)
 
         # A compiler would look into hooks that it meets in a compiled step, and they are no part of it.
         return torch.compiler.disable(guarded)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,20 +1,11 @@
 """Watches the training loop, without a line in it, for what tells which samples made a step.
 
-Three things are watched while a recording is on:
-
-    DataLoader.__iter__         a stand-in for the loader's batch sampler remembers the ids it drew; the iterator
-                                hands them over when the loop receives the batch. Loaders yield in the order drawn,
-                                so this also holds with worker processes that fetch ahead.
-    the model's forward pass    marks the batch that it used; a pass without gradients is evaluation.
-    torch.autograd.backward     batches that were used and led to a backward pass belong to the next step; the
-                                loss is the tensor it was called on.
-
-and `zero_grad`, which tells gradients that were thrown away from those that add up. `trajrec.capture.ledger`
-keeps the books.
+    DataLoader.__iter__        what the loop receives, and of which samples (`trajrec.capture.observing.loaders`)
+    torch.autograd.backward    a backward pass, and what it is called on
+    zero_grad                  gradients that were thrown away, which do not add up
 
 A class with an `__iter__` of its own that is a loader, or whose objects hold one (accelerate's are one batch ahead of
-the loop), is watched there, too: what it draws from an inner loader waits, and is handed over when the loop receives it
-(`OuterIterator`).
+the loop), is watched there, too. The model's forward passes are hooks of its own (`trajrec.capture.discovery`).
 
 The watching is there once in a process, for all recorders: the first puts it in place, the last takes it out. Each of
 them hears what its `Listener` says. A forked child has no recorder.
@@ -25,245 +16,52 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from trajrec.capture.batches import Handed, as_ids, holders_of, traces_of
+from trajrec.capture.attribution.batches import as_ids
+from trajrec.capture.observing.listeners import Listener, listeners
+from trajrec.capture.observing.loaders import (
+    OuterIterator,
+    SamplerTap,
+    WatchedIterator,
+    begin_pass,
+    running,
+    take_out,
+)
 from trajrec.errors import UnknownBatchError
 
 _DEPTH = 8  # calls between the making of an object and that of its loader
 _HEAP = 1 << 9  # of the flags of a type: made by a class statement
 
 
-class Listener(Protocol):
-    """What a recorder hears of the loop; none of it may raise."""
-
-    def begin_pass(self, loader: Any, around: Sequence[Any]) -> int | None:
-        """A pass over a loader begins, which others draw from: its number, or None if the training has none of it."""
-
-    def draw(self, handed: Handed, serial: int) -> None:
-        """The loop has received a batch."""
-
-    def backward(self, tensors: Any) -> None:
-        """A backward pass begins."""
-
-    def cleared(self, by: Any) -> None:
-        """An optimizer or a module is about to set its gradients to zero."""
-
-    def give(self, ids: Any, weights: Any) -> None:
-        """The user has named samples."""
-
-    def failed(self, error: Exception) -> None:
-        """The watching itself has failed."""
-
-    def abandon(self) -> None:
-        """This process is a forked child, which has no recorder."""
-
-
-class SamplerTap:
-    """Stands in for a loader's (batch) sampler and remembers what it drew since the last `iter`.
-
-    It does so only while the loader makes an iterator, which has then begun to draw from it: whoever looks for the
-    sampler finds it. An iterator whose workers live on keeps it until the recording ends.
-    """
-
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-        self.drawn: deque[Any] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        self.drawn = deque()
-        return self._draw(self.drawn)
-
-    def _draw(self, drawn: deque[Any]) -> Iterator[Any]:
-        for ids in self.sampler:
-            drawn.append(as_ids(ids))  # now: samplers use their lists again
-            yield ids
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)
-
-
-@dataclass(slots=True, weakref_slot=True)
-class Pass:
-    """One pass over a loader.
-
-    Attributes:
-        loader: the loader.
-        serials: number of the pass, by the listener that hears of it.
-        outer: the iterator of another loader that draws from this one, if one does.
-        is_over: whether it came to its end, or nobody can draw from it any more.
-    """
-
-    loader: Any
-    serials: dict[int, int]
-    outer: OuterIterator | None = None
-    is_over: bool = False
-
-
-class _Iterator:
-    """Stands in for a loader's iterator."""
-
-    def __init__(self, iterator: Any) -> None:
-        self._iterator = iterator
-
-    def __len__(self) -> int:
-        return len(self._iterator)
-
-    def __bool__(self) -> bool:
-        return bool(self._iterator)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_iterator":
-            raise AttributeError(name)
-        return getattr(self._iterator, name)
-
-
-class WatchedIterator(_Iterator):
-    """A loader's iterator that reports each batch when the loop receives it."""
-
-    def __init__(self, iterator: Any, about: Pass, drawn: deque[Any] | None) -> None:
-        super().__init__(iterator)
-        self._next = iterator.__next__
-        self._about = about
-        self._drawn = drawn
-
-    def __del__(self) -> None:
-        self._about.is_over = True
-
-    def __iter__(self) -> WatchedIterator:
-        return self
-
-    def belongs_to(self, outer: OuterIterator) -> bool:
-        """Whether what it draws waits in another iterator."""
-        return self._about.outer is outer
-
-    def is_received(self) -> None:
-        """The loop draws from it itself."""
-        self._about.outer = None
-
-    def __next__(self) -> Any:
-        try:
-            content = self._next()
-        except StopIteration:
-            self._about.is_over = True
-            raise
-        except Exception:
-            self._drawn = None  # which batch has failed, and whether it will come again, cannot be told
-            raise
-        handed = Handed(self._about.loader, self._drawn.popleft() if self._drawn else None, content, self._about)
-        outer = self._about.outer
-        if outer is None or outer not in _stack():
-            _tell(handed)
-        else:
-            outer.take(handed)
-        return content
-
-
-class OuterIterator(_Iterator):
-    """The iterator of a loader that draws from another one.
-
-    What it has drawn waits here until the loop receives it: as the batch itself, or a copy with the same values. Where
-    only one batch waits, and no other was known by its values, it is that one. Else the ids are unknown.
-    """
-
-    def __init__(self, iterator: Any, loader: Any) -> None:
-        super().__init__(iterator)
-        self.loader = loader
-        self._waiting: list[Handed] = []
-        self._shows = False  # batches are known by their values, if at all
-
-    def begin(self, iterator: Any) -> None:
-        """Hands out from now on what this iterator does."""
-        self._iterator = iterator
-
-    def __iter__(self) -> OuterIterator:
-        return self
-
-    def __next__(self) -> Any:
-        _stack().append(self)
-        try:
-            content = next(self._iterator)
-        finally:
-            _stack().pop()
-        _safely(self._hand_over, content)
-        return content
-
-    def take(self, handed: Handed) -> None:
-        """An inner loader has handed out a batch, to be received by the loop later."""
-        self._waiting.append(handed)
-
-    def _hand_over(self, content: Any) -> None:
-        waiting = self._waiting
-        if not waiting:
-            return  # made of nothing that was seen
-        holders = holders_of([traces_of(handed.content) for handed in waiting], content)
-        found = holders[0] if len(holders) == 1 else None
-        if found is None and len(waiting) == 1 and not self._shows:
-            found = 0
-        else:
-            self._shows = True
-        if found is None:
-            _tell(Handed(waiting[-1].loader, None, content, waiting[-1].about))
-            waiting.clear()
-            return
-        handed = waiting[found]
-        del waiting[: found + 1]  # what comes before it was passed over: loaders yield in the order drawn
-        outer = _stack()[-1] if _stack() else None
-        handed = Handed(handed.loader, handed.ids, content, handed.about, handed.content)
-        if outer is None:
-            _tell(handed)
-        else:
-            outer.take(handed)
-
-
-class _Stack(threading.local):
-    def __init__(self) -> None:
-        self.outer: list[OuterIterator] = []
-
-
-_running = _Stack()
-
-
-def _stack() -> list[OuterIterator]:
-    """The outer iterators that are being asked for a batch in this thread."""
-    return _running.outer
-
-
 class _Watching:
     """What is put in place of torch's own, and taken out again."""
 
     def __init__(self) -> None:
-        self.listeners: tuple[Listener, ...] = ()
-        self.taps: list[tuple[Any, str, SamplerTap]] = []
+        self.kept: list[tuple[Any, SamplerTap]] = []  # iterators whose workers live on, and what stands in there
         self._undo: list[Callable[[], None]] = []
 
     def add(self, listener: Listener) -> None:
         """From now on the listener hears what happens."""
-        if not self.listeners:
+        if not listeners.all:
             self._install()
-        self.listeners = (*self.listeners, listener)
+        listeners.all = (*listeners.all, listener)
 
     def remove(self, listener: Listener) -> None:
         """The listener hears no more; after the last one everything is as it was."""
-        left = tuple(other for other in self.listeners if other is not listener)
-        if self.listeners and not left:
+        left = tuple(other for other in listeners.all if other is not listener)
+        if listeners.all and not left:
             self._uninstall()
-        self.listeners = left
+        listeners.all = left
 
     def _install(self) -> None:
         self._replace(torch.autograd, "backward", _watched_backward)
@@ -279,9 +77,9 @@ class _Watching:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        for owner, attribute, tap in self.taps:
-            object.__setattr__(owner, attribute, tap.sampler)
-        self.taps.clear()
+        for iterator, tap in self.kept:
+            object.__setattr__(iterator, "_index_sampler", tap.sampler)
+        self.kept.clear()
 
     def _replace(self, owner: Any, name: str, watched: Callable[[Any], Any]) -> None:
         """Puts `watched(original)` in the place of an attribute."""
@@ -303,7 +101,7 @@ class _Watching:
 
         def made(kind: Any, /, **named: Any) -> None:
             super(DataLoader, kind).__init_subclass__(**named)  # type: ignore[misc]
-            _safely(watching.watch_class, kind)
+            listeners.safely(watching.watch_class, kind)
 
         DataLoader.__init_subclass__ = classmethod(made)  # type: ignore[method-assign, assignment]
 
@@ -319,19 +117,26 @@ class _Watching:
 _watching = _Watching()
 
 
-def watch(listener: Listener) -> None:
+class Watch:
+    """Tells a listener what happens in the loop, until it is removed."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        _watching.add(listener)
+
+    def remove(self) -> None:
+        """Tells the listener no more."""
+        _watching.remove(self._listener)
+
+
+def watch(listener: Listener) -> Watch:
     """Tells the listener from now on what happens in the loop."""
-    _watching.add(listener)
-
-
-def unwatch(listener: Listener) -> None:
-    """Tells the listener no more."""
-    _watching.remove(listener)
+    return Watch(listener)
 
 
 def _in_child() -> None:
     """After a fork: the child trains, ends or loads data as if nothing were recorded."""
-    for listener in _watching.listeners:
+    for listener in listeners.all:
         listener.abandon()
         _watching.remove(listener)
 
@@ -340,27 +145,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
 
 
-def _safely(call: Callable[..., Any], *args: Any) -> Any:
-    """What the call returns; None, and all listeners know of it, where it fails."""
-    try:
-        return call(*args)
-    except Exception as error:
-        for listener in _watching.listeners:
-            listener.failed(error)
-
-
-def _tell(handed: Handed) -> None:
-    """The loop has received a batch."""
-    for listener in _watching.listeners:
-        serial = handed.about.serials.get(id(listener))
-        if serial is not None:
-            listener.draw(handed, serial)
-
-
 def _watched_backward(original: Any) -> Any:
     @wraps(original)
     def watched(tensors: Any, *args: Any, **named: Any) -> Any:
-        for listener in _watching.listeners:
+        for listener in listeners.all:
             listener.backward(tensors)
         return original(tensors, *args, **named)
 
@@ -370,7 +158,7 @@ def _watched_backward(original: Any) -> Any:
 def _watched_clearing(original: Any) -> Any:
     @wraps(original)
     def watched(cleared: Any, *args: Any, **named: Any) -> Any:
-        for listener in _watching.listeners:
+        for listener in listeners.all:
             listener.cleared(cleared)
         return original(cleared, *args, **named)
 
@@ -380,12 +168,12 @@ def _watched_clearing(original: Any) -> Any:
 def _watched_iter(original: Any) -> Any:
     @wraps(original)
     def watched(loader: Any) -> Any:
-        about, tap = _safely(_begin_pass, loader) or (None, None)
+        about, tap = listeners.safely(begin_pass, loader) or (None, None)
         try:
             iterator = original(loader)
         finally:
             if tap is not None:
-                _safely(_take_out, loader, tap)
+                listeners.safely(_take_out, loader, tap)
         if about is None:
             return iterator
         # Read after the iterator exists: making it is what starts the sampler anew.
@@ -395,15 +183,21 @@ def _watched_iter(original: Any) -> Any:
     return watched
 
 
+def _take_out(loader: Any, tap: SamplerTap) -> None:
+    kept = take_out(loader, tap)
+    if kept is not None:
+        _watching.kept.append((kept, tap))
+
+
 def _watched_outer_iter(original: Any) -> Any:
     @wraps(original)
     def watched(loader: Any) -> Any:
         outer = OuterIterator(None, loader)
-        _stack().append(outer)
+        running().append(outer)
         try:
             iterator = original(loader)
         finally:
-            _stack().pop()
+            running().pop()
         if isinstance(iterator, WatchedIterator) and iterator.belongs_to(outer):
             iterator.is_received()  # the class only does something beside what DataLoader itself does
             return iterator
@@ -418,7 +212,7 @@ def _watched_making(original: Any) -> Any:
     @wraps(original)
     def watched(loader: Any, *args: Any, **named: Any) -> None:
         original(loader, *args, **named)
-        _safely(_watch_maker)
+        listeners.safely(_watch_maker)
 
     return watched
 
@@ -464,41 +258,6 @@ def _is_holder(kind: type) -> bool:
     return not is_ours and any("__iter__" in vars(base) for base in kind.__mro__)
 
 
-def _begin_pass(loader: Any) -> tuple[Pass | None, SamplerTap | None]:
-    around = [outer.loader for outer in _stack()]
-    numbers = {id(listener): listener.begin_pass(loader, around) for listener in _watching.listeners}
-    serials = {key: number for key, number in numbers.items() if number is not None}
-    if not serials:
-        return None, None
-    return Pass(loader, serials, _stack()[-1] if _stack() else None), _tap(loader)
-
-
-def _tap(loader: Any) -> SamplerTap | None:
-    """The stand-in of this loader's sampler, put in place on the first pass."""
-    if isinstance(loader.dataset, IterableDataset) or not getattr(loader, "in_order", True):
-        return None
-    attribute = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-    sampler = getattr(loader, attribute)
-    if type(sampler) is SamplerTap:
-        return sampler
-    tap = SamplerTap(sampler)
-    # DataLoader forbids to set its sampler later, to keep it consistent; a stand-in that draws the same is.
-    object.__setattr__(loader, attribute, tap)
-    if getattr(loader, "_iterator", None) is not None:  # workers that live on: their iterator has the sampler at hand
-        object.__setattr__(loader._iterator, "_index_sampler", tap)
-    return tap
-
-
-def _take_out(loader: Any, tap: SamplerTap) -> None:
-    """Puts the sampler back into the loader, which has made its iterator."""
-    for attribute in ("batch_sampler", "sampler"):
-        if getattr(loader, attribute) is tap:
-            object.__setattr__(loader, attribute, tap.sampler)
-    kept = getattr(loader, "_iterator", None)
-    if kept is not None and kept._index_sampler is tap:
-        _watching.taps.append((kept, "_index_sampler", tap))
-
-
 def _subclasses(kind: type) -> list[type]:
     """All classes below a class, nearest first."""
     below: list[type] = kind.__subclasses__()
@@ -524,5 +283,5 @@ def set_batch(ids: Any, weights: Any = None) -> None:
     shares = None if weights is None else np.asarray(weights, dtype=np.float64).reshape(-1)
     if shares is not None and len(shares) != len(named):
         raise UnknownBatchError(f"trajrec.set_batch got {len(named)} ids but {len(shares)} weights.")
-    for listener in _watching.listeners:
+    for listener in listeners.all:
         listener.give(named, shares)

@@ -16,6 +16,7 @@ class Stopwatch:
     """CPU seconds that hooks take from their thread."""
 
     def __init__(self) -> None:
+        self._began = self._ended = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -30,6 +31,20 @@ class Stopwatch:
     def seconds(self) -> float:
         """CPU seconds since the last reset."""
         return self._sum * (self._steps / self._looked if self._looked else 1.0) + self._rare
+
+    @property
+    def training_seconds(self) -> float:
+        """CPU seconds of the thread since the last restart, hooks included."""
+        return (self._ended or time.thread_time()) - self._began
+
+    def restart(self) -> None:
+        """Begins anew, and the clock of the thread with it."""
+        self.reset()
+        self._began = time.thread_time()
+
+    def end(self) -> None:
+        """The training has ended."""
+        self._ended = time.thread_time()
 
     def next_step(self) -> None:
         """A step has ended."""

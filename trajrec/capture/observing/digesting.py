@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trajrec.capture.batches import as_ids
+from trajrec.capture.attribution.batches import as_ids
 from trajrec.records import IntArray
 
 EVERY = 32
@@ -66,7 +66,10 @@ class Sums:
         """
         if is_first or step % EVERY < 2:
             return True
-        known, summed = as_ids(ids), self._up_to_date()
+        summed = self._up_to_date()
+        if summed is not None and summed.is_whole:
+            return False
+        known = as_ids(ids)
         return known is None or summed is None or not summed.holds(known)
 
     def note(self, ids: Any) -> None:
