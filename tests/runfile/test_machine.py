@@ -358,15 +358,17 @@ def test_the_writer_may_be_killed_at_any_operation_of_the_end(tmp_path, simulati
 def test_going_on_may_be_killed_at_any_operation(tmp_path, simulation, compression, packed):
     """What was recorded up to the step that training goes on from is never touched."""
 
+    earlier = RunFileSink(tmp_path / "earlier.h5", limits=TINY, compression=compression)
+    earlier.open(MADE.spec)
+    MADE.feed(earlier, LAST)
+    earlier.close(complete=False) if packed else end_trainer(earlier, drains=True)
+
     def trial(operations: int) -> None:
         path = tmp_path / f"run{operations}.h5"
-        sink = RunFileSink(path, limits=TINY, compression=compression)
-        sink.open(MADE.spec)
-        MADE.feed(sink, LAST)
         if packed:
-            sink.close(complete=False)
+            shutil.copy(earlier.output, path)
         else:
-            end_trainer(sink, drains=True)
+            shutil.copytree(earlier.folder.path, Folder.of(path).path)
         sink = RunFileSink(path, limits=TINY, compression=compression, resume=True)
         sink.open(MADE.spec)
         sink.reserve()[:] = MADE.row(10)

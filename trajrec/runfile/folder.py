@@ -5,8 +5,8 @@
     ring.bin                          steps that are not sealed yet (ring.py)
     segment-FIRST-LAST.h5             sealed steps; complete, because renamed only after fsync
     rows.bin                          their rows, where there is no compression (rowfile.py)
-    keyframe-STEP.bin                 raw keyframes (keyfile.py)
-    inputs-STEP.bin                   inputs of steps that are not sealed yet (keyfile.py)
+    keyframe-STEP.bin                 raw keyframes (arrays.py)
+    inputs-STEP.bin                   inputs of steps that are not sealed yet (arrays.py)
     record-STEP.bin                   a record too large for the ring
     writer.log                        what the writer process said
     *.tmp, *.part                     unfinished; deleted by whoever comes next

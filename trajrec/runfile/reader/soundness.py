@@ -2,7 +2,8 @@
 
 A checksum says that bytes are those that were written, not that whoever wrote them meant well: a file may come from
 anywhere. Here the records of steps and the keyframes are held against the spec, once, before they become values that
-the rest of the program relies on. Types and shapes of HDF5 datasets are checked in stored.py, the spec in records.py.
+the rest of the program relies on. Types and shapes of HDF5 datasets are checked in untrusted.py, the spec in
+records.py.
 
 Letters: A micro-batches, B samples, G groups, H hyperparameters, P weights.
 """

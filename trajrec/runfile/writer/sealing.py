@@ -1,16 +1,12 @@
-"""From ring to segment, and from segments to one packed file.
+"""Sealing: entries of the ring become a segment.
 
 Sealing takes entries [first, stop) out of the ring, checks them and writes them as a segment that appears under its
 name only when it is on the disk. The inputs of a step, where they are recorded, belong to its entry: they go into the
 same segment, and an entry whose inputs did not survive a power cut is not intact. Without compression the rows go into
 the folder's row file first, and are synced before the segment that speaks of them appears.
 
-Packing puts segments one behind the other: chunks are copied as they are stored where a segment begins on a multiple of
-R (it nearly always does); rows are decoded and written again elsewhere. Rows of a row file stay where they are: all
-else becomes an HDF5 file with a hole in their place, and is put around them (`RowFile.wrap`).
-
 Only the writer process imports this module: it writes HDF5. Files are not closed when something fails, because
-closing after an I/O error crashes the HDF5 library; the process ends instead (see writer.py).
+closing after an I/O error crashes the HDF5 library; the process ends instead (see loop.py).
 """
 
 from __future__ import annotations
@@ -33,8 +29,6 @@ from trajrec.runfile.format.table import table_of
 from trajrec.runfile.manifest import Manifest
 from trajrec.runfile.ring import Ring
 from trajrec.runfile.writer.steps import StepColumns, sizes_of
-
-_ENTRIES = 4096
 
 
 def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> int:
