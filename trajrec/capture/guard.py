@@ -18,7 +18,6 @@ import torch
 
 from trajrec.capture.stopwatch import Stopwatch
 
-
 # That which compiles what is called in this thread, if anything does.
 _compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: "perhaps")
 
