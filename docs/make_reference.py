@@ -110,7 +110,7 @@ def named_section(module: ModuleType, name: str) -> str:
 
 def _documented(name: str, value: Any) -> str:
     is_data = inspect.isclass(value) and issubclass(value, Exception)
-    shown = "" if is_data else f"```python\n{name}{_signature(value)}\n```\n\n"
+    shown = "" if is_data else f"```text\n{name}{_signature(value)}\n```\n\n"
     return shown + _text(value.__doc__)
 
 
@@ -133,7 +133,8 @@ def _text(doc: str | None) -> str:
     text = inspect.cleandoc(doc or "")
     text = re.sub(r"^(Args|Attributes|Raises|Returns):$", r"**\1**\n", text, flags=re.M)
     text = re.sub(r"^    (\w[\w, ]*): ", r"* `\1`: ", text, flags=re.M)
-    return text
+    example = re.compile(r"(?<=\n\n)((?:    .*\n|\n(?=    ))+)", re.M)
+    return example.sub(lambda m: f"```text\n{inspect.cleandoc(m[1])}\n```\n", text + "\n").strip()
 
 
 if __name__ == "__main__":

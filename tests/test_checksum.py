@@ -1,4 +1,4 @@
-"""Copying and summing in one pass: the copy is the source, the sum is zlib's, and nothing beside it is touched."""
+"""Checksums by zlib-ng and by zlib: of a copy, beside which nothing is touched, and of pieces put together."""
 
 import random
 import subprocess
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trajrec import checksum
-from trajrec.checksum import copy_crc32
+from trajrec.checksum import copy_crc32, crc32_combine
 
 PLAIN = "import sys; sys.modules['zlib_ng.zlib_ng'] = None; from tests.test_checksum import "
 
@@ -31,8 +31,20 @@ def test_all_sizes_places_and_beginnings():
     copies(3000)
 
 
+def combinations(count):
+    chance = random.Random(random.randrange(2**32))
+    for size in [0, 1, 2**16 - 1, 2**16, 2**16 + 1, *(chance.randrange(2**18) for _ in range(count))]:
+        first, second = chance.randbytes(chance.randrange(40)), chance.randbytes(size)
+        assert crc32_combine(zlib.crc32(first), zlib.crc32(second), size) == zlib.crc32(first + second), size
+
+
+def test_the_sum_of_pieces_put_together_follows_from_theirs():
+    combinations(100)
+
+
 def test_without_compiled_code():
-    subprocess.run([sys.executable, "-c", PLAIN + "copies; copies(300)"], check=True, timeout=120)
+    command = PLAIN + "checksum, combinations, copies; assert checksum.crc32.__module__ == 'zlib'"
+    subprocess.run([sys.executable, "-c", f"{command}; copies(300); combinations(100)"], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8", "f2", "i8", "?"])

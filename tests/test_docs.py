@@ -218,7 +218,8 @@ def test_the_page_of_measurements_is_what_the_results_say():
 
 def test_every_test_that_a_page_names_exists():
     """`tests/NAME.py::test_name[case]`: the case as it stands in the file."""
-    named = {name for page in PAGES for name in re.findall(r"`(tests/\w+\.py(?:::[^`]+)?)`", (ROOT / page).read_text())}
+    pattern = r"`(tests/[\w/]+\.py(?:::[^`]+)?)`"
+    named = {name for page in PAGES for name in re.findall(pattern, (ROOT / page).read_text())}
     assert len(named) > 30
     for name in named:
         path, _, test = name.partition("::")

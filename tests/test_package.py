@@ -44,7 +44,8 @@ FORBIDDEN = {
     **{f"trajrec.replay.{name}": OUTPUT for name in ("question", "step", "session")},
     "trajrec.replay.folder.": ["trajrec.replay.report", "trajrec.cli"],
     "trajrec.replay.report.": ["torch", "h5py", "trajrec.runfile", "trajrec.replay.methods", "trajrec.cli"],
-    "trajrec.replay.report.render.": ["trajrec.replay.report.scores"],
+    "trajrec.replay.report.sections.": ["trajrec.replay.report.render", "trajrec.replay.report.report"],
+    "trajrec.replay.report.render.": ["trajrec.replay.report.scores", "trajrec.replay.report.sections"],
     "": ["torchvision"],
 }
 

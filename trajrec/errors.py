@@ -30,6 +30,7 @@ A message quotes what stands in files, and files come from anywhere: what a term
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 
 def printable(text: str, keep: str = "\n") -> str:
@@ -125,7 +126,19 @@ class NotARunError(RunFileError):
 
 
 class DamagedRunError(RunFileError):
-    """The recording is truncated, or a checksum does not match."""
+    """The recording is truncated, or a checksum does not match.
+
+    Attributes:
+        file: where the damage is; None where the message alone says it.
+        dataset: HDF5 path within the file, or "" for the file as a whole.
+        steps: first and last step concerned, or None.
+    """
+
+    def __init__(
+        self, message: str, file: Path | None = None, dataset: str = "", steps: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.file, self.dataset, self.steps = file, dataset, steps
 
 
 class NewerFormatError(RunFileError):

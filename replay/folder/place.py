@@ -3,7 +3,7 @@
     claim     the folder is made where it is not there yet: a place that cannot be written is known before the work,
               not after it
     fill      in a folder beside it, of a name that nobody else has
-    settle    the old one aside, the new one in, the old one deleted: at no moment are both gone
+    put       the old one aside, the new one in, the old one deleted: at no moment are both gone
 
 A folder is replaced if it is a whole output of trajrec, or the resume of a replay, and holds nothing else: with one
 file, folder or link more it stays, whatever was asked. Where something else has come into the place while the output
@@ -239,7 +239,7 @@ class Place:
                 yield unfinished
                 for path in unfinished.iterdir():
                     sync(path)
-                self.final = self._settle(unfinished)
+                self.final = self._put(unfinished)
         except TrajrecError:
             raise
         except Exception as error:
@@ -260,7 +260,7 @@ class Place:
         finally:
             _delete(unfinished)
 
-    def _settle(self, made: Path) -> Path:
+    def _put(self, made: Path) -> Path:
         """Puts an output into the place, or beside it. Returns where it stands."""
         if self._is_as_it_was():
             with suppress(OSError):  # another came into being in this moment, or the old one cannot be moved

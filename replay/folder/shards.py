@@ -8,6 +8,7 @@ the joined certificate is the weakest of theirs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,99 +18,114 @@ from typing import Any
 import polars as pl
 
 from trajrec.errors import ReplayError
-from trajrec.replay.folder.read import reading, scan, whole_characters
-from trajrec.typed import typed
+from trajrec.replay.folder.format import (
+    CONTRIBUTIONS,
+    EXTRAS,
+    REPLAY,
+    VERDICTS,
+    Certificate,
+    Settings,
+    metadata,
+    write_facts,
+)
+from trajrec.replay.folder.read import reading, scan
 
-_TABLES = {"samples.parquet": ["sample"], "targets.parquet": ["target"], "thumbnails.parquet": ["set", "sample"]}
 _MOST_NAMED = 20
-_VERDICTS = ("drifted", "unchecked", "within rounding", "bit-exact")
 
 
-def read_shards(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The replay.json of every shard, in the order of the pieces.
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The folder of one piece of an answer, and its replay.json.
+
+    Attributes:
+        facts: as they stand there; what this version does not know is handed on as it is.
+        settings: what is understood of them.
+        piece, pieces: its number from 1, and how many there are.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    settings: Settings
+    piece: int
+    pieces: int
+
+
+def read_shards(folders: Sequence[Path]) -> list[Shard]:
+    """What the replay.json of every shard says, in the order of the pieces.
 
     Raises:
         ReplayError: if one is not a shard, they answer different questions, or a piece is missing or there twice.
     """
     found = [_read(folder) for folder in folders]
-    for facts in found[1:]:
-        if facts["question"] != found[0]["question"] or facts["shard"][1] != found[0]["shard"][1]:
+    for shard in found[1:]:
+        if (shard.settings.question, shard.pieces) != (found[0].settings.question, found[0].pieces):
             raise ReplayError(
-                f"{facts['folder']} answers another question than {found[0]['folder']}: the run, the Task, the options "
+                f"{shard.folder} answers another question than {found[0].folder}: the run, the Task, the options "
                 "or the number of shards differ. Only shards of one `trajrec replay` question can be merged."
             )
     _check_complete(found)
-    return sorted(found, key=lambda facts: int(facts["shard"][0]))
+    return sorted(found, key=lambda shard: shard.piece)
 
 
-@dataclass(frozen=True, slots=True)
-class _Certificate:
-    """What joining certificates takes."""
-
-    verdict: str
-    max_drift: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """What joining takes of a shard's replay.json."""
-
-    question: str
-    shard: tuple[int, int]
-    certificate: _Certificate
-    seconds: float
-    growth: float | None = None
-
-
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> Shard:
     try:
-        facts: Any = json.loads((folder / "replay.json").read_text(encoding="utf-8"))
-        if isinstance(facts, dict) and not facts.get("shard"):
-            raise ReplayError(f"{folder} is a whole replay, not a shard: there is nothing to merge.")
-        piece = typed(_Shard, facts)
+        facts: Any = json.loads((folder / REPLAY).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ReplayError(f"{folder} is not the folder of a finished replay ({error}).") from None
-    if piece.certificate.verdict not in _VERDICTS or not 1 <= piece.shard[0] <= piece.shard[1]:
-        raise ReplayError(f"{folder} is not the folder of a shard: its certificate, or its number, is none.")
-    return {**facts, "folder": folder}
+    if not isinstance(facts, dict):
+        raise ReplayError(f"{folder} is not the folder of a finished replay (found {facts!a:.40}).")
+    if not facts.get("shard"):
+        raise ReplayError(f"{folder} is a whole replay, not a shard: there is nothing to merge.")
+    found = Settings.read(facts)
+    piece, pieces = found.shard or (0, 0)
+    if found.question is None or found.seconds is None or not 1 <= piece <= pieces:
+        raise ReplayError(f"{folder} is not the folder of a shard: its {REPLAY} has no question, piece or time.")
+    if found.certificate is None or found.certificate.verdict not in VERDICTS:
+        raise ReplayError(f"{folder} is not the folder of a shard: its {REPLAY} has no certificate.")
+    return Shard(folder, facts, found, piece, pieces)
 
 
-def _check_complete(found: Sequence[dict[str, Any]]) -> None:
-    count, there = int(found[0]["shard"][1]), [int(facts["shard"][0]) for facts in found]
+def _check_complete(found: Sequence[Shard]) -> None:
+    count, there = found[0].pieces, [shard.piece for shard in found]
     twice = sorted({i for i in there if there.count(i) > 1})
     if twice:
-        names = ", ".join(str(facts["folder"]) for facts in found if facts["shard"][0] == twice[0])
+        names = ", ".join(str(shard.folder) for shard in found if shard.piece == twice[0])
         raise ReplayError(f"Shard {twice[0]}/{count} is there more than once: {names}.")
     missing = [f"{i}/{count}" for i in islice((i for i in range(1, count + 1) if i not in there), _MOST_NAMED)]
     if missing:
         raise ReplayError(f"Missing shard{'s' * (len(missing) > 1)} {', '.join(missing)}: the answer would have holes.")
 
 
-def join(shards: Sequence[dict[str, Any]], folder: Path) -> None:
+def join(shards: Sequence[Shard], folder: Path) -> None:
     """Writes the whole replay of complete shards (`read_shards`) into a folder."""
-    facts = {key: value for key, value in shards[0].items() if key != "folder"}
-    facts["shard"] = None
-    facts["certificate"] = _weakest([shard["certificate"] for shard in shards])
-    facts["seconds"] = round(sum(float(shard["seconds"]) for shard in shards), 3)
-    growths = [shard["growth"] for shard in shards if shard.get("growth") is not None]
-    facts["growth"] = max(growths) if growths else None
-    contributions = _contributions([shard["folder"] for shard in shards])
-    facts["samples"] = contributions["sample"].n_unique()
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
-    metadata = {whole_characters(key): whole_characters(text) for key, text in texts.items()}
-    contributions.write_parquet(folder / "contributions.parquet", metadata=metadata)
-    for name, key in _TABLES.items():
-        parts = [_collected(s["folder"] / name) for s in shards if (s["folder"] / name).is_file()]
+    contributions = _contributions([shard.folder for shard in shards])
+    growths = [growth for shard in shards if (growth := shard.settings.growth) is not None]
+    facts = shards[0].facts | {
+        "shard": None,
+        "certificate": min(shards, key=_strength).facts["certificate"],
+        "seconds": round(sum(shard.settings.seconds or 0 for shard in shards), 3),
+        "growth": max(growths, default=None),
+        "samples": contributions["sample"].n_unique(),
+    }
+    contributions.write_parquet(folder / CONTRIBUTIONS, metadata=metadata(facts))
+    for name, columns in EXTRAS.items():
+        parts = [_collected(shard.folder / name) for shard in shards if (shard.folder / name).is_file()]
         if parts:
-            with reading(shards[0]["folder"] / name):
-                joined = pl.concat(parts, how="diagonal_relaxed").unique(key, maintain_order=True)
+            with reading(shards[0].folder / name):
+                joined = pl.concat(parts, how="diagonal_relaxed").unique(columns.key, maintain_order=True)
             joined.write_parquet(folder / name)
-    (folder / "replay.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_facts(facts, folder)
+
+
+def _strength(shard: Shard) -> tuple[int, float]:
+    """What a certificate proves, the weakest first; of two of one verdict that of the larger drift."""
+    proof = shard.settings.certificate or Certificate()
+    return list(VERDICTS).index(proof.verdict or ""), -(math.inf if proof.max_drift is None else proof.max_drift)
 
 
 def _contributions(folders: Sequence[Path]) -> pl.DataFrame:
     """All rows, in the order of a replay that was not cut: by epoch, sample and target as the shards have them."""
-    parts = [_collected(folder / "contributions.parquet") for folder in folders]
+    parts = [_collected(folder / CONTRIBUTIONS) for folder in folders]
     for part, folder in zip(parts, folders, strict=True):
         if part.schema != parts[0].schema:
             raise ReplayError(f"{folder} has other columns than {folders[0]}: only shards of one replay can be merged.")
@@ -128,8 +144,3 @@ def _collected(path: Path) -> pl.DataFrame:
 def _place(rows: pl.DataFrame, key: str) -> pl.Expr:
     values = rows[key].unique(maintain_order=True)
     return pl.col(key).replace_strict(values, pl.Series(range(len(values)), dtype=pl.Int64), return_dtype=pl.Int64)
-
-
-def _weakest(certificates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    weakest = min(certificates, key=lambda c: (_VERDICTS.index(c["verdict"]), -float(c["max_drift"])))
-    return dict(weakest)

@@ -19,12 +19,12 @@ import polars as pl
 from torch import Tensor
 
 from trajrec.records import FloatArray, IntArray
+from trajrec.replay.folder.format import PICTURES
 from trajrec.replay.folder.png import png
 from trajrec.replay.methods.contributions import Contributions
 
 MOST = 20_000
 ENDS = 500
-_SCHEMA = {"set": pl.String, "sample": pl.Int64, "png": pl.Binary, "text": pl.String}
 _LETTERS = 500
 Row = tuple[str, int, bytes | None, str | None]
 _SMALLEST = 8
@@ -43,7 +43,7 @@ def thumbnails(result: Contributions, train: Any, test: Any) -> pl.DataFrame | N
         rows += _rows("test", test, np.unique(result.targets))
     elif test is not None and result.target_kind == "each":
         rows += _rows("test", test, worth_showing(result.targets, result.values.sum(axis=0)))
-    return pl.DataFrame(rows, schema=_SCHEMA, orient="row") if rows else None
+    return pl.DataFrame(rows, schema=PICTURES, orient="row") if rows else None
 
 
 def worth_showing(ids: IntArray, values: FloatArray) -> IntArray:

@@ -1,1 +1,1 @@
-"""What people see. Imports no torch, no HDF5, no run file."""
+"""What is shown of a replay. Imports no torch, no HDF5, no run file."""

@@ -1,26 +1,25 @@
 """How far two replays of the same samples agree: exact and Hessian-free, two runs, two dtypes.
 
-    Spearman      correlation of ranks; ties share their mean rank
-    Kendall       tau-b: (concordant - discordant) / sqrt((pairs untied in a) (pairs untied in b))
-    sign error    fraction of samples whose sign differs (paper, figure 4)
-    overlap       fraction of the top k of one side that is in the top k of the other
+Spearman      correlation of ranks; ties share their mean rank
+Kendall       tau-b: (concordant - discordant) / sqrt((pairs untied in a) (pairs untied in b)), by scipy
+sign error    fraction of samples whose sign differs (paper, figure 4)
+overlap       fraction of the top k of one side that is in the top k of the other
 
-Discordant pairs are inversions of b in the order of a. They are counted bit by bit: among numbers that agree in
-all higher bits, an inversion at this bit is a one before a zero. O(n log n) in numpy, so that no statistics library
-is needed for it.
-
-    n samples that both replays have
+n samples that both replays have
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+
+from trajrec.errors import ReplayError
 
 Array = npt.NDArray[Any]
 
@@ -70,15 +69,18 @@ def agree(a: Array, b: Array, k: int = 100) -> Agreement:
         a: [n] contributions of one replay.
         b: [n] contributions of the same samples in the other.
         k: size of the top lists to compare; at most n.
+
+    Raises:
+        ReplayError: scipy is missing.
     """
     n = len(a)
     k = min(k, n)
     return Agreement(
         samples=n,
-        spearman=correlation(ranks(a), ranks(b)),
+        spearman=spearman(a, b),
         kendall=kendall(a, b),
         pearson=correlation(a, b),
-        sign_error=float(np.mean(np.sign(a) != np.sign(b))) if n else math.nan,
+        sign_error=sign_error(a, b),
         k=k,
         overlap_helpful=overlap(-a, -b, k),
         overlap_harmful=overlap(a, b, k),
@@ -91,6 +93,11 @@ def ranks(values: Array) -> Array:
     return pl.Series(values).rank("average").to_numpy()
 
 
+def spearman(a: Array, b: Array) -> float:
+    """The correlation of ranks, NaN where `correlation` is."""
+    return correlation(ranks(a), ranks(b))
+
+
 def correlation(a: Array, b: Array) -> float:
     """Pearson's correlation, NaN if a side is constant or there are fewer than two values."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -99,50 +106,37 @@ def correlation(a: Array, b: Array) -> float:
 
 
 def kendall(a: Array, b: Array) -> float:
-    """Kendall's tau-b, NaN if a side is constant or there are fewer than two values."""
-    order = np.lexsort((b, a))
-    a, b = dense(a)[order], dense(b)[order]
-    both = a * (len(b) + 1) + b
-    every = len(a) * (len(a) - 1) // 2
-    tied_a, tied_b, tied = _tied(a), _tied(b), _tied(both)
-    untied = (every - tied_a) * (every - tied_b)
-    if untied <= 0:
-        return math.nan
-    return (every - tied_a - tied_b + tied - 2 * inversions(b)) / math.sqrt(untied)
+    """Kendall's tau-b, NaN if a side is constant or there are fewer than two values.
 
-
-def inversions(numbers: Array) -> int:
-    """How many pairs stand in the wrong order.
-
-    Args:
-        numbers: [n] integers from 0.
+    Raises:
+        ReplayError: scipy is missing.
     """
-    total = 0
-    for bit in reversed(range(int(numbers.max(initial=0)).bit_length())):
-        numbers = numbers[np.argsort(numbers >> (bit + 1), kind="stable")]
-        prefix, one = numbers >> (bit + 1), (numbers >> bit) & 1
-        ones_before = np.cumsum(one) - one
-        in_prefix = ones_before - ones_before[np.searchsorted(prefix, prefix)]
-        total += int(in_prefix[one == 0].sum())
-    return total
+    try:
+        from scipy.stats import kendalltau
+    except ImportError:
+        raise ReplayError(
+            "Comparing two replays needs scipy, which is not installed: pip install 'trajrec[report]'."
+        ) from None
+    return float(kendalltau(a, b).statistic) if len(a) > 1 else math.nan
 
 
-def dense(values: Array) -> Array:
-    """[n] numbers from 0 in the order of the values; equal values share a number."""
-    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+def sign_error(a: Array, b: Array) -> float:
+    """Fraction of values whose sign differs, NaN if there are none."""
+    return float(np.mean(np.sign(a) != np.sign(b))) if len(a) else math.nan
 
 
 def overlap(a: Array, b: Array, k: int) -> float:
     """Fraction of the k smallest of a that are among the k smallest of b; NaN if k is 0."""
     if k == 0:
         return math.nan
-    return len(set(_smallest(a, k)) & set(_smallest(b, k))) / k
+    return len(np.intersect1d(_smallest(a, k), _smallest(b, k))) / k
 
 
-def _smallest(values: Array, k: int) -> list[int]:
-    return [int(index) for index in np.argsort(values, kind="stable")[:k]]
+def _smallest(values: Array, k: int) -> Array:
+    return np.argsort(values, kind="stable")[:k]
 
 
-def _tied(values: Array) -> int:
-    counts = np.unique(values, return_counts=True)[1].astype(np.int64)
-    return int((counts * (counts - 1) // 2).sum())
+def known_mean(values: Iterable[float]) -> float:
+    """The mean of those that are not NaN, NaN if there are none."""
+    mean = pl.Series(list(values), dtype=pl.Float64).drop_nans().mean()
+    return mean if isinstance(mean, float) else math.nan

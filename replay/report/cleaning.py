@@ -31,8 +31,9 @@ import polars as pl
 
 from trajrec.errors import ReplayError
 from trajrec.replay.folder import spreadsheet
+from trajrec.replay.folder.format import CONTRIBUTIONS
 from trajrec.replay.folder.place import Kind, Place
-from trajrec.replay.folder.read import CONTRIBUTIONS, Inputs, reading
+from trajrec.replay.folder.read import Inputs, reading
 from trajrec.replay.report import scores, suspects
 from trajrec.replay.report.sections import common
 

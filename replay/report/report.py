@@ -1,7 +1,7 @@
-"""A report: everything a renderer may show, as plain frozen values.
+"""A report: the answers of a replay folder, as frozen values by the name of their section.
 
-`build` asks the questions of a replay folder; `render` draws the answers on a terminal, in tables or as a page.
-Nothing here knows how it will look, and no renderer computes a number.
+`build` asks the sections one after the other (`trajrec.replay.report.sections`) and knows none of them by name. A
+renderer takes the blocks of what was found, and computes no number.
 
 The contributions to several targets are summed up as the contribution to their mean, so that a report of
 targets=each begins with the same table as one of targets=mean.
@@ -9,102 +9,75 @@ targets=each begins with the same table as one of targets=mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any
 
-from trajrec.errors import ReplayError
-from trajrec.replay.folder.read import CONTRIBUTIONS, Certificate, Inputs, Settings, load, reading
+import polars as pl
+
+from trajrec.replay.folder.format import CONTRIBUTIONS
+from trajrec.replay.folder.read import Inputs, load, reading
 from trajrec.replay.report import scores
-from trajrec.replay.report.sections import common, comparison, matrix, pictures, statistics, suspicions, timeline
-from trajrec.replay.report.sections import top as tops
-from trajrec.replay.report.sections.comparison import Comparison
-from trajrec.replay.report.sections.matrix import Matrix
-from trajrec.replay.report.sections.pictures import Picture
-from trajrec.replay.report.sections.statistics import Statistics
-from trajrec.replay.report.sections.suspicions import Suspicions
-from trajrec.replay.report.sections.timeline import Timeline
-from trajrec.replay.report.sections.top import Entry, Top, Why
+from trajrec.replay.report.blocks import Chapter, Kind
+from trajrec.replay.report.section import Ask, Material, Section
+from trajrec.replay.report.sections import SECTIONS, head
+from trajrec.replay.report.sections.common import sound_totals
+from trajrec.replay.report.sections.head import Head
 
 __all__ = ["Ask", "Report", "build", "load"]
 
-T = TypeVar("T")
-GROUPS_IN_ALL = 30
-TRACKED = 3
-
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Which questions a report answers besides the overall top.
+class Picture:
+    """What a sample looks like: PNG bytes or text; `set` is "train" or "test"."""
 
-    Attributes:
-        by: top tables of every target, or of every class of targets.
-        why: targets to explain.
-        statistics: mean, deviation, concentration, outliers.
-        matrix: inter-class contributions.
-        suspects: suspected wrong labels.
-        timeline: which epochs mattered.
-        samples: training samples to follow through the epochs (implies `timeline`).
-        compare: another replay folder.
-        pictures: take thumbnails along.
-        everything: also answer every other question that the folder can answer.
-    """
-
-    by: Literal["target", "class"] | None = None
-    why: tuple[int, ...] = ()
-    statistics: bool = False
-    matrix: bool = False
-    suspects: bool = False
-    timeline: bool = False
-    samples: tuple[int, ...] = ()
-    compare: Path | None = None
-    pictures: bool = False
-    everything: bool = False
+    set: str
+    sample: int
+    png: bytes | None
+    text: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that may be shown of one replay; a section that was not asked for is None or empty.
+    """Everything that may be shown of one replay; `report["matrix"]` is what that section found, if anything.
 
     Attributes:
-        folder: the replay folder.
-        samples: S.
-        targets: M.
-        total: sum of the samples' contributions to the mean target.
-        mass: sum of their absolute values: what shares are shares of.
-        overall: top samples for the mean target.
-        groups: top samples for each target or class.
+        head: what it says first.
+        found: what every section found, by its name; None or empty where it was not asked, or has no answer.
+        chapters: those that have an answer, with their sections, in order.
+        pictures: of the samples in it.
         notes: what could not be answered, and why.
     """
 
-    folder: Path
-    settings: Settings
-    certificate: Certificate | None
-    samples: int
-    targets: int
-    total: float
-    mass: float
-    overall: Top
-    groups: tuple[Top, ...] = ()
-    why: tuple[Why, ...] = ()
-    statistics: Statistics | None = None
-    matrix: Matrix | None = None
-    suspicions: Suspicions | None = None
-    timeline: Timeline | None = None
-    comparison: Comparison | None = None
+    head: Head
+    found: Mapping[str, Any]
+    chapters: tuple[tuple[Section[Any], Chapter], ...]
     pictures: tuple[Picture, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def __getitem__(self, name: str) -> Any:
+        return self.found[name]
 
-def build(folder: str | Path, top: int = 10, ask: Ask | None = None, compare: str | Path | None = None) -> Report:
+    def opening(self) -> Chapter:
+        """The head, in blocks."""
+        return head.chapter(self.head)
+
+    def values(self) -> dict[str, Any]:
+        """Everything but pictures, by the names that it has in JSON."""
+        return {**head.values(self.head), **self.found, "pictures": (), "notes": self.notes}
+
+
+def build(
+    folder: str | Path, top: int = 10, ask: Ask | None = None, sections: Sequence[Section[Any]] = SECTIONS
+) -> Report:
     """The report of a replay folder.
 
     Args:
         folder: what `trajrec replay` wrote.
         top: rows of each side of a table.
         ask: further questions.
-        compare: another replay folder to measure agreement with; short for `Ask(compare=...)`.
+        sections: that may answer.
 
     Raises:
         ReplayError: a folder is not a replay folder, or cannot answer what was asked for by name.
@@ -113,88 +86,26 @@ def build(folder: str | Path, top: int = 10, ask: Ask | None = None, compare: st
         DamagedRunError: a file cannot be read.
     """
     inputs, ask = load(folder), ask or Ask()
-    compare = compare or ask.compare
+    other = load(ask.compare) if ask.compare else None
     with reading(inputs.folder / CONTRIBUTIONS):
-        return _Builder(inputs, ask, top, load(compare) if compare else None).report()
+        totals, targets = sound_totals(inputs), scores.target_ids(inputs.contributions)
+        material = Material(inputs, ask, top, totals, targets, other)
+        found = {section.name: section.answer(material) or section.nothing for section in sections}
+        first = head.find(inputs, totals, len(targets))
+        answered = [section for section in sections if found[section.name]]
+        chapters = tuple((section, section.chapter(found[section.name])) for section in answered)
+        report = Report(first, found, chapters, notes=tuple(material.notes))
+        return replace(report, pictures=_pictures(report, inputs)) if ask.pictures else report
 
 
-def entries(report: Report) -> Iterator[Entry]:
-    """The rows of all top tables: overall first."""
-    for top in (report.overall, *report.groups, *(why.top for why in report.why)):
-        yield from top.helpful
-        yield from top.harmful
-
-
-class _Builder:
-    """Asks the common one after the other; what was asked for by name must succeed, the rest may be left out."""
-
-    def __init__(self, inputs: Inputs, ask: Ask, top: int, other: Inputs | None) -> None:
-        self.inputs, self.ask, self.k, self.other = inputs, ask, top, other
-        self.totals = common.sound_totals(inputs)
-        self.target_ids = scores.target_ids(inputs.contributions)
-        self.notes: list[str] = []
-
-    def report(self) -> Report:
-        inputs, totals, k, M = self.inputs, self.totals, self.k, len(self.target_ids)
-        ask, overall = self.ask, tops.overall(self.inputs, self.totals, self.k)
-        values = totals["contribution"]
-        found = Report(
-            folder=inputs.folder,
-            settings=inputs.settings,
-            certificate=inputs.certificate,
-            samples=totals.height,
-            targets=M,
-            total=float(values.sum()),
-            mass=float(values.abs().sum()),
-            overall=overall,
-            groups=self._groups(),
-            why=tuple(tops.why(inputs, target, k) for target in ask.why),
-            statistics=self._try(ask.statistics, lambda: statistics.statistics(inputs, totals, self.target_ids, k)),
-            matrix=self._try(ask.matrix, lambda: matrix.matrix(inputs)),
-            suspicions=self._suspicions(),
-            timeline=self._try(ask.timeline or bool(ask.samples), lambda: self._timeline(overall)),
-            comparison=comparison.comparison(inputs, totals, self.other) if self.other else None,
-        )
-        return replace(found, pictures=self._pictures(found), notes=tuple(self.notes))
-
-    def _try(self, asked: bool, section: Callable[[], T]) -> T | None:
-        if not asked and not self.ask.everything:
-            return None
-        try:
-            return section()
-        except ReplayError as error:
-            if asked:
-                raise
-            self.notes.append(str(error))
-            return None
-
-    def _groups(self) -> tuple[Top, ...]:
-        if self.ask.by == "target":
-            return tops.by_target(self.inputs, self.target_ids, self.totals.height, self.k)
-        return self._try(self.ask.by == "class", self._classes) or ()
-
-    def _classes(self) -> tuple[Top, ...]:
-        groups = tops.by_class(self.inputs, self.k)
-        return groups if self.ask.by or len(groups) <= GROUPS_IN_ALL else ()
-
-    def _suspicions(self) -> Suspicions | None:
-        def section(cluster: bool) -> Suspicions:
-            return suspicions.suspicions(self.inputs, self.totals, len(self.target_ids), self.k, cluster)
-
-        found = self._try(self.ask.suspects, lambda: section(True))
-        return found or (section(False) if self.ask.everything else None)
-
-    def _timeline(self, overall: Top) -> Timeline:
-        best = [*overall.helpful[:TRACKED], *overall.harmful[:TRACKED]]
-        samples = self.ask.samples or [entry.sample for entry in best]
-        return timeline.timeline(self.inputs, samples, self.totals.height)
-
-    def _pictures(self, found: Report) -> tuple[Picture, ...]:
-        if not self.ask.pictures:
-            return ()
-        train = {entry.sample for entry in entries(found)}
-        if found.suspicions:
-            train |= {suspect.sample for ranking in found.suspicions.rankings for suspect in ranking.suspects}
-        if found.statistics:
-            train |= {outlier.sample for outlier in found.statistics.outliers}
-        return pictures.pictures(self.inputs, train, {why.target for why in found.why})
+def _pictures(report: Report, inputs: Inputs) -> tuple[Picture, ...]:
+    """The thumbnails of the samples that are shown, as far as the folder has them."""
+    if inputs.thumbnails is None:
+        return ()
+    chapters = [chapter for _, chapter in report.chapters]
+    tables = [table for chapter in chapters for table in chapter.tables()]
+    train = {sample for table in tables if (name := table.of(Kind.SAMPLE)) for sample in table.rows[name]}
+    test = {part.test for chapter in chapters for part in chapter.parts if part.test is not None}
+    wanted = (pl.col("set") == "train") & pl.col("sample").is_in(sorted(train))
+    wanted |= (pl.col("set") == "test") & pl.col("sample").is_in(sorted(test))
+    return tuple(Picture(**row) for row in scores.collect(inputs.thumbnails.filter(wanted)).iter_rows(named=True))

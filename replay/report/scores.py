@@ -48,9 +48,14 @@ def pairs(frame: pl.LazyFrame) -> pl.LazyFrame:
 
 def totals(frame: pl.LazyFrame) -> pl.LazyFrame:
     """Sample and its contribution to the mean of all targets, [S] rows."""
+    return _to_the_mean(frame, frame, "sample")
+
+
+def _to_the_mean(frame: pl.LazyFrame, chosen: pl.LazyFrame, *keys: str) -> pl.LazyFrame:
+    """Keys and the contribution of the chosen rows to the mean of all targets."""
     targets = frame.select(pl.col("target").n_unique().alias("targets"))
-    sums = frame.group_by("sample").agg(_VALUE.sum())
-    return sums.join(targets, how="cross").select("sample", _VALUE / pl.col("targets"))
+    sums = chosen.group_by(keys).agg(_VALUE.sum())
+    return sums.join(targets, how="cross").select(*keys, _VALUE / pl.col("targets"))
 
 
 def totals_by_class(frame: pl.LazyFrame, targets: pl.LazyFrame) -> pl.LazyFrame:
@@ -182,29 +187,23 @@ def normalised(cells: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def phases(frame: pl.LazyFrame) -> pl.LazyFrame:
-    """What each epoch carried: epoch, helpful and harmful sums over samples, and mass, the sum of |C|.
+    """What each epoch carried: epoch, and the sums over samples of what helped and of what harmed.
 
     Args:
         frame: epoch, sample and contribution to the mean target, one row a sample and epoch.
     """
-    epochs = frame.group_by("epoch").agg(
-        helpful=_VALUE.filter(_VALUE > 0).sum(), harmful=_VALUE.filter(_VALUE < 0).sum(), mass=_VALUE.abs().sum()
-    )
-    return epochs.sort("epoch")
+    sums = frame.group_by("epoch").agg(helpful=_VALUE.filter(_VALUE > 0).sum(), harmful=_VALUE.filter(_VALUE < 0).sum())
+    return sums.sort("epoch")
 
 
 def totals_by_epoch(frame: pl.LazyFrame, epochs: list[int]) -> pl.LazyFrame:
     """Epoch, sample and contribution to the mean target in some epochs."""
-    targets = frame.select(pl.col("target").n_unique().alias("targets"))
-    sums = frame.filter(pl.col("epoch").is_in(epochs)).group_by("epoch", "sample").agg(_VALUE.sum())
-    return sums.join(targets, how="cross").select("epoch", "sample", _VALUE / pl.col("targets"))
+    return _to_the_mean(frame, frame.filter(pl.col("epoch").is_in(epochs)), "epoch", "sample")
 
 
 def tracks(frame: pl.LazyFrame, samples: list[int]) -> pl.LazyFrame:
     """The timeline of some samples: sample, epoch, contribution to the mean target."""
-    targets = frame.select(pl.col("target").n_unique().alias("targets"))
-    sums = frame.filter(pl.col("sample").is_in(samples)).group_by("sample", "epoch").agg(_VALUE.sum())
-    rows = sums.join(targets, how="cross").select("sample", "epoch", _VALUE / pl.col("targets"))
+    rows = _to_the_mean(frame, frame.filter(pl.col("sample").is_in(samples)), "sample", "epoch")
     return rows.sort("sample", "epoch")
 
 

@@ -30,7 +30,7 @@ import polars as pl
 
 from trajrec.errors import ReplayError
 from trajrec.replay.report import scores
-from trajrec.replay.report.agreement import ranks
+from trajrec.replay.report.agreement import known_mean, ranks
 
 Array = npt.NDArray[Any]
 FEATURES = 1000
@@ -64,30 +64,6 @@ class Jaccard:
     wrong: float
 
 
-@dataclass(frozen=True, slots=True)
-class ClassClusters:
-    """The two clusters of one class.
-
-    Attributes:
-        label: the class.
-        samples: its size.
-        apart: samples in the cluster of the lower mean contribution.
-        mean_apart: mean total contribution in that cluster.
-        mean_rest: mean total contribution in the other.
-    """
-
-    label: str
-    samples: int
-    apart: int
-    mean_apart: float
-    mean_rest: float
-
-    @property
-    def suspected(self) -> bool:
-        """Whether the lower cluster harms on the whole."""
-        return self.mean_apart < 0
-
-
 def harm(totals: pl.LazyFrame) -> pl.LazyFrame:
     """Sample and score, most suspected first: minus the total contribution."""
     return _ordered(totals.select("sample", score=-pl.col("contribution")))
@@ -107,9 +83,7 @@ def _ordered(frame: pl.LazyFrame) -> pl.LazyFrame:
     return frame.sort(["score", "sample"], descending=[True, False])
 
 
-def signs(
-    frame: pl.LazyFrame, samples: pl.LazyFrame, totals: pl.DataFrame
-) -> tuple[pl.DataFrame, tuple[ClassClusters, ...]]:
+def signs(frame: pl.LazyFrame, samples: pl.LazyFrame, totals: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Two clusters of sign vectors within each class.
 
     Args:
@@ -118,7 +92,8 @@ def signs(
         totals: sample and contribution to the mean target.
 
     Returns:
-        sample, label, apart (in the lower cluster) and suspected (and that cluster harms); and the classes.
+        Of samples: sample, label, apart (in the cluster of the lower mean contribution) and suspected (and that mean
+        is negative). Of classes: label, samples, apart (how many), mean_apart and mean_rest.
 
     Raises:
         ReplayError: scikit-learn is missing.
@@ -126,15 +101,21 @@ def signs(
     kmeans = _clusterer()
     features = _features(frame)
     labels = scores.collect(samples.select("sample", "label").drop_nulls())
-    members = totals.join(labels, on="sample").sort("sample")
-    parts, classes = [], []
-    for (label,), group in sorted(members.group_by("label"), key=lambda item: str(item[0][0])):
+    members = totals.join(labels, on="sample").sort("sample").with_columns(apart=False)
+    parts = [members.clear()]
+    for group in members.partition_by("label"):
         vectors = _sign_vectors(frame, group["sample"].to_list(), features)
-        part, found = _split(str(label), group.sort("sample"), vectors, kmeans)
-        parts.append(part)
-        classes.append(found)
-    schema = {"sample": pl.Int64, "label": pl.String, "apart": pl.Boolean, "suspected": pl.Boolean}
-    return pl.concat([pl.DataFrame(schema=schema), *parts]), tuple(classes)
+        parts.append(group.with_columns(apart=_lower(group["contribution"].to_numpy(), vectors, kmeans)))
+    value, apart = pl.col("contribution"), pl.col("apart")
+    classes = pl.concat(parts).group_by("label", maintain_order=True)
+    means = classes.agg(
+        pl.len().cast(pl.Int64).alias("samples"),
+        apart.sum().cast(pl.Int64).alias("apart"),
+        value.filter(apart).mean().fill_null(math.nan).alias("mean_apart"),
+        value.filter(~apart).mean().fill_null(math.nan).alias("mean_rest"),
+    )
+    harming = pl.col("label").is_in(means.filter(pl.col("mean_apart") < 0)["label"].to_list())
+    return pl.concat(parts).select("sample", "label", "apart", suspected=apart & harming), means
 
 
 def _features(frame: pl.LazyFrame) -> list[int]:
@@ -164,19 +145,12 @@ def _clusterer() -> Any:
     return KMeans(n_clusters=2, n_init=5, random_state=0)
 
 
-def _split(label: str, group: pl.DataFrame, vectors: Array, kmeans: Any) -> tuple[pl.DataFrame, ClassClusters]:
-    values = group["contribution"].to_numpy()
-    apart = np.zeros(len(values), dtype=bool)
-    if len(np.unique(vectors, axis=0)) > 1:
-        apart = kmeans.fit_predict(vectors).astype(bool)
-        if values[apart].mean() > values[~apart].mean():
-            apart = ~apart
-    means = [float(values[side].mean()) if side.any() else math.nan for side in (apart, ~apart)]
-    found = ClassClusters(label, len(values), int(apart.sum()), *means)
-    part = group.select("sample", "label").with_columns(
-        apart=pl.Series(apart), suspected=pl.Series(apart & found.suspected)
-    )
-    return part, found
+def _lower(values: Array, vectors: Array, kmeans: Any) -> Array:
+    """[n] whether a sample is in the cluster of the lower mean; no sample is where all vectors are equal."""
+    if len(np.unique(vectors, axis=0)) == 1:
+        return np.zeros(len(values), dtype=bool)
+    apart: Array = kmeans.fit_predict(vectors).astype(bool)
+    return ~apart if values[apart].mean() > values[~apart].mean() else apart
 
 
 def detect(score: Array, wrong: Array) -> Detection:
@@ -215,13 +189,7 @@ def jaccard(clusters: pl.DataFrame, noisy: pl.DataFrame) -> Jaccard | None:
         (_overlap(~group["apart"], ~group["noisy"]), _overlap(group["apart"], group["noisy"]))
         for _, group in known.group_by("label", maintain_order=True)
     ]
-    correct, wrong = (_mean([pair[side] for pair in both]) for side in (0, 1))
-    return Jaccard(correct, wrong)
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    return Jaccard(*(known_mean(pair[side] for pair in both) for side in (0, 1)))
 
 
 def _overlap(found: pl.Series, true: pl.Series) -> float:

@@ -455,7 +455,7 @@ class LateCopy:
 
 def test_rows_that_travel_give_the_same_recording(monkeypatch):
     """The recorder's side of copying from a device: every step is handed over one step late, nothing else differs."""
-    from trajrec.snapshot.snapshot import Snapshot
+    from trajrec.snapshot.model import Snapshot
 
     loader = DataLoader(Identified(), batch_size=5)
     _, _, direct = loop(loader)

@@ -1,5 +1,6 @@
 """Forged recordings: valid ones in which somebody who knows the format has changed something, and mended the checksums.
 
+Made under a `Simulation`, so that no writer is in the middle of something while a folder is copied.
 `Forger(folder)` records a few small runs of each kind; `forge(seed)` gives a copy with one or two things changed, and
 what they were. The same seed forges the same file.
 """
@@ -11,7 +12,6 @@ import os
 import random
 import shutil
 import struct
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,15 +22,18 @@ import hdf5plugin
 import numpy as np
 
 from tests.made import small_run
+from trajrec.capture.recorder import Recorder
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
-from trajrec.runfile.format import geometry, trailer
+from trajrec.runfile.format import trailer
 from trajrec.runfile.format.arrays import MAGIC as KEYFILE
 from trajrec.runfile.format.codec import decode
-from trajrec.runfile.format.table import PLAIN, RAGGED, StepTable, _checksums
+from trajrec.runfile.format.columns import FIXED, RAGGED
+from trajrec.runfile.format.geometry import GEOMETRY_BYTES, Limits
+from trajrec.runfile.format.table import StepTable
 from trajrec.runfile.manifest import FORMAT, VERSION
-from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.ring import Control, Ring
+from trajrec.runfile.trainer.sink import RunFileSink
 
 INTEGERS = [0, 1, -1, 2, 7, 255, 2**31, -(2**31), 2**40, 2**62, -(2**63), 2**63 - 1]
 VALUES: list[Any] = [
@@ -78,27 +81,15 @@ class Forger:
 
 def _record_unfinished(folder: Path, name: str, **options: Any) -> None:
     """A recording as it lies there in the middle of a training: one segment is sealed, the rest is in the ring."""
-    kept = geometry.ARENA_BYTES, geometry.SEGMENT_ROWS
-    geometry.ARENA_BYTES, geometry.SEGMENT_ROWS = 2**16, 32
-    try:
-        live = folder / f"live-{name}.h5"
-        small_run.record(live, epochs=14, at_end=lambda: _copy(live, folder / f"{name}.h5.rec"), **options)
-        live.unlink()
-    finally:
-        geometry.ARENA_BYTES, geometry.SEGMENT_ROWS = kept
+    live, target = folder / f"live-{name}.h5", folder / f"{name}.h5.rec"
+    copy = lambda: shutil.copytree(live.with_name(f"{live.name}.rec"), target)  # noqa: E731
+    small_run.record(live, epochs=14, at_end=copy, recorder=_recorder, **options)
+    live.unlink()
 
 
-def _copy(live: Path, target: Path) -> None:
-    """A copy of a folder in which a writer is at work: of a moment in which a segment is there, and all is whole."""
-    source = live.with_name(f"{live.name}.rec")
-    while not list(source.glob("segment-*.h5")):
-        time.sleep(0.01)
-    while True:
-        with suppress(shutil.Error):
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.tmp"))
-            if not verify(target):
-                return
-        shutil.rmtree(target)
+def _recorder(path: Path, inputs: str = "digest", compression: str = "zstd", **watched: Any) -> Recorder:
+    sink = RunFileSink(path, compression=compression, limits=Limits(segment_rows=32, arena_bytes=2**16))
+    return Recorder(sink, inputs=inputs, **watched)
 
 
 # -- HDF5 files --------------------------------------------------------------------------------------------------------
@@ -335,11 +326,9 @@ def _replace(file: h5py.File, dataset: h5py.Dataset, values: np.ndarray) -> str:
 def _mend_records(file: h5py.File) -> None:
     if any(d.size > 10**6 for d in _datasets(file)):
         return
-    columns = {name: file[f"steps/{name}"][()] for name in PLAIN}
-    columns |= {name: file[f"batches/{name}"][()] for name in RAGGED}
-    columns |= {f"{name}_offsets": file[f"batches/{name}_offsets"][()] for name in RAGGED}
-    table = StepTable(int(file.attrs["first"]), **columns)
-    file["steps/record_crc32"][...] = _checksums(table)
+    columns = {c.name: file[c.path][()] for c in (*FIXED, *RAGGED)}
+    columns |= {c.offsets: file[f"{c.path}_offsets"][()] for c in RAGGED}
+    file["steps/record_crc32"][...] = StepTable(int(file.attrs["first"]), columns).checksums()
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -384,7 +373,7 @@ def _manifest(path: Path, rng: random.Random) -> str:
 
 def _ring_head(path: Path, rng: random.Random) -> str:
     data = bytearray((path / "ring.bin").read_bytes())
-    size = struct.calcsize(f"<8s{geometry.GEOMETRY_BYTES}sq8s")
+    size = struct.calcsize(f"<8s{GEOMETRY_BYTES}sq8s")
     place = rng.randrange(9)
     new = (
         struct.pack("<q", rng.choice(INTEGERS))

@@ -55,8 +55,8 @@ def write(
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
     frame.write_parquet(folder / "contributions.parquet", metadata=metadata)
     (folder / "replay.json").write_text(json.dumps(settings), encoding="utf-8")
-    _people(folder / "samples.parquet", "sample", samples, label=labels, name=names, noisy=noisy)
-    _people(folder / "targets.parquet", "target", list(targets), label=target_labels, prediction=predictions)
+    _described(folder / "samples.parquet", "sample", samples, label=labels, name=names, noisy=noisy)
+    _described(folder / "targets.parquet", "target", list(targets), label=target_labels, prediction=predictions)
     return folder
 
 
@@ -79,7 +79,7 @@ def _settings(samples: int, targets: str) -> dict[str, Any]:
     }
 
 
-def _people(path: Path, key: str, ids: list[int], **columns: Sequence[Any] | None) -> None:
+def _described(path: Path, key: str, ids: list[int], **columns: Sequence[Any] | None) -> None:
     known = {name: list(values) for name, values in columns.items() if values is not None}
     if known:
         pl.DataFrame({key: ids, **known}).write_parquet(path)

@@ -5,7 +5,7 @@ import torch
 
 from trajrec.records import Keyframe
 from trajrec.rules import FlatLayout, rule_for
-from trajrec.snapshot.snapshot import Snapshot
+from trajrec.snapshot.model import Snapshot
 
 
 def keyframe_of(snapshot, step=0):

@@ -38,6 +38,7 @@ class Simulation:
         self.full = False
         self.within = False  # another process than training
         self.left: int | None = None  # operations until it is killed
+        self.watch: Callable[[], object] = lambda: None  # is called before every operation
         for module, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (files, "in_place")):
             patch.setattr(module, name, self._mortal(getattr(module, name)))
         for module, name in ((files, "fresh"), (layout, "begin"), (rowfile, "_write_at")):
@@ -49,6 +50,7 @@ class Simulation:
 
     def _mortal(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def tried(*args: Any, **options: Any) -> Any:
+            self.watch()
             if self.within and self.left is not None:
                 self.left -= 1
                 if self.left < 0:
@@ -131,7 +133,6 @@ class Process:
         """What the writer does when it is woken (writer.Writer.run)."""
         finish = Finish(self._writer.ring.get(Control.FINISH))
         if finish is Finish.NO:
-            self._writer._save_staged()
             self._writer._seal_ready()
             return
         self._writer.seal_everything()

@@ -1,4 +1,4 @@
-"""A real training for the kill tests: recorded until it is killed, most of its steps through the lane.
+"""A real training for the kill tests: recorded until it is killed.
 
 python -m tests.made.runfile_training RUN PROGRESS
 

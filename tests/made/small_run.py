@@ -58,13 +58,14 @@ def record(
     epochs: int = 2,
     build: Callable[[], nn.Module] = model,
     at_end: Callable[[], None] = lambda: None,
+    recorder: Callable[..., Any] = trajrec.record,
     **options: Any,
 ) -> None:
     """Trains, four samples a step, and records; `at_end` is called before the recording is finished."""
     net = build()
     steps = torch.optim.Adam(net.parameters(), lr=0.01)
     loader = DataLoader(data(), 4, shuffle=True)
-    with trajrec.record(path, model=net, optimizer=steps, loader=loader, **options):
+    with recorder(path, model=net, optimizer=steps, loader=loader, **options):
         for _ in range(epochs):
             for x, y in loader:
                 steps.zero_grad()

@@ -203,7 +203,7 @@ def test_little_memory_makes_the_part_smaller(monkeypatch):
 def test_several_optimizers_prove_themselves_on_a_part_of_each():
     from tests.made.rule_point import keyframe_of
     from trajrec.rules import FlatLayout, rule_for
-    from trajrec.snapshot.snapshot import Snapshot
+    from trajrec.snapshot.model import Snapshot
 
     trajrec.register_rule(OneCut)
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from trajrec.errors import UnsupportedOptimizerError
 from trajrec.rules import FlatLayout, check_recordable, rule_for
 from trajrec.rules.selftest import self_test
 from trajrec.rules.sgd import SGDRule
-from trajrec.snapshot.snapshot import Snapshot
+from trajrec.snapshot.model import Snapshot
 
 CASES = [
     {"momentum": m, "dampening": d, "nesterov": n, "weight_decay": w, "maximize": x}

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,24 @@ import pytest
 import trajrec
 from tests.made.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DiskFullError
-from trajrec.runfile.format import geometry
+from trajrec.runfile.format.geometry import Limits, geometry_for
 from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.recovery import pack
 from trajrec.runfile.ring import ring_bytes
-from trajrec.runfile.trainer.sink import RunFileSink
+from trajrec.runfile.trainer import sink as trainer
 
 VALUES = 2000
 MADE = MadeUpRun(spec(VALUES))
 BALLAST = 40 * 2**20
-with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(geometry, "SEGMENT_BYTES", 2**20)
-    patch.setattr(geometry, "ARENA_BYTES", 2**20)
-    GEOMETRY = geometry.geometry_for(VALUES, 4, keep_rows=True)
+LIMITS = Limits(segment_bytes=2**20, arena_bytes=2**20)
+RunFileSink = partial(trainer.RunFileSink, limits=LIMITS)
+GEOMETRY = geometry_for(VALUES, 4, keep_rows=True, limits=LIMITS)
 ROOM = ring_bytes(GEOMETRY) + int(1.5 * GEOMETRY.segment_bytes)
 
 
 @pytest.fixture
-def disk(tmp_path, monkeypatch):
+def disk(tmp_path):
     """A disk with room for the ring and one segment, and for much more once `ballast` is deleted."""
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**20)
-    monkeypatch.setattr(geometry, "ARENA_BYTES", 2**20)
     command = ["mount", "-t", "tmpfs", "-o", f"size={ROOM + BALLAST}", "tmpfs", str(tmp_path)]
     try:
         subprocess.run(command, check=True, capture_output=True)

@@ -26,6 +26,7 @@ from trajrec.runfile.recovery import pack
 from trajrec.runfile.trainer.sink import RunFileSink
 
 VALUES = 20_000
+MOST = 400  # steps before a kill
 ROOT = Path(__file__).parents[2]
 
 
@@ -62,12 +63,17 @@ class Trial:
     def wait_for_orphan(self) -> None:
         self._until(lambda: holder(self.folder.lock) is None)
 
-    @staticmethod
-    def _until(condition, seconds: float = 30) -> None:
-        start = time.monotonic()
+    def get_on(self, most: int) -> None:
+        """Waits until a random number of steps more is recorded, and for a part of one."""
+        last = self.done + random.randrange(most)
+        self._until(lambda: self.done >= last)
+        time.sleep(random.uniform(0, 0.003))
+
+    def _until(self, condition) -> None:
+        """Waits as long as it takes, unless the trainer fails."""
         while not condition():
-            assert time.monotonic() - start < seconds
-            time.sleep(0.01)
+            assert self.trainer.poll() is None or self.trainer.returncode == -signal.SIGKILL
+            time.sleep(0.001)
 
 
 def assert_nothing_is_lost(path: Path, done: int, keep: str = "steps", inputs: str = "digest") -> int:
@@ -88,7 +94,7 @@ def assert_nothing_is_lost(path: Path, done: int, keep: str = "steps", inputs: s
 
 def kill_trainer(folder: Path, keep: str = "steps", inputs: str = "digest") -> None:
     trial = Trial(folder, str(VALUES), keep, inputs)
-    time.sleep(random.uniform(0, 1.5 if keep == "steps" else 0.3))
+    trial.get_on(MOST)
     trial.kill(trial.trainer.pid)
     trial.trainer.wait()
     if random.random() < 0.5:
@@ -104,7 +110,7 @@ def kill_trainer(folder: Path, keep: str = "steps", inputs: str = "digest") -> N
 
 def kill_both(folder: Path, keep: str = "steps", inputs: str = "digest") -> None:
     trial = Trial(folder, str(VALUES), keep, inputs)
-    time.sleep(random.uniform(0, 1.5 if keep == "steps" else 0.3))
+    trial.get_on(MOST)
     pids = [trial.trainer.pid, trial.writer]
     random.shuffle(pids)
     trial.kill(*pids)
@@ -121,13 +127,13 @@ def kill_writer(folder: Path) -> None:
     made = MadeUpRun(spec(VALUES, rng=100))
     sink = RunFileSink(folder / "run.h5")
     sink.open(made.spec)
-    last, t = 900, 0
+    last, t = 400, 0
     deaths = sorted(random.sample(range(last), 2))
     while t <= last:
         made.feed(sink, t, first=t)
         if t in deaths:
-            time.sleep(random.uniform(0, 0.4))
-            sink._writer._process.kill()
+            time.sleep(random.uniform(0, 0.2))
+            sink.writer.kill()
         t += 1
     summary = sink.close(complete=True)
     assert summary.steps == last
@@ -141,7 +147,7 @@ def kill_writer(folder: Path) -> None:
 def kill_training(folder: Path) -> None:
     """A training is killed, its writer too or not, and what is recorded are the weights of the same training."""
     trial = Trial(folder, module="tests.made.runfile_training")
-    time.sleep(random.uniform(0, 1.5))
+    trial.get_on(MOST)
     trial.kill(*random.choice([[trial.trainer.pid], [trial.writer, trial.trainer.pid]]))
     trial.trainer.wait()
     trial.wait_for_orphan()
@@ -159,9 +165,8 @@ def kill_training(folder: Path) -> None:
 KINDS = {"trainer": kill_trainer, "both": kill_both, "writer": kill_writer, "training": kill_training}
 
 
-@pytest.mark.parametrize("trial", range(2))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_handful_of_kills(tmp_path, kind, trial):
+def test_a_handful_of_kills(tmp_path, kind):
     KINDS[kind](tmp_path)
 
 
@@ -169,8 +174,7 @@ def test_kills_between_keyframes(tmp_path):
     kill_both(tmp_path, keep="10")
 
 
-@pytest.mark.parametrize("keep", ["steps", "10"])
-@pytest.mark.parametrize("kill", [kill_trainer, kill_both])
+@pytest.mark.parametrize(("kill", "keep"), [(kill_trainer, "steps"), (kill_both, "10")])
 def test_kills_while_inputs_are_stored(tmp_path, kill, keep):
     kill(tmp_path, keep, inputs="store")
 

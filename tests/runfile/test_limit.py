@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import resource
+from functools import partial
 
 import pytest
 
@@ -12,21 +13,20 @@ import trajrec
 from tests.made.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DiskFullError, is_disk_full, is_file_too_large
 from trajrec.runfile.folder import Folder
-from trajrec.runfile.format import geometry
+from trajrec.runfile.format.geometry import Limits
 from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.recovery import pack
-from trajrec.runfile.trainer.sink import RunFileSink
+from trajrec.runfile.trainer import sink as trainer
 
 MADE = MadeUpRun(spec(2000))
+RunFileSink = partial(trainer.RunFileSink, limits=Limits(segment_bytes=2**20, arena_bytes=2**20))
 LIMIT = 4 * 2**20
 LAST = 1000
 
 
 @pytest.fixture
-def limited(monkeypatch):
+def limited():
     """A function that lifts the limit of four megabytes, under which the test runs."""
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**20)
-    monkeypatch.setattr(geometry, "ARENA_BYTES", 2**20)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
     lift = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))  # noqa: E731

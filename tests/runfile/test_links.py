@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, spec
-from tests.runfile.test_resume import cut_off
+from tests.made.runfile_cases import MadeUpRun, cut_off, spec
+from tests.made.runfile_simulation import Simulation
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError, OutputExistsError, RecordingError, TrajrecError
 from trajrec.records import Keyframe
 from trajrec.runfile import files
 from trajrec.runfile.durable import durable
 from trajrec.runfile.folder import Folder
-from trajrec.runfile.format import geometry, layout
+from trajrec.runfile.format import layout
 from trajrec.runfile.format.arrays import write_arrays
 from trajrec.runfile.format.geometry import geometry_for
 from trajrec.runfile.format.layout import Head
@@ -28,14 +28,14 @@ from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.recovery import pack
 from trajrec.runfile.ring import allocate, create
 from trajrec.runfile.trainer.sink import RunFileSink
-from trajrec.runfile.trainer.staging import Staging, save
 
 MADE = MadeUpRun(spec(3000, inputs="store"))
 SECRET = b"precious" * 4096
-IN_PLACE = ("lock", "ring.bin", "rows.bin", "staged.bin", "writer.log")
+IN_PLACE = ("lock", "ring.bin", "rows.bin", "writer.log")
 NAMES = (
     *IN_PLACE,
     "manifest.json",
+    "staged.bin",
     "manifest.json.tmp",
     "packed.h5.tmp",
     "segment-0000000000-0000000031.h5",
@@ -55,8 +55,7 @@ def unfinished(tmp_path_factory) -> Path:
     """The folder of a recording that was cut off, with every kind of file in it."""
     path = tmp_path_factory.mktemp("links") / "run.h5"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "SEGMENT_BYTES", 2**19)
-        patch.setattr(geometry, "ARENA_BYTES", 2**20)
+        Simulation(patch)
         cut_off(path, 200, MADE, compression="none", keyframe_every=50)
     return Folder.of(path).path
 
@@ -162,7 +161,6 @@ def in_a_manifest(folder: Folder) -> None:
 
 WRITERS = {
     "ring.bin": in_a_ring,
-    "staged.bin": lambda folder: Staging(folder.staged, 4096),
     "lock": lambda folder: Lock(folder.lock),
     "rows.bin": lambda folder: RowFile(folder.rows, 12_000).write(0, [MADE.row(0)[None]]),
     "packed.h5.tmp": in_a_segment,
@@ -180,15 +178,6 @@ def test_writing_replaces_a_link_or_refuses_it(folder, precious, name, kind):
     with contextlib.suppress(DamagedRunError):
         WRITERS[name](folder)
     assert precious.read_bytes() == SECRET
-
-
-def test_saving_staged_keyframes_does_not_write_through_a_link(folder, tmp_path):
-    staged = folder.staged.rename(tmp_path / "staged")
-    folder.staged.symlink_to(staged)
-    before = staged.read_bytes()
-    with pytest.raises(DamagedRunError, match=r"staged\.bin"):
-        save(folder)
-    assert staged.read_bytes() == before
 
 
 def test_a_link_that_leads_nowhere_makes_no_file(folder, tmp_path):

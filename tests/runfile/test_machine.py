@@ -22,17 +22,25 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_step, spec
+from tests.made.runfile_cases import (
+    MadeUpRun,
+    assert_same_inputs,
+    assert_same_keyframe,
+    assert_same_step,
+    end_trainer,
+    spec,
+)
 from tests.made.runfile_simulation import Simulation
 from trajrec.errors import DiskFullError, OutputExistsError, RecordingError, TrajrecError
 from trajrec.runfile.folder import Folder
-from trajrec.runfile.format import geometry
+from trajrec.runfile.format.geometry import Limits
 from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.recovery import pack
 from trajrec.runfile.trainer.sink import RunFileSink
 from trajrec.runfile.writer import rework
 
 VALUES = 40
+TINY = Limits(segment_bytes=2**12, arena_bytes=2**16)
 Origin = tuple[int, int]  # which training, and at which of its steps
 
 
@@ -44,8 +52,6 @@ class Recordings(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(geometry, "SEGMENT_BYTES", 2**12)
-        self.patch.setattr(geometry, "ARENA_BYTES", 2**16)
         self.simulation = None if self.is_real else Simulation(self.patch)
         self.home = Path(tempfile.mkdtemp())
         self.path = self.home / "run.h5"
@@ -53,6 +59,7 @@ class Recordings(RuleBasedStateMachine):
         self.sink: RunFileSink | None = None
         self.now: MadeUpRun | None = None
         self.trainings = 0
+        self.made: dict[int, MadeUpRun] = {}
 
     def teardown(self) -> None:
         if self.sink is not None:
@@ -68,13 +75,19 @@ class Recordings(RuleBasedStateMachine):
     )
     def choose(self, compression, keep, inputs, on_full) -> None:
         self.options = {"compression": compression, "keep": keep, "on_full": on_full, "keyframe_every": 16}
+        self.options["limits"] = TINY
         self.spec = spec(VALUES, rng=8, inputs=inputs)
 
     # ---- the model
 
     def training(self, number: int) -> MadeUpRun:
-        told = dataclasses.replace(self.spec, run_id=f"{number:032x}")
-        return MadeUpRun(told, seed=number, batch=3, pixels=2)
+        if number not in self.made:
+            self.made[number] = self._training(number)
+        return self.made[number]
+
+    def _training(self, number: int) -> MadeUpRun:
+        named = dataclasses.replace(self.spec, run_id=f"{number:032x}")
+        return MadeUpRun(named, seed=number, batch=3, pixels=2)
 
     def next_training(self) -> MadeUpRun:
         self.trainings += 1
@@ -146,7 +159,7 @@ class Recordings(RuleBasedStateMachine):
         elif at is not None:
             assert at < len(before) - 1
             assert at == 0 or is_complete
-        self.files[sink.output] = before[: at + 1] if goes_on else [origin] if sink._stopped is None else []
+        self.files[sink.output] = before[: at + 1] if goes_on else [origin] if sink.stopped is None else []
 
     def _start_with(self, sink: RunFileSink, made: MadeUpRun, row: np.ndarray) -> None:
         """What a recorder does at the first step."""
@@ -166,10 +179,10 @@ class Recordings(RuleBasedStateMachine):
     # ---- at work
 
     @precondition(lambda self: self.sink is not None)
-    @rule(count=st.integers(1, 50))
+    @rule(count=st.integers(1, 40))
     def feed(self, count) -> None:
         """Feeds steps, and the first one of all."""
-        first = self.sink._next if self.sink._stopped is None else len(self.steps)
+        first = len(self.steps)
         for t in range(first, first + max(1, count)):
             self._feed_one(t)
 
@@ -182,7 +195,7 @@ class Recordings(RuleBasedStateMachine):
             if row is not None:
                 row[:] = made.row(t)
             sink.commit(made.record(t))
-            if sink._stopped is None:
+            if sink.stopped is None:
                 self.steps.append((made.seed, t))
             if sink.wants_keyframe(t):
                 sink.keyframe(made.keyframe(t, with_weights=self.options["keep"] != "steps"))
@@ -218,7 +231,7 @@ class Recordings(RuleBasedStateMachine):
     def close(self, is_complete) -> None:
         sink, self.sink = self.sink, None
         recorded = self.files[sink.output]
-        stopped, was_full = sink._stopped, self.is_full
+        stopped, was_full = sink.stopped, self.is_full
         summary = sink.close(is_complete)
         assert summary.stopped == stopped
         if not recorded:
@@ -233,7 +246,7 @@ class Recordings(RuleBasedStateMachine):
     @precondition(lambda self: self.sink is not None)
     @rule()
     def kill_writer(self) -> None:
-        self.sink._writer._process.kill()
+        self.sink.writer.kill()
 
     @precondition(lambda self: self.simulation is not None)
     @rule(operations=st.integers(0, 60))
@@ -246,10 +259,7 @@ class Recordings(RuleBasedStateMachine):
     def kill_trainer(self, drains) -> None:
         """The writer, which finds its pipe at an end, seals what is there, unless it was killed too."""
         sink, self.sink = self.sink, None
-        if not drains:
-            sink._writer._process.kill()
-        sink._writer.close()
-        sink._lock.release()
+        end_trainer(sink, drains)
         if not self.files[sink.output]:
             del self.files[sink.output]
 
@@ -312,14 +322,7 @@ class RealRecordings(Recordings):
     is_real = True
 
 
-@pytest.fixture
-def simulation(monkeypatch):
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**12)
-    monkeypatch.setattr(geometry, "ARENA_BYTES", 2**16)
-    return Simulation(monkeypatch)
-
-
-MADE = MadeUpRun(spec(VALUES))
+MADE, LAST = MadeUpRun(spec(VALUES)), 24
 
 
 def until_nothing_is_left_to_kill(simulation: Simulation, trial) -> None:
@@ -337,15 +340,15 @@ def until_nothing_is_left_to_kill(simulation: Simulation, trial) -> None:
 def test_the_writer_may_be_killed_at_any_operation_of_the_end(tmp_path, simulation, compression):
     def trial(operations: int) -> None:
         path = tmp_path / f"run{operations}.h5"
-        sink = RunFileSink(path, compression=compression)
+        sink = RunFileSink(path, limits=TINY, compression=compression)
         sink.open(MADE.spec)
-        MADE.feed(sink, 50)
+        MADE.feed(sink, LAST)
         simulation.left = operations
         assert sink.close(complete=True).path == path
         assert [p.name for p in tmp_path.iterdir()] == [path.name]
         assert verify(path) == []
         with trajrec.open(path) as run:
-            assert (run.steps, run.state) == (50, "complete")
+            assert (run.steps, run.state) == (LAST, "complete")
         path.unlink()
 
     until_nothing_is_left_to_kill(simulation, trial)
@@ -355,28 +358,29 @@ def test_the_writer_may_be_killed_at_any_operation_of_the_end(tmp_path, simulati
 def test_going_on_may_be_killed_at_any_operation(tmp_path, simulation, compression, packed):
     """What was recorded up to the step that training goes on from is never touched."""
 
+    earlier = RunFileSink(tmp_path / "earlier.h5", limits=TINY, compression=compression)
+    earlier.open(MADE.spec)
+    MADE.feed(earlier, LAST)
+    earlier.close(complete=False) if packed else end_trainer(earlier, drains=True)
+
     def trial(operations: int) -> None:
         path = tmp_path / f"run{operations}.h5"
-        sink = RunFileSink(path, compression=compression)
-        sink.open(MADE.spec)
-        MADE.feed(sink, 50)
         if packed:
-            sink.close(complete=False)
+            shutil.copy(earlier.output, path)
         else:
-            sink._writer.close()
-            sink._lock.release()
-        sink = RunFileSink(path, compression=compression, resume=True)
+            shutil.copytree(earlier.folder.path, Folder.of(path).path)
+        sink = RunFileSink(path, limits=TINY, compression=compression, resume=True)
         sink.open(MADE.spec)
-        sink.reserve()[:] = MADE.row(20)
+        sink.reserve()[:] = MADE.row(10)
         simulation.left = operations
         try:
-            sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(20).crc32))
-            last = 20
+            sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(10).crc32))
+            last = 10
         except RecordingError:
-            last = 50
+            last = LAST
         sink.close(complete=False)
         with trajrec.open(path) as run:
-            assert 20 <= run.steps <= last
+            assert 10 <= run.steps <= last
             assert all(run.row(t).tobytes() == MADE.row(t).tobytes() for t in range(run.steps + 1))
 
     until_nothing_is_left_to_kill(simulation, trial)
@@ -393,7 +397,7 @@ def run(machine: type[Recordings], examples: int, steps: int) -> None:
 
 
 def test_recordings_in_any_order():
-    run(Recordings, examples=25, steps=20)
+    run(Recordings, examples=12, steps=20)
 
 
 @pytest.mark.long

@@ -11,15 +11,14 @@ import h5py
 import pytest
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, assert_same_run, spec
+from tests.made.runfile_cases import MadeUpRun, assert_same_run, cut_off, end_trainer, spec
 from tests.made.runfile_simulation import Simulation
-from tests.runfile.test_resume import cut_off
 from trajrec.errors import DiskFullError, OutputExistsError, RecordingError
 from trajrec.runfile import place
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import Lock, holder
 from trajrec.runfile.recovery import pack
-from trajrec.runfile.trainer import process, sink
+from trajrec.runfile.trainer import process
 from trajrec.runfile.trainer.sink import RunFileSink
 
 POPEN = process.subprocess.Popen
@@ -48,7 +47,7 @@ def test_a_relative_path_means_what_it_meant_when_it_was_given(tmp_path, monkeyp
     sink.open(OLD.spec)
     monkeypatch.chdir(tmp_path / "elsewhere")
     OLD.feed(sink, 50)
-    sink._writer._process.kill()  # and so does another writer
+    sink.writer.kill()  # and so does another writer
     OLD.feed(sink, 100, first=51)
     assert sink.close(complete=True).path == tmp_path / "run.h5"
     recorded(tmp_path / "run.h5", OLD, 100)
@@ -205,7 +204,7 @@ def no_ring(patch: pytest.MonkeyPatch) -> None:
     def create(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    patch.setattr(sink, "create", create)
+    patch.setattr(process, "create", create)
 
 
 def no_process(patch: pytest.MonkeyPatch) -> None:
@@ -289,10 +288,7 @@ def test_what_a_killed_start_left_does_not_block_the_next_one(path):
 def test_nor_does_one_that_was_killed_before_its_first_step(path, drains):
     sink = RunFileSink(path)
     sink.open(OLD.spec)
-    if not drains:
-        sink._writer._process.kill()
-    sink._writer.close()
-    sink._lock.release()
+    end_trainer(sink, drains)
     NEW.write(RunFileSink(path), 10)
     recorded(path, NEW, 10)
 

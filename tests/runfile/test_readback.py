@@ -12,18 +12,15 @@ import pytest
 from typer.testing import CliRunner
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, assert_same_run, spec
-from tests.made.runfile_simulation import Simulation
-from tests.runfile.test_resume import begin, cut_off
+from tests.made.runfile_cases import SMALL, MadeUpRun, assert_same_run, begin, cut_off, spec
 from trajrec.cli.main import app
 from trajrec.errors import DamagedRunError, RecordingError
 from trajrec.runfile.folder import Folder
-from trajrec.runfile.format import geometry
 from trajrec.runfile.format.rowfile import HEAD_BYTES
 from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.recovery import pack
 from trajrec.runfile.trainer.sink import RunFileSink
-from trajrec.runfile.writer import rework, sealing
+from trajrec.runfile.writer import packing, rework
 from trajrec.runfile.writer.loop import Writer
 
 MADE = MadeUpRun(spec(3000, rng=16))
@@ -31,21 +28,15 @@ LAST = 230
 
 
 @pytest.fixture(autouse=True)
-def small_segments(monkeypatch):
-    """And a simulated writer."""
-    Simulation(monkeypatch)
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**19)
-    monkeypatch.setattr(geometry, "ARENA_BYTES", 2**20)
+def _simulated(simulation):
+    pass
 
 
 @pytest.fixture(scope="module", params=["zstd", "none"])
 def unfinished(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("readback") / "run.h5"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "SEGMENT_BYTES", 2**19)
-        patch.setattr(geometry, "ARENA_BYTES", 2**20)
-        cut_off(path, LAST, MADE, compression=request.param)
-        Writer(Folder.of(path)).seal_everything()
+    cut_off(path, LAST, MADE, compression=request.param)
+    Writer(Folder.of(path)).seal_everything()
     return Folder.of(path).path
 
 
@@ -68,7 +59,7 @@ def damage_row(folder: Folder, step: int = 17) -> None:
 
 def all_of(folder: Folder) -> dict[str, bytes]:
     """All but what packing may write without changing anything."""
-    changing = ("lock", "ring.bin", "staged.bin", "writer.log")
+    changing = ("lock", "ring.bin", "writer.log")
     return {p.name: p.read_bytes() for p in folder.path.iterdir() if p.name not in changing}
 
 
@@ -107,11 +98,10 @@ def test_what_is_mended_afterwards_is_packed(folder):
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
 def test_damage_at_the_end_of_a_recording_is_said_loudly(tmp_path, caplog, compression):
-    sink = RunFileSink(tmp_path / "run.h5", compression=compression)
+    sink = RunFileSink(tmp_path / "run.h5", limits=SMALL, compression=compression)
     sink.open(MADE.spec)
     MADE.feed(sink, LAST)
-    while not sink.folder.segments():
-        sink._wait_for_writer()
+    sink.writer.wake()
     damage_row(sink.folder)
     with caplog.at_level(logging.ERROR, "trajrec"):
         summary = sink.close(complete=True)
@@ -134,15 +124,15 @@ def flip(path: Path, place: float) -> None:
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999999])
 def test_a_byte_that_changes_while_packing_is_found(folder, monkeypatch, place):
     """Wherever it is in the packed file: the folder stays, and the next attempt makes a good one."""
-    check = sealing.check_made
+    check = packing.check_made
 
     def spoiled(made: Path, source: Path) -> None:
         flip(made, place)
         check(made, source)
 
     with monkeypatch.context() as patch, pytest.raises(DamagedRunError, match="was kept as it is"):
-        patch.setattr(sealing, "check_made", spoiled)
-        sealing.pack(folder, folder.read_manifest(), "recovered", ())
+        patch.setattr(packing, "check_made", spoiled)
+        packing.pack(folder, folder.read_manifest(), "recovered", ())
     assert not folder.output.exists()
     if not folder.rows.exists():  # else the row itself may be what has changed
         with trajrec.open(pack(folder.path)) as run:
@@ -151,7 +141,7 @@ def test_a_byte_that_changes_while_packing_is_found(folder, monkeypatch, place):
 
 def test_going_on_with_a_packed_run_reads_back_what_was_unpacked(tmp_path, monkeypatch):
     path = tmp_path / "run.h5"
-    begin(path, LAST, packed=True)
+    begin(path, LAST, packed=True, made=MADE)
     before, copy = path.read_bytes(), rework.copy_segment
     Folder.of(path).path.mkdir()
 
@@ -190,7 +180,7 @@ def test_dropping_rows_again_where_it_was_cut_off(folder, monkeypatch):
 
 def test_a_run_cannot_go_on_over_damage(folder):
     damage_row(folder)
-    sink = RunFileSink(folder.output, resume=True)
+    sink = RunFileSink(folder.output, limits=SMALL, resume=True)
     sink.open(MADE.spec)
     assert isinstance(sink.reserve(), object)
     with pytest.raises(RecordingError, match="cannot be continued"):

@@ -13,7 +13,7 @@ import torch
 import trajrec
 from tests.made.runfile_cases import MadeUpRun, assert_same_run, spec
 from trajrec.errors import DamagedRunError, NewerFormatError, NotARunError, OutputExistsError, RecorderBusyError
-from trajrec.runfile.format import geometry
+from trajrec.runfile.format.geometry import Limits
 from trajrec.runfile.reader import source
 from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.trainer.sink import RunFileSink
@@ -212,10 +212,9 @@ def test_options_are_checked(tmp_path, options, message):
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
-def test_a_run_can_be_read_while_it_is_recorded_and_after(tmp_path, monkeypatch, compression):
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**20)
+def test_a_run_can_be_read_while_it_is_recorded_and_after(tmp_path, compression):
     made = MadeUpRun(spec(3000))
-    sink = RunFileSink(tmp_path / "run.h5", compression=compression)
+    sink = RunFileSink(tmp_path / "run.h5", limits=Limits(segment_bytes=2**20), compression=compression)
     sink.open(made.spec)
     made.feed(sink, 200)
     early = trajrec.open(tmp_path / "run.h5")
@@ -240,11 +239,10 @@ def test_the_training_process_does_not_import_hdf5():
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
-def test_what_few_steps_have_comes_back_from_segments_ring_and_packed_file(tmp_path, monkeypatch, compression):
+def test_what_few_steps_have_comes_back_from_segments_ring_and_packed_file(tmp_path, compression):
     """Micro-batches, digests, conditions and groups added on the way, over the seams of several segments."""
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 1)
     made, last = MadeUpRun(spec(), with_parts=True), 75
-    sink = RunFileSink(tmp_path / "run.h5", compression=compression)
+    sink = RunFileSink(tmp_path / "run.h5", limits=Limits(segment_bytes=1), compression=compression)
     sink.open(made.spec)
     made.feed(sink, last)
     with trajrec.open(tmp_path / "run.h5") as run:

@@ -180,7 +180,7 @@ def _items(file: h5py.File) -> list[tuple[str, h5py.Dataset]]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_recording_holds_what_it_held(name, tmp_path):
+def test_a_recording_holds_what_it_held(name, tmp_path, simulation):
     RUNS[name](tmp_path / "run.h5")
     assert digests(tmp_path / "run.h5") == json.loads(STORED.read_text())[name]
 

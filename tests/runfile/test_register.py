@@ -10,7 +10,7 @@ import pytest
 
 import trajrec
 from tests.made import small_run
-from tests.made.runfile_cases import spec
+from tests.made.runfile_cases import MadeUpRun, cut_off, spec
 from trajrec.errors import TaskError
 from trajrec.runfile import register
 from trajrec.runfile.recovery import pack
@@ -20,7 +20,7 @@ NOTED = replace(spec(4), task="task.py:task", task_sha256="12" * 32)
 
 
 @pytest.fixture
-def state(tmp_path, monkeypatch):
+def state(tmp_path, monkeypatch, simulation):
     """A register with nothing in it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return tmp_path / "state"
@@ -118,9 +118,7 @@ def test_second_parts_are_ones_own(tmp_path, state, reference, other):
 
 
 def test_a_run_that_was_cut_off_and_packed_is_ones_own(tmp_path, state):
-    from tests.runfile.test_resume import MADE, cut_off
-
-    cut_off(tmp_path / "run.h5", 20, replace(MADE, spec=replace(MADE.spec, task="a.py:task", task_sha256="00" * 32)))
+    cut_off(tmp_path / "run.h5", 20, MadeUpRun(replace(spec(2000), task="a.py:task", task_sha256="00" * 32)))
     with trajrec.open(pack(tmp_path / "run.h5")) as run:
         assert register.has(run.spec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -11,52 +12,31 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_run, spec
+from tests.made import runfile_cases as cases
+from tests.made.runfile_cases import (
+    SMALL,
+    MadeUpRun,
+    assert_same_inputs,
+    assert_same_keyframe,
+    assert_same_run,
+    end_trainer,
+    spec,
+)
 from trajrec.errors import RecordingError
 from trajrec.replay import contributions
-from trajrec.runfile.format import geometry
 from trajrec.runfile.reader.verify import verify
-from trajrec.runfile.trainer import sink
-from trajrec.runfile.trainer.sink import RunFileSink
+from trajrec.runfile.trainer import resume
+from trajrec.runfile.trainer import sink as trainer
 
 MADE = MadeUpRun(spec(2000, rng=32))
+RunFileSink = partial(trainer.RunFileSink, limits=SMALL)
+begin, cut_off = partial(cases.begin, made=MADE), partial(cases.cut_off, made=MADE)
+restart, go_on = partial(cases.restart, made=MADE), partial(cases.go_on, made=MADE)
 
 
 @pytest.fixture(autouse=True)
-def small_segments(monkeypatch):
-    monkeypatch.setattr(geometry, "SEGMENT_BYTES", 2**19)
-    monkeypatch.setattr(geometry, "ARENA_BYTES", 2**20)
-
-
-def restart(path, at: int, last: int, complete: bool = True, made: MadeUpRun = MADE, **options) -> None:
-    """What a recorder does when training begins with the weights of step `at`."""
-    sink = RunFileSink(path, resume=True, **options)
-    sink.open(made.spec)
-    row = sink.reserve()
-    if row is not None:
-        row[:] = made.row(at)
-    sink.commit(dataclasses.replace(made.record(0), crc32=made.record(at).crc32))
-    assert sink.resumed_at == at
-    made.feed(sink, last, first=at + 1)
-    sink.close(complete)
-
-
-def cut_off(path, last: int, made: MadeUpRun = MADE, **options) -> None:
-    """A recording whose trainer and writer were killed."""
-    sink = RunFileSink(path, **options)
-    sink.open(made.spec)
-    made.feed(sink, last)
-    sink._writer._process.kill()
-    sink._writer.close()
-    sink._lock.release()
-
-
-def begin(path, last: int, packed: bool, made: MadeUpRun = MADE, **options) -> None:
-    """A recording of a training that did not come to its end, packed or not."""
-    if packed:
-        made.write(RunFileSink(path, **options), last, complete=False)
-    else:
-        cut_off(path, last, made, **options)
+def _simulated(simulation):
+    pass
 
 
 @pytest.mark.parametrize("at", [1, 63, 64, 100, 300])
@@ -74,17 +54,17 @@ def test_a_recording_goes_on_from_any_step(tmp_path, packed, at, compression):
         assert_same_keyframe(run.keyframe(192), MADE.keyframe(192))
 
 
-@pytest.mark.parametrize("at", [1, 63, 100, 300])
+@pytest.mark.parametrize("at", [1, 31, 70])
 @pytest.mark.parametrize("packed", [True, False])
 def test_inputs_go_on_too(tmp_path, packed, at):
     path, made = tmp_path / "run.h5", MadeUpRun(spec(2000, inputs="store"))
-    begin(path, 300, packed, made)
+    begin(path, 70, packed, made=made)
     other = dataclasses.replace(made, pixels=30)  # batches of another shape, so that old ones would be seen
-    restart(path, at, 320, made=other)
+    restart(path, at, 80, made=other)
     assert verify(path) == []
     with trajrec.open(path) as run:
         assert_same_inputs(run, made, range(1, at + 1))
-        assert_same_inputs(run, other, range(at + 1, 321))
+        assert_same_inputs(run, other, range(at + 1, 81))
 
 
 def test_other_inputs_are_refused(tmp_path):
@@ -120,14 +100,9 @@ def test_keyframes_only(tmp_path):
 def test_a_resumed_recording_may_be_killed_and_resumed(tmp_path, compression):
     path = tmp_path / "run.h5"
     cut_off(path, 100, compression=compression)
-    sink = RunFileSink(path, resume=True)
-    sink.open(MADE.spec)
-    sink.reserve()[:] = MADE.row(90)
-    sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(90).crc32))
+    sink = go_on(path, 90)
     MADE.feed(sink, 95, first=91)
-    sink._writer._process.kill()
-    sink._writer.close()
-    sink._lock.release()
+    end_trainer(sink)
     with trajrec.open(path) as run:
         assert_same_run(run, MADE, 95)
     restart(path, 93, 140)
@@ -177,10 +152,7 @@ def test_a_training_that_begins_anew_does_not_throw_the_first_one_away(tmp_path,
 
 def restart_beside(path, at: int):
     """Training begins with the weights of step `at`, and is recorded as a second part."""
-    sink = RunFileSink(path, resume=True)
-    sink.open(MADE.spec)
-    sink.reserve()[:] = MADE.row(at)
-    sink.commit(dataclasses.replace(MADE.record(0), crc32=MADE.record(at).crc32))
+    sink = go_on(path, at)
     assert (sink.resumed_at, sink.output) == (0, path.with_name("run-part2.h5"))
     MADE.feed(sink, 3, first=1)
     return sink.close(complete=True)
@@ -197,9 +169,9 @@ def test_a_complete_training_goes_on_from_its_end(tmp_path):
 def test_steps_that_go_are_said_before_they_go(tmp_path, caplog, monkeypatch):
     path = tmp_path / "run.h5"
     begin(path, 50, packed=False)
-    rework, said = sink.rework, {}
+    rework, said = resume.rework, {}
     monkeypatch.setattr(
-        sink,
+        resume,
         "rework",
         lambda folder, lock, command, *rest: (
             (said.setdefault(command, caplog.text) and None) or rework(folder, lock, command, *rest)

@@ -9,6 +9,7 @@ import pytest
 
 import trajrec
 from tests.made.runfile_cases import MadeUpRun, assert_same_inputs, assert_same_keyframe, assert_same_run, spec
+from trajrec.runfile.format.geometry import Limits
 from trajrec.runfile.reader.verify import verify
 from trajrec.runfile.trainer.sink import RunFileSink
 from trajrec.sink import MemorySink
@@ -73,7 +74,7 @@ def test_a_keyframe_may_come_unasked(sink):
     ("values", "dtype", "rng", "last"),
     [(1, "float32", 0, 0), (3, "float64", 0, 1), (1000, "float32", 5056, 40), (61706, "float32", 0, 300)],
 )
-def test_round_trip_bit_for_bit(tmp_path, compression, values, dtype, rng, last):
+def test_round_trip_bit_for_bit(tmp_path, simulation, compression, values, dtype, rng, last):
     made = MadeUpRun(spec(values, dtype, rng))
     made.write(RunFileSink(tmp_path / "run.h5", compression=compression), last)
     assert [p.name for p in tmp_path.iterdir()] == ["run.h5"]
@@ -86,30 +87,29 @@ def test_round_trip_bit_for_bit(tmp_path, compression, values, dtype, rng, last)
 
 @pytest.mark.parametrize("keep", ["steps", 10])
 @pytest.mark.parametrize("pixels", [5, 5000])
-def test_inputs_come_back_bit_for_bit(tmp_path, keep, pixels):
+def test_inputs_come_back_bit_for_bit(tmp_path, simulation, keep, pixels):
     made = MadeUpRun(spec(inputs="store"), pixels=pixels)
-    made.write(RunFileSink(tmp_path / "run.h5", keep=keep), 70)
+    made.write(RunFileSink(tmp_path / "run.h5", keep=keep), 40)
     assert verify(tmp_path / "run.h5") == []
     with trajrec.open(tmp_path / "run.h5") as run:
-        assert_same_inputs(run, made, range(1, 71))
+        assert_same_inputs(run, made, range(1, 41))
 
 
-def test_large_inputs_are_taken_into_segments_before_these_are_full(tmp_path, monkeypatch):
-    monkeypatch.setattr("trajrec.runfile.trainer.sink.INPUT_BYTES", 2**20)
+def test_large_inputs_are_taken_into_segments_before_these_are_full(tmp_path, simulation):
     made = MadeUpRun(spec(inputs="store"), pixels=5000)
-    sink = RunFileSink(tmp_path / "run.h5", keep=50)
+    sink = RunFileSink(tmp_path / "run.h5", keep=25, limits=Limits(input_bytes=2**19))
     sink.open(made.spec)
-    for t in range(120):
+    for t in range(60):
         made.feed(sink, t, first=t)
-        assert sum(path.stat().st_size for path in sink.folder.raw_inputs().values()) < 1.5 * 2**20
-    assert_same_inputs(trajrec.open(tmp_path / "run.h5"), made, range(1, 120))
+        assert sum(path.stat().st_size for path in sink.folder.raw_inputs().values()) < 1.5 * 2**19
+    assert_same_inputs(trajrec.open(tmp_path / "run.h5"), made, range(1, 60))
     sink.close(complete=True)
     with trajrec.open(tmp_path / "run.h5") as run:
-        assert_same_inputs(run, made, range(1, 120))
+        assert_same_inputs(run, made, range(1, 60))
 
 
 @pytest.mark.parametrize("keep", [1, 10])
-def test_keyframes_only_keeps_every_checksum_and_no_rows(tmp_path, keep):
+def test_keyframes_only_keeps_every_checksum_and_no_rows(tmp_path, simulation, keep):
     made = MadeUpRun(spec(rng=64))
     made.write(RunFileSink(tmp_path / "run.h5", keep=keep), 95)
     with trajrec.open(tmp_path / "run.h5") as run:

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 import trajrec
-from tests.made.runfile_cases import MadeUpRun, assert_same_run, spec
-from tests.made.runfile_simulation import Simulation
-from tests.runfile.test_resume import cut_off
+from tests.made.runfile_cases import MadeUpRun, assert_same_run, cut_off, end_trainer, spec
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.lock import holder
 from trajrec.runfile.reader.verify import verify
@@ -23,11 +21,6 @@ from trajrec.sink import MemorySink
 
 ROOT = Path(__file__).parents[2]
 MADE = MadeUpRun(spec(200, rng=16))
-
-
-@pytest.fixture
-def simulation(monkeypatch):
-    return Simulation(monkeypatch)
 
 
 @pytest.fixture(params=["memory", "zstd", "none", "keyframes"])
@@ -94,9 +87,7 @@ def test_a_noted_gap_survives_a_kill(tmp_path, simulation):
     sink.open(MADE.spec)
     MADE.feed(sink, 50)
     sink.note_gap(51)
-    sink._writer._process.kill()
-    sink._writer.close()
-    sink._lock.release()
+    end_trainer(sink)
     with trajrec.open(pack(tmp_path / "run.h5")) as run:
         assert (run.steps, run.gaps) == (50, ((51, 51),))
 
@@ -141,18 +132,18 @@ def test_an_earlier_recording_is_as_it_was_after_a_stop(tmp_path, simulation):
 SCRIPT = """
 import gc, os, sys
 from tests.made.runfile_cases import MadeUpRun, spec
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 made = MadeUpRun(spec(200, rng=16, inputs="store"))
 sink = RunFileSink(sys.argv[1])
 sink.open(made.spec)
-made.feed(sink, 100)
+made.feed(sink, 40)
 
 
 def calls_on():
     other = MadeUpRun(made.spec, seed=9)
-    other.feed(sink, 150, first=101)
-    sink.keyframe(other.keyframe(101))
+    other.feed(sink, 60, first=41)
+    sink.keyframe(other.keyframe(41))
     sink.stop("in the child")
     sink.note_gap(160)
     sink.abandon()
@@ -172,6 +163,7 @@ def lives_on():
 
 
 waits, ends = os.pipe()
+last = 40
 for what in (calls_on, is_collected, lives_on, lambda: None):
     child = os.fork()
     if child == 0:
@@ -183,10 +175,11 @@ for what in (calls_on, is_collected, lives_on, lambda: None):
         print(child, flush=True)
     else:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
-    made.feed(sink, sink._next + 9, first=sink._next)
-made.feed(sink, 200, first=sink._next)
+    made.feed(sink, last + 10, first=last + 1)
+    last += 10
+made.feed(sink, 90, first=last + 1)
 summary = sink.close(complete=True)
-assert (summary.steps, summary.gaps) == (200, ()), summary
+assert (summary.steps, summary.gaps) == (90, ()), summary
 made.write(RunFileSink(sys.argv[1] + "-second"), 10)
 print("closed", flush=True)
 sys.stdin.read()
@@ -207,13 +200,13 @@ def test_a_forked_child_has_no_part_in_the_recording(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5", "run.h5-second"]
     assert verify(path) == []
     with trajrec.open(path) as run:
-        assert_same_run(run, MadeUpRun(spec(200, rng=16, inputs="store")), 200)
+        assert_same_run(run, MadeUpRun(spec(200, rng=16, inputs="store")), 90)
 
 
 KILLED = """
 import os, sys, time
 from tests.made.runfile_cases import MadeUpRun, spec
-from trajrec.runfile.recording import RunFileSink
+from trajrec.runfile.trainer.sink import RunFileSink
 
 made = MadeUpRun(spec(200))
 sink = RunFileSink(sys.argv[1])

@@ -38,7 +38,7 @@ from trajrec.capture.stopwatch import Stopwatch
 from trajrec.errors import RecordingError, TrajrecError
 from trajrec.rules import check_recordable, rehearse
 from trajrec.sink import Sink, Summary
-from trajrec.snapshot.snapshot import Snapshot
+from trajrec.snapshot.model import Snapshot
 from trajrec.task.loading import absolute, file_sha256, task_file
 from trajrec.task.seeding import find_seeded
 

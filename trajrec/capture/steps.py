@@ -27,7 +27,8 @@ from trajrec.inputs import arrays_of
 from trajrec.records import NO_IDS, FloatArray, Inputs, LiveKeyframe, StepRecord
 from trajrec.sink import Sink
 from trajrec.snapshot.generators import consumed
-from trajrec.snapshot.snapshot import Snapshot, copy_row
+from trajrec.snapshot.model import Snapshot
+from trajrec.snapshot.weights import copy_row
 
 
 @dataclass(frozen=True, slots=True)

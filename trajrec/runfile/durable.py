@@ -1,4 +1,4 @@
-"""Files that are on the disk whole, or not at all; and what it looks like when there is no room for them."""
+"""Files that are on the disk whole, or not at all."""
 
 from __future__ import annotations
 

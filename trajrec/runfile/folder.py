@@ -5,12 +5,12 @@
     ring.bin                          steps that are not sealed yet (ring.py)
     segment-FIRST-LAST.h5             sealed steps; complete, because renamed only after fsync
     rows.bin                          their rows, where there is no compression (rowfile.py)
-    keyframe-STEP.bin                 raw keyframes (keyfile.py)
-    staged.bin                        keyframes that are to become such files (staging.py)
-    inputs-STEP.bin                   inputs of steps that are not sealed yet (keyfile.py)
+    keyframe-STEP.bin                 raw keyframes (arrays.py)
+    inputs-STEP.bin                   inputs of steps that are not sealed yet (arrays.py)
     record-STEP.bin                   a record too large for the ring
     writer.log                        what the writer process said
     *.tmp, *.part                     unfinished; deleted by whoever comes next
+    staged.bin                        keyframes on their way, of an older version: deleted, and not looked at
 
 A segment's name says which steps it holds, so the state of a recording can be told without opening a file.
 
@@ -39,7 +39,7 @@ _INPUTS = re.compile(r"inputs-(\d{10})\.bin")
 _STEP = r"(keyframe|record|inputs|staged)-\d{10}"
 _UNFINISHED = re.compile(rf"(manifest\.json|packed\.h5|ring\.bin|{_SEGMENT.pattern}|{_STEP})\.tmp|{_STEP}\.part")
 _ALONE = ("lock", "ring.bin", "staged.bin", "writer.log")  # what says nothing without a manifest
-_IN_PLACE = ("lock", "ring.bin", "staged.bin", "rows.bin", "writer.log")
+_IN_PLACE = ("lock", "ring.bin", "rows.bin", "writer.log")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,6 @@ class Folder:
     def ring(self) -> Path:
         """The ring."""
         return self.path / "ring.bin"
-
-    @property
-    def staged(self) -> Path:
-        """The keyframes on their way."""
-        return self.path / "staged.bin"
 
     @property
     def rows(self) -> Path:
@@ -245,7 +240,7 @@ _ARTICLES = {
 def _is_known(name: str) -> bool:
     """Whether a file of a recording has this name."""
     patterns = (_SEGMENT, _KEYFRAME, _RECORD, _INPUTS, _UNFINISHED)
-    return name in (*_IN_PLACE, "manifest.json") or any(pattern.fullmatch(name) for pattern in patterns)
+    return name in (*_IN_PLACE, "manifest.json", "staged.bin") or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def _is_regular(entry: os.DirEntry[str]) -> bool:

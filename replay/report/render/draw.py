@@ -1,4 +1,4 @@
-"""Tables and text for the terminal: 80 columns, readable without colour, data drawn as text.
+"""Tables, facts and bars for the terminal, as text.
 
 Labels and names come from data and are never read as markup; control characters are shown as escapes, so that no
 label can move the cursor or paint the screen.
@@ -6,7 +6,7 @@ label can move the cursor or paint the screen.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -15,27 +15,32 @@ from rich.table import Table
 from rich.text import Text
 
 from trajrec.errors import printable
+from trajrec.replay.report.blocks import Kind
 
-Column = tuple[str, list[Text]]
-_LEFT = {"label", "name", "class", "", "known", "what"}
+
+class Column(NamedTuple):
+    """A heading, and cells of one kind."""
+
+    name: str
+    kind: Kind
+    cells: list[Text]
 
 
 def table(columns: list[Column], width: int) -> Padding:
     """Columns of cells; numbers are never cut, labels and names share what room is left."""
-    widths = {name: max(len(name), *(cell.cell_len for cell in cells)) for name, cells in columns}
-    wide: list[str] = [name for name in ("label", "name") if name in widths]
-    room = width - 4 - 3 * len(columns) - sum(widths[name] for name in widths if name not in wide)
-    for name in wide:  # the label first: it is short as a rule
-        widths[name] = max(6, min(widths[name], room if name == wide[-1] else room // 2))
-        room -= widths[name]
+    widths = [max(len(column.name), *(cell.cell_len for cell in column.cells)) for column in columns]
+    wide = [i for kind in (Kind.LABEL, Kind.NAME) for i, column in enumerate(columns) if column.kind is kind]
+    room = width - 4 - 3 * len(columns) - sum(each for i, each in enumerate(widths) if i not in wide)
+    for i in wide:  # the label first: it is short as a rule
+        widths[i] = max(6, min(widths[i], room if i == wide[-1] else room // 2))
+        room -= widths[i]
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    for name, cells in columns:
-        justify: Literal["left", "right"] = "left" if name in _LEFT else "right"
-        drawn.add_column(plain(name), justify=justify, no_wrap=True)
+    for (name, kind, cells), most in zip(columns, widths, strict=True):
+        drawn.add_column(plain(name), justify="right" if kind.to_the_right else "left", no_wrap=True)
         for cell in cells:
             cell.plain = cell.plain.replace("\n", "\\n")
-            _shorten(cell, widths[name], keep_end=name == "name")
-    for row in zip(*(cells for _, cells in columns), strict=True):
+            _shorten(cell, most, keep_end=kind is Kind.NAME)
+    for row in zip(*(column.cells for column in columns), strict=True):
         drawn.add_row(*row)
     return Padding(drawn, (0, 0, 0, 2))
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,8 @@ import polars as pl
 
 from trajrec.errors import OutputExistsError
 from trajrec.replay.folder import spreadsheet
-from trajrec.replay.report.report import Report, entries
-
-COLUMNS: dict[str, type[pl.DataType]] = {
-    "rank": pl.Int64,
-    "side": pl.String,
-    "sample": pl.Int64,
-    "label": pl.String,
-    "target": pl.Int64,
-    "contribution": pl.Float64,
-    "share": pl.Float64,
-}
+from trajrec.replay.report.blocks import Table
+from trajrec.replay.report.report import Report
 
 
 def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
@@ -46,7 +36,8 @@ def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    rows = frame(report) if report.groups or report.why else frame(report).drop("table")
+    rows = frame(report)
+    rows = rows if len(_written(report)) > 1 else rows.drop("table", strict=False)
     return save(path, lambda file: spreadsheet.write_csv(rows, file), force)
 
 
@@ -56,30 +47,40 @@ def write_parquet(report: Report, path: str | Path, force: bool = False) -> Path
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    facts = {"sign": report.settings.sign, "unit": report.settings.unit or "", "run_id": report.settings.run_id or ""}
+    settings = report.head.settings
+    facts = {"sign": settings.sign, "unit": settings.unit or "", "run_id": settings.run_id or ""}
     return save(path, lambda file: frame(report).write_parquet(file, metadata=facts), force)
 
 
 def write_json(report: Report, path: str | Path, force: bool = False) -> Path:
-    """Write every section of a report, pictures left out.
+    """Write what every section found, pictures left out.
 
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    text = json.dumps(plain({**asdict(report), "pictures": ()}), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(plain(report.values()), indent=1, allow_nan=False, ensure_ascii=False)
     return save(path, lambda file: file.write_text(text + "\n", encoding="utf-8"), force)
 
 
 def frame(report: Report) -> pl.DataFrame:
-    """All top tables of a report as one data frame, with the title of its table behind every row."""
-    tables = [report.overall, *report.groups, *(why.top for why in report.why)]
-    titles = [top.title for top in tables for _ in (*top.helpful, *top.harmful)]
-    rows = [{name: values[name] for name in COLUMNS} for values in map(asdict, entries(report))]
-    return pl.DataFrame(rows, schema=COLUMNS).with_columns(pl.Series("table", titles, dtype=pl.String))
+    """All tables that are written to files as one data frame; of several kinds, each with nulls for the others."""
+    whole = pl.concat((table.rows.select(table.files) for part in _written(report) for table in part), how="diagonal")
+    return whole.select(pl.exclude("table"), "table") if "table" in whole.columns else whole
+
+
+def _written(report: Report) -> list[list[Table]]:
+    """The tables that are written, part by part."""
+    parts = [part.blocks for _, chapter in report.chapters for part in chapter.parts]
+    found = [[block for block in blocks if isinstance(block, Table) and block.files] for blocks in parts]
+    return [tables for tables in found if tables]
 
 
 def plain(value: Any) -> Any:
-    """A value that JSON can hold: paths as strings, NaN and infinity as None."""
+    """A value that JSON can hold: paths as strings, NaN and infinity as None, findings by their fields."""
+    if isinstance(value, pl.DataFrame):
+        value = value.to_dicts()
+    if is_dataclass(value):
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -116,19 +117,11 @@ def save(path: str | Path, write: Callable[[Path], object], force: bool) -> Path
     """
     path = claim(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        write(Path(name))
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        write(unfinished)
+        unfinished.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,43 +1,39 @@
-"""A report on a terminal: what was asked in words, the certificate, then one table after the other.
+"""A report on a terminal: 80 columns, readable without colour, data drawn as text.
 
-Rich takes care of NO_COLOR, pipes and width; `draw` of long and hostile labels; `panels` of the sections behind the
-top tables.
+Rich takes care of NO_COLOR, pipes and width. Labels and names come from data and are never read as markup; control
+characters are shown as escapes (`draw`), so that no label can move the cursor or paint the screen.
 """
 
 from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
-from trajrec.replay.folder.read import Certificate
-from trajrec.replay.report.render import panels, words
-from trajrec.replay.report.render.draw import Column, bars, facts, heading, note, plain, table
+from trajrec.errors import printable
+from trajrec.replay.report.blocks import Block, Chapter, Chart, Facts, Grid, Heat, Kind, Note, Table
+from trajrec.replay.report.render import draw
 from trajrec.replay.report.report import Report
-from trajrec.replay.report.sections.comparison import Comparison
-from trajrec.replay.report.sections.top import Entry, Top
 
-GROUPS_SHOWN = 20
+FOLDED = 20
+WIDEST = 12
+STYLES = {"helpful": "green", "harmful": "red", "good": "green", "bad": "bold red", "open": "yellow", "": ""}
 
 
-def show(report: Report, console: Console | None = None, top: int | None = None) -> None:
-    """Print a report.
-
-    Args:
-        report: what to show.
-        console: where; standard output if None.
-        top: at most so many rows of each table, if the report holds more.
-    """
+def show(report: Report, console: Console | None = None) -> None:
+    """Print a report, on standard output if no console is given."""
     console = console or standard_output()
-    header(report, console)
-    for group in (report.overall, *report.groups[:GROUPS_SHOWN]):
-        show_top(group, console, top)
-    if len(report.groups) > GROUPS_SHOWN:
-        note(f"... and {len(report.groups) - GROUPS_SHOWN:,} more tables: write them with --csv or --json", console)
-    panels.show(report, console, top, show_top)
+    first = report.opening()
+    console.print(draw.plain(first.title, "bold"))
+    _blocks(first, console)
+    for _, chapter in report.chapters:
+        _blocks(chapter, console)
+    for text in report.notes:
+        draw.note(f"Not shown: {text}", console)
 
 
 def standard_output() -> Console:
@@ -47,66 +43,83 @@ def standard_output() -> Console:
     return Console()
 
 
-def show_comparison(comparison: Comparison, console: Console) -> None:
-    """Print how far two replays agree."""
-    panels.comparison(comparison, console)
+def _blocks(chapter: Chapter, console: Console) -> None:
+    shown = chapter.parts[: FOLDED if chapter.folded else None]
+    for part in shown:
+        for block in part.blocks:
+            _print(block, console)
+    if len(shown) < len(chapter.parts):
+        left = len(chapter.parts) - len(shown)
+        draw.note(f"... and {left:,} more tables: write them with --csv or --json", console)
 
 
-def header(report: Report, console: Console) -> None:
-    """Print what was asked, how the numbers read, and the certificate."""
-    settings = report.settings
-    run = " ".join(filter(None, [settings.run, f"({settings.run_id[:12]})" if settings.run_id else None]))
-    lines = {
-        "run": run,
-        "training": words.training(settings),
-        "method": words.method(settings),
-        "number": words.unit(settings),
-        "sign": words.SIGN,
-        "share": words.SHARE,
-    }
-    trust = {"sensitivity": words.sensitivity(settings), "check": settings.taylor or ""}
-    console.print(plain(words.question(report), "bold"))
-    console.print(
-        facts(
-            [
-                *((name, plain(text)) for name, text in lines.items()),
-                ("certificate", certificate(report.certificate)),
-                *((name, plain(text)) for name, text in trust.items() if text),
-            ]
-        )
-    )
+def _print(block: Block, console: Console) -> None:
+    if isinstance(block, Chart):
+        for instead in block.instead:
+            _print(instead, console)
+        return
+    if block.title:
+        draw.heading(block.title, console)
+    _PRINT[type(block)](block, console)
 
 
-def certificate(proof: Certificate | None) -> Text:
-    """The certificate in words; a failed one says so without colour too."""
-    if proof is None:
-        return Text(words.NO_CERTIFICATE, "yellow")
-    style = {True: "green", False: "bold red", None: "yellow"}[proof.good]
-    return plain(words.certificate(proof), style)
+def _facts(facts: Facts, console: Console) -> None:
+    for group in facts.groups:
+        rows = []
+        for fact in group:
+            text = f"{fact.verdict.upper()}. {fact.text}" if fact.tone == "bad" else fact.text
+            if not fact.aside:
+                rows.append((fact.label, draw.plain(text, STYLES[fact.tone])))
+        console.print(draw.facts(rows))
 
 
-def show_top(top: Top, console: Console, limit: int | None = None) -> None:
-    """Print the helpful and the harmful samples of one target."""
-    for side, rows, style in ("helpful", top.helpful, "green"), ("harmful", top.harmful, "red"):
-        heading(f"Most {side} for {top.title}", console)
-        if rows:
-            console.print(_entries(rows[:limit], style, console.width))
-        else:
-            note(f"no sample has a {'positive' if side == 'helpful' else 'negative'} contribution", console)
+def _table(table: Table, console: Console) -> None:
+    if table.rows.is_empty():
+        draw.note(table.empty, console)
+        return
+    columns = []
+    for name, kind in table.columns.items():
+        values = table.rows[name].to_list()
+        if kind is Kind.BAR and not table.of(Kind.NAME):  # names need the room
+            columns.append(draw.Column(name, kind, draw.bars(values, STYLES[table.tone])))
+        elif kind not in (Kind.BAR, Kind.CAPTION):
+            cells = [draw.plain(kind.text(value), STYLES[kind.tone(value)]) for value in values]
+            columns.append(draw.Column(name, kind, cells))
+    console.print(draw.table(columns, console.width))
+    if table.note:
+        draw.note(table.note, console)
 
 
-def _entries(rows: tuple[Entry, ...], style: str, width: int) -> Padding:
-    columns: list[Column] = [
-        ("rank", [Text(str(row.rank)) for row in rows]),
-        ("sample", [Text(str(row.sample)) for row in rows]),
-        ("contribution", [Text(words.number(row.contribution), style) for row in rows]),
-        ("share", [Text(words.percent(row.share)) for row in rows]),
-    ]
-    for name in ("name", "label"):
-        if any(getattr(row, name) is not None for row in rows):
-            columns.insert(2, (name, [plain(getattr(row, name) or "") for row in rows]))
-    if any(row.noisy for row in rows):
-        columns.append(("known", [Text("wrong label" if row.noisy else "") for row in rows]))
-    if all(name != "name" for name, _ in columns):
-        columns.append(("", bars([row.share for row in rows], style)))
-    return table(columns, width)
+def _heat(heat: Heat, console: Console) -> None:
+    """The first layer in full if it is small, in per cent of its largest entry."""
+    _, grid = heat.layers[0]
+    scale = max((abs(v) for row in grid for v in row if v is not None), default=0.0)
+    if max(len(heat.rows), len(heat.columns)) > WIDEST or scale == 0:
+        draw.note(f"{len(heat.rows)} x {len(heat.columns)} {heat.things}: see --html, --json", console)
+        return
+    room = max(4, (console.width - 20) // len(heat.columns) - 3)
+    columns = [draw.Column("class", Kind.TEXT, [draw.plain(name)[:14] for name in heat.rows])]
+    for j, name in enumerate(heat.columns):
+        unique = _unique(printable(name, keep="")[:room], columns)
+        columns.append(draw.Column(unique, Kind.FIGURE, _cells(grid, j, scale)))
+    console.print(draw.table(columns, console.width))
+    draw.note(f"in per cent of the largest entry, {scale:.3e}; {heat.note}", console)
+
+
+def _unique(name: str, columns: list[draw.Column]) -> str:
+    while any(name == column.name for column in columns):
+        name += "'"
+    return name
+
+
+def _cells(grid: Grid, j: int, scale: float) -> list[Text]:
+    values = [row[j] for row in grid]
+    return [Text("") if v is None else Text(f"{100 * v / scale:+.0f}", "green" if v > 0 else "red") for v in values]
+
+
+_PRINT: dict[type, Callable[[Any, Console], None]] = {
+    Facts: _facts,
+    Table: _table,
+    Note: lambda block, console: draw.note(block.text, console),
+    Heat: _heat,
+}

@@ -1,8 +1,4 @@
-"""Each section of a report: from opened inputs to findings.
-
-A section that the folder cannot answer raises ReplayError and says which replay would; `report.build` leaves such
-sections out when everything that is possible was asked for.
-"""
+"""What several sections need: totals, labels in their order, words for a target."""
 
 from __future__ import annotations
 
@@ -12,7 +8,8 @@ from typing import Any
 import polars as pl
 
 from trajrec.errors import NonFiniteError, ReplayError
-from trajrec.replay.folder.read import CONTRIBUTIONS, Inputs, Settings
+from trajrec.replay.folder.format import CONTRIBUTIONS, Settings
+from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores
 
 
@@ -52,11 +49,11 @@ def blocks_of(inputs: Inputs, targets: list[int], samples: int) -> Iterator[pl.L
     return scores.blocks(inputs.contributions, targets, samples * epochs)
 
 
-def named(rows: pl.DataFrame, people: pl.LazyFrame) -> pl.DataFrame:
+def named(rows: pl.DataFrame, known: pl.LazyFrame) -> pl.DataFrame:
     """Rows joined with label, name and noisy, in their order."""
     ids = rows["sample"].unique().to_list()
-    known = scores.collect(people.filter(pl.col("sample").is_in(ids)).select("sample", "label", "name", "noisy"))
-    return rows.join(known.unique("sample"), on="sample", how="left", maintain_order="left")
+    facts = scores.collect(known.filter(pl.col("sample").is_in(ids)).select("sample", "label", "name", "noisy"))
+    return rows.join(facts.unique("sample"), on="sample", how="left", maintain_order="left")
 
 
 def order(settings: Settings) -> Callable[[str], tuple[int, float, str]]:
@@ -72,12 +69,6 @@ def order(settings: Settings) -> Callable[[str], tuple[int, float, str]]:
             return 2, 0.0, label
 
     return key
-
-
-def rows_with_facts(rows: pl.DataFrame, people: pl.LazyFrame, *more: str) -> list[dict[str, Any]]:
-    """Rows with the label and the name of their sample, and more of its columns."""
-    keep = [*rows.columns, "label", "name", *more]
-    return named(rows, people).select(keep).to_dicts()
 
 
 def parts_by(rows: pl.DataFrame, column: str) -> Iterator[tuple[Any, pl.DataFrame]]:

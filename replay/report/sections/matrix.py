@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trajrec.errors import ReplayError
-from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores
+from trajrec.replay.report.blocks import Chapter, Grid, Heat, Part
+from trajrec.replay.report.section import Material, Section
 from trajrec.replay.report.sections.common import needs, order
 
 
@@ -25,16 +26,17 @@ class Matrix:
 
     train: tuple[str, ...]
     test: tuple[str, ...]
-    mean: tuple[tuple[float | None, ...], ...]
-    normalised: tuple[tuple[float | None, ...], ...]
+    mean: Grid
+    normalised: Grid
 
 
-def matrix(inputs: Inputs) -> Matrix:
+def find(material: Material) -> Matrix:
     """Inter-class contributions.
 
     Raises:
         ReplayError: the replay has the mean target only, or labels are not known.
     """
+    inputs = material.inputs
     if inputs.settings.targets == "mean":
         raise ReplayError(needs("the inter-class matrix", "a target of every class", "--targets class"))
     cells = scores.matrix(inputs.contributions, inputs.samples, inputs.targets)
@@ -50,5 +52,23 @@ def matrix(inputs: Inputs) -> Matrix:
     return Matrix(train, test, _grid(train, test, means), _grid(train, test, ratios))
 
 
-def _grid(rows: Sequence[str], columns: Sequence[str], cells: dict[Any, float]) -> tuple[tuple[float | None, ...], ...]:
+def _grid(rows: Sequence[str], columns: Sequence[str], cells: dict[Any, float]) -> Grid:
     return tuple(tuple(cells.get((row, column)) for column in columns) for row in rows)
+
+
+def chapter(found: Matrix) -> Chapter:
+    """The means, and the normalised ones where there are any."""
+    layers = [("Mean contribution", found.mean)]
+    if any(value is not None for row in found.normalised for value in row):
+        layers.append(("Normalised by \N{SQUARE ROOT}(row sum x column sum)", found.normalised))
+    title = "Mean contribution of training classes (rows) to test classes (columns)"
+    note = "not normalised (paper, equation 23)"
+    heat = Heat("classes", found.train, found.test, tuple(layers), title, short="", note=note)
+    intro = (
+        "Rows are training classes, columns are test classes; every cell is the mean contribution over all pairs "
+        "(HYDRA, equation 23)."
+    )
+    return Chapter("Classes", "Which classes teach which", (Part((heat,)),), intro)
+
+
+SECTION = Section("matrix", lambda ask: ask.matrix, find, chapter, "matrix")

@@ -11,8 +11,10 @@ import numpy as np
 import polars as pl
 
 from trajrec.replay.folder.read import Inputs
-from trajrec.replay.report import scores
-from trajrec.replay.report.sections.common import blocks_of, rows_with_facts
+from trajrec.replay.report import scores, words
+from trajrec.replay.report.blocks import Bar, Chapter, Chart, Fact, Facts, Kind, Part, Table
+from trajrec.replay.report.section import Material, Section
+from trajrec.replay.report.sections.common import blocks_of, named
 
 BINS = 61
 
@@ -38,17 +40,6 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlier:
-    """A sample far from the mean; z in standard deviations."""
-
-    sample: int
-    label: str | None
-    name: str | None
-    contribution: float
-    z: float
-
-
-@dataclass(frozen=True, slots=True)
 class Histogram:
     """Counts [bins] in equal bins from low to high; the first and last also count what lies outside."""
 
@@ -57,7 +48,7 @@ class Histogram:
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
     """Mean, deviation, concentration and outliers.
 
@@ -67,7 +58,7 @@ class Statistics:
         concentration: (fraction of the samples, how many that are, share of the sum of |C| they carry).
         histogram: of the samples.
         far: how many samples are outliers (3 standard deviations or more).
-        outliers: the farthest of them.
+        outliers: the farthest of them: sample, label, name, contribution, z in standard deviations.
     """
 
     samples: Spread
@@ -75,21 +66,21 @@ class Statistics:
     concentration: tuple[tuple[float, int, float], ...]
     histogram: Histogram
     far: int
-    outliers: tuple[Outlier, ...]
+    outliers: pl.DataFrame
 
 
-def statistics(inputs: Inputs, totals: pl.DataFrame, targets: list[int], k: int) -> Statistics:
+def find(material: Material) -> Statistics:
     """Mean, deviation, concentration, histogram and outliers."""
-    spread = _spread(totals.lazy())
+    inputs, totals, targets = material.inputs, material.totals, material.targets
     far = scores.collect(scores.outliers(totals.lazy()))
     shares = scores.collect(scores.concentration(totals.lazy())).rows()
     return Statistics(
-        samples=spread,
+        samples=_spread(totals.lazy()),
         pairs=_pair_spread(inputs, targets, totals.height) if len(targets) > 1 else None,
         concentration=tuple(shares),
         histogram=_histogram(totals),
         far=far.height,
-        outliers=tuple(Outlier(**row) for row in rows_with_facts(far.head(k), inputs.samples)),
+        outliers=named(far.head(material.k), inputs.samples).select("sample", "label", "name", "contribution", "z"),
     )
 
 
@@ -107,20 +98,12 @@ def _pair_spread(inputs: Inputs, targets: list[int], samples: int) -> Spread:
 
 def merged(parts: Sequence[Spread]) -> Spread:
     """The spread of everything from the spreads of its parts."""
-    count = sum(part.count for part in parts)
-    mean = sum(part.count * part.mean for part in parts) / count
-    within = sum((part.count - 1) * part.std**2 for part in parts if part.count > 1)
-    squares = within + sum(part.count * (part.mean - mean) ** 2 for part in parts)
-    return Spread(
-        count=count,
-        mean=mean,
-        std=math.sqrt(squares / (count - 1)) if count > 1 else math.nan,
-        min=min(part.min for part in parts),
-        max=max(part.max for part in parts),
-        positive=sum(part.positive for part in parts),
-        negative=sum(part.negative for part in parts),
-        zero=sum(part.zero for part in parts),
-    )
+    rows = pl.DataFrame(parts)
+    sums = rows.select(pl.col("count", "positive", "negative", "zero").sum()).row(0, named=True)
+    count, mean = sums["count"], rows.select(pl.col("mean").dot("count")).item() / sums["count"]
+    apart = (pl.col("count") - 1) * pl.col("std").fill_nan(0) ** 2 + pl.col("count") * (pl.col("mean") - mean) ** 2
+    std = math.sqrt(rows.select(apart.sum()).item() / (count - 1)) if count > 1 else math.nan
+    return Spread(mean=mean, std=std, min=min(rows["min"]), max=max(rows["max"]), **sums)
 
 
 def _histogram(totals: pl.DataFrame) -> Histogram:
@@ -130,3 +113,59 @@ def _histogram(totals: pl.DataFrame) -> Histogram:
         low, high = low - 0.5, high + 0.5
     counts = scores.collect(scores.histogram(totals.lazy(), low, high, BINS))["count"]
     return Histogram(low, high, tuple(counts.to_list()))
+
+
+def chapter(found: Statistics) -> Chapter:
+    """The histogram beside the spreads, then the outliers."""
+    spreads = [_facts("samples", found.samples), *([_facts("pairs", found.pairs)] if found.pairs else [])]
+    carried = tuple(Fact(_part(part), _carries(count, share)) for part, count, share in found.concentration)
+    facts = Facts((*spreads, carried), "How the contributions are distributed", short="")
+    outliers = (Part((_outliers(found),)),) if found.far else ()
+    part, _, share = found.concentration[0]
+    tiles = (
+        (words.whole(found.samples.positive / found.samples.count), "of the training samples help"),
+        (words.whole(share), f"of all influence lies in the {_part(part)}"),
+    )
+    title = "How contributions are distributed"
+    intro = "A pair is a sample and a target. What samples carry is a share of the sum of |contribution|."
+    parts = (Part((_chart(found.histogram), facts), beside=True), *outliers)
+    return Chapter("Distribution", title, parts, intro, tiles)
+
+
+def _facts(name: str, spread: Spread) -> tuple[Fact, ...]:
+    signs = ((spread.positive, "help"), (spread.negative, "harm"), (spread.zero, "neither"))
+    return (
+        Fact(f"{spread.count:,} {name}", f"mean {words.number(spread.mean)}, standard deviation {spread.std:.3e}"),
+        Fact("", f"from {words.number(spread.min)} to {words.number(spread.max)}"),
+        Fact("sign", ", ".join(f"{words.percent(number / spread.count)} {word}" for number, word in signs)),
+    )
+
+
+def _part(fraction: float) -> str:
+    return f"top {100 * fraction:g} %"
+
+
+def _carries(count: int, share: float) -> str:
+    return f"{words.counted(count, 'sample')} carr{'ies' if count == 1 else 'y'} {words.percent(share)}"
+
+
+def _outliers(found: Statistics) -> Table:
+    columns = {"sample": Kind.SAMPLE, "label": Kind.LABEL, "name": Kind.CAPTION}
+    columns |= {"contribution": Kind.SIGNED, "z": Kind.DEVIATION}
+    title = f"{found.far:,} outliers: 3 standard deviations or more from the mean"
+    return Table(rows=found.outliers, columns=columns, title=title)
+
+
+def _chart(found: Histogram) -> Chart:
+    width = (found.high - found.low) / len(found.counts)
+    bars = []
+    for i, count in enumerate(found.counts):
+        low, high = found.low + i * width, found.low + (i + 1) * width
+        beyond = " and beyond" if i in (0, len(found.counts) - 1) else ""
+        text = f"{count:,} samples from {words.number(low)} to {words.number(high)}{beyond}"
+        bars.append(Bar(low, high, count, scores.HELPFUL if low + high > 0 else scores.HARMFUL, text))
+    text = "Number of samples by contribution"
+    return Chart(text, "contribution", "samples", (found.low, found.high), tuple(bars))
+
+
+SECTION = Section("statistics", lambda ask: ask.statistics, find, chapter, "spread")

@@ -1,4 +1,4 @@
-"""The samples with the largest contributions: overall, by target, by class; and why a target is as it is."""
+"""The samples with the largest contributions to the mean target, and the tables of such samples for any target."""
 
 from __future__ import annotations
 
@@ -7,42 +7,21 @@ from typing import Any
 
 import polars as pl
 
-from trajrec.errors import ReplayError, SampleRangeError
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores
-from trajrec.replay.report.sections.common import blocks_of, mean_of, named, needs, order, parts_by
+from trajrec.replay.report.blocks import Chapter, Kind, Part, Table
+from trajrec.replay.report.section import Material, Section
+from trajrec.replay.report.sections.common import mean_of, named
+
+FILES = ("rank", "side", "sample", "label", "target", "contribution", "share", "table")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One row of a table of samples.
-
-    Attributes:
-        rank: from 1, within its side.
-        side: "helpful" or "harmful".
-        sample: id of the training sample.
-        label: its label, if known.
-        name: its name, if the data set gives one.
-        noisy: whether its label is known to be wrong, if that is known at all.
-        target: id of the target, -1 for a mean.
-        contribution: C(i, j), in the unit of the target.
-        share: |C| as a fraction of the sum of |C| over all tracked samples.
-    """
-
-    rank: int
-    side: str
-    sample: int
-    label: str | None
-    name: str | None
-    noisy: bool | None
-    target: int
-    contribution: float
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Top:
     """The most helpful and the most harmful samples of one target, or of a mean of targets.
+
+    The rows have rank (from 1), side, sample, label, name, noisy (the label is known to be wrong), target,
+    contribution, and share, |C| as a fraction of the sum of |C| over all tracked samples; null where unknown.
 
     Attributes:
         title: what they help or harm, in words.
@@ -53,84 +32,21 @@ class Top:
 
     title: str
     target: int
-    helpful: tuple[Entry, ...]
-    harmful: tuple[Entry, ...]
+    helpful: pl.DataFrame
+    harmful: pl.DataFrame
 
 
-@dataclass(frozen=True, slots=True)
-class Why:
-    """What taught the model one target: its top samples, and the sum of contributions of every training class.
-
-    Attributes:
-        target: the test sample.
-        label: its true label, prediction: what the final model reads; None where unknown.
-        by_label: (training label, samples, sum of contributions), largest sum first.
-    """
-
-    target: int
-    label: str | None
-    prediction: str | None
-    name: str | None
-    top: Top
-    by_label: tuple[tuple[str, int, float], ...]
-
-
-def overall(inputs: Inputs, totals: pl.DataFrame, k: int) -> Top:
+def find(material: Material) -> Top:
     """The top samples for the mean target."""
-    rows = scores.collect(scores.top(totals.lazy(), k))
-    return top(mean_of(inputs.settings), scores.MEAN, named(rows, inputs.samples))
-
-
-def by_target(inputs: Inputs, targets: list[int], samples: int, k: int) -> tuple[Top, ...]:
-    """The top samples for every target."""
-    titles = {row["target"]: target_title(inputs, row) for row in target_rows(inputs, targets)}
-    rows = [scores.collect(scores.top(block, k, by="target")) for block in blocks_of(inputs, targets, samples)]
-    labelled = named(pl.concat(rows), inputs.samples)
-    return tuple(top(titles[target], target, part) for target, part in parts_by(labelled, "target"))
-
-
-def by_class(inputs: Inputs, k: int) -> tuple[Top, ...]:
-    """The top samples for the mean loss of every class of targets.
-
-    Raises:
-        ReplayError: the labels of the targets are not known.
-    """
-    if inputs.settings.targets == "mean":
-        raise ReplayError(needs("--by class", "more than the mean target", "--targets class"))
-    totals = scores.totals_by_class(inputs.contributions, inputs.targets)
-    labelled = named(scores.collect(scores.top(totals, k, by="class")), inputs.samples)
-    if labelled.is_empty():
-        raise ReplayError(needs("--by class", "labels of the test samples (targets.parquet)", "--targets class"))
-    key = order(inputs.settings)
-    parts = sorted(parts_by(labelled, "class"), key=lambda part: key(part[0]))
-    return tuple(top(f"class {name}", scores.MEAN, part) for name, part in parts)
-
-
-def why(inputs: Inputs, target: int, k: int) -> Why:
-    """What taught the model this target.
-
-    Raises:
-        SampleRangeError: the replay has no such target.
-    """
-    rows = scores.collect(scores.only(inputs.contributions, target))
-    if rows.is_empty():
-        raise SampleRangeError(
-            f"{inputs.folder} has no target {target}; it was replayed for targets={inputs.settings.targets}. "
-            "Replay with --targets each, or with a file of test ids."
-        )
-    facts = next(iter(target_rows(inputs, [target])))
-    best = named(scores.collect(scores.top(rows.lazy(), k)), inputs.samples)
-    sums = scores.collect(scores.by_label(rows.lazy(), inputs.samples)).rows()
-    found = top(target_title(inputs, facts), target, best)
-    return Why(target, facts["label"], facts["prediction"], facts["name"], found, tuple(sums))
+    rows = scores.collect(scores.top(material.totals.lazy(), material.k))
+    return top(mean_of(material.inputs.settings), scores.MEAN, named(rows, material.inputs.samples))
 
 
 def top(title: str, target: int, rows: pl.DataFrame) -> Top:
     """A finding from the rows of `scores.top`, joined with names."""
-    names = ("rank", "side", "sample", "label", "name", "noisy", "contribution", "share")
-    entries = [Entry(target=target, **{name: row[name] for name in names}) for row in rows.iter_rows(named=True)]
-    sides = (tuple(e for e in entries if e.side == side) for side in (scores.HELPFUL, scores.HARMFUL))
-    return Top(title, target, *sides)
+    id_ = pl.lit(target, pl.Int64).alias("target")
+    rows = rows.select("rank", "side", "sample", "label", "name", "noisy", id_, "contribution", "share")
+    return Top(title, target, *(rows.filter(side=side) for side in (scores.HELPFUL, scores.HARMFUL)))
 
 
 def target_rows(inputs: Inputs, targets: list[int]) -> list[dict[str, Any]]:
@@ -149,3 +65,36 @@ def target_title(inputs: Inputs, row: dict[str, Any]) -> str:
     words = {"label": row["label"], "read as": row["prediction"]}
     known = ", ".join(f"{word} {value}" for word, value in words.items() if value is not None)
     return f"{inputs.settings.target_set} sample {row['target']}{f' ({known})' if known else ''}"
+
+
+def both(found: Top, first: int = 10) -> tuple[Table, Table]:
+    """The two tables of a top, of which a page shows so many rows first."""
+    helpful = _table(found.title, scores.HELPFUL, found.helpful, "positive", first)
+    return helpful, _table(found.title, scores.HARMFUL, found.harmful, "negative", first)
+
+
+def _table(title: str, side: str, rows: pl.DataFrame, sign: str, first: int) -> Table:
+    wrong = pl.when("noisy").then(pl.lit("wrong label"))
+    rows = rows.with_columns(pl.col("share").alias(""), known=wrong, table=pl.lit(title))
+    columns = {"rank": Kind.RANK, "sample": Kind.SAMPLE, "label": Kind.LABEL, "name": Kind.NAME}
+    columns |= {"contribution": Kind.SIGNED, "share": Kind.SHARE, "known": Kind.MARK, "": Kind.BAR}
+    unknown = [name for name in ("label", "name", "known") if rows[name].null_count() == rows.height]
+    return Table(
+        rows=rows,
+        columns={name: kind for name, kind in columns.items() if name not in unknown},
+        title=f"Most {side} for {title}",
+        short=f"Most {side}",
+        tone=side,
+        empty=f"no sample has a {sign} contribution",
+        first=first,
+        files=FILES,
+    )
+
+
+def chapter(found: Top) -> Chapter:
+    """The two tables side by side."""
+    title = f"Samples that mattered most for {found.title}"
+    return Chapter("Top samples", title, (Part(both(found, first=15), beside=True),))
+
+
+SECTION = Section("overall", lambda ask: True, find, chapter, "top")

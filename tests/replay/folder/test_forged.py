@@ -143,11 +143,11 @@ def try_out(folder: Path, seed: int) -> None:
 
 def test_what_was_not_forged_is_read(tmp_path):
     folder = write(tmp_path / "a", question="same", shard=[1, 1])
-    assert build(folder, ask=Ask(everything=True)).samples == 9
+    assert build(folder, ask=Ask(everything=True)).head.samples == 9
     (tmp_path / "out").mkdir()
     assert len(shards.read_shards([folder])) == 1
     shards.join(shards.read_shards([folder]), tmp_path / "out")
-    assert build(tmp_path / "out").samples == 9
+    assert build(tmp_path / "out").head.samples == 9
 
 
 def test_forged_folders_are_refused_or_read(tmp_path):

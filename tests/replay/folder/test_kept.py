@@ -33,7 +33,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture
 def run(project, monkeypatch):
-    """Runs `trajrec replay run.h5` in this process; resume is written at every step."""
+    """Runs `trajrec replay run.h5` in this process; progress is written at every step."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("TRAJREC_PROGRESS_SECONDS", "0")
     monkeypatch.setenv("TRAJREC_FORM", "reverse")
@@ -100,7 +100,7 @@ def test_progress_that_cannot_be_written_is_said_once_and_the_replay_goes_on(run
     monkeypatch.setattr(resume.np, "savez", full)
     code, said, _ = run("--out", project / "no-progress")
     assert code == 0, said
-    assert said.count("The disk is full: the resume could not be written") == 1
+    assert said.count("The disk is full: the progress could not be written") == 1
     assert values(project / "no-progress")
 
 
@@ -114,7 +114,7 @@ def test_where_neither_answer_nor_progress_can_be_written_the_work_goes_elsewher
     )
     monkeypatch.setattr(resume.tempfile, "gettempdir", lambda: str(tmp_path))
     said = file.keep()
-    (kept,) = tmp_path.glob("trajrec-*resume.npz")
+    (kept,) = tmp_path.glob("trajrec-*progress.npz")
     assert f"kept in {kept}. Make room and move it to {file.path}" in said
     kept.rename(tmp_path / "progress.npz")
     assert ResumeFile(tmp_path, "question").load()[0] == {"a": 1}
@@ -140,7 +140,7 @@ def test_damaged_progress_is_said_and_set_aside_and_the_replay_begins_anew(run, 
     code, said, _ = run("--out", out)
     assert code == 0, said
     assert "is damaged" in said
-    assert "set aside as resume-damaged.npz" in said
+    assert "set aside as progress-damaged.npz" in said
     assert (out / "progress-damaged.npz").read_bytes() == broken
     assert values(out)
     assert run("--out", out, "--force")[0] == 0
@@ -197,7 +197,7 @@ def test_another_output_that_came_meanwhile_is_left_and_said(run, project, monke
 def test_a_place_is_refused_before_the_task_is_imported(project, tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    monkeypatch.setattr("trajrec.cli.replay._task", lambda *_: pytest.fail("the Task was loaded"))
+    monkeypatch.setattr("trajrec.cli.replay.task_of", lambda *_: pytest.fail("the Task was loaded"))
     monkeypatch.chdir(project)
     app = typer.Typer()
     app.command()(guarded(replay))

@@ -44,20 +44,21 @@ def run(*args: object) -> tuple[int, str, BaseException | None]:
 
 def test_report_has_ranks_labels_and_shares(folder: Path) -> None:
     result = report.build(folder)
-    assert [(e.rank, e.sample, e.label, e.contribution) for e in result.overall.helpful] == [
+    assert result["overall"].helpful.select("rank", "sample", "label", "contribution").rows() == [
         (1, 0, "7", 4e-5),
         (2, 2, "7", 2e-5),
     ]
-    assert [e.sample for e in result.overall.harmful] == [1, 4]
-    assert [e.share for e in result.overall.helpful] == pytest.approx([0.4, 0.2])
-    assert (result.samples, result.targets) == (5, 1)
-    assert result.mass == pytest.approx(1e-4)
-    assert result.total == pytest.approx(2e-5)
+    assert result["overall"].harmful["sample"].to_list() == [1, 4]
+    assert result["overall"].helpful["share"].to_list() == pytest.approx([0.4, 0.2])
+    assert (result.head.samples, result.head.targets) == (5, 1)
+    assert result.head.mass == pytest.approx(1e-4)
+    assert result.head.total == pytest.approx(2e-5)
 
 
 def test_class_names_replace_class_numbers(tmp_path: Path) -> None:
     path = replay_folder.write(tmp_path / "r", VALUES, labels=[1, 0, 1, 2, 5], classes=["cat", "dog", "emu"])
-    labels = {e.sample: e.label for e in report.entries(report.build(path))}
+    top = report.build(path)["overall"]
+    labels = dict(pl.concat([top.helpful, top.harmful]).select("sample", "label").rows())
     assert labels == {0: "dog", 1: "cat", 2: "dog", 4: "5"}
 
 
@@ -127,8 +128,8 @@ def test_no_certificate_is_said(tmp_path: Path) -> None:
 def test_verdicts_of_certificates(tmp_path: Path, verdict: str, good: bool | None) -> None:
     path = replay_folder.write(tmp_path / "r", VALUES, certificate={"verdict": verdict, "sentence": "So it is."})
     result = report.build(path)
-    assert result.certificate is not None
-    assert result.certificate.good is good
+    assert result.head.certificate is not None
+    assert result.head.certificate.good is good
     assert ("NOT PROVED. So it is." in drawn(result)) is (good is False)
 
 
@@ -141,10 +142,10 @@ def test_a_folder_with_contributions_only_is_enough(folder: Path) -> None:
     for name in ("samples.parquet", "replay.json"):
         (folder / name).unlink()
     result = report.build(folder)
-    assert result.settings.exact is True  # from the metadata of the Parquet file
-    assert result.certificate is not None
-    assert result.certificate.steps_checked == 63
-    assert result.overall.helpful[0].label is None
+    assert result.head.settings.exact is True  # from the metadata of the Parquet file
+    assert result.head.certificate is not None
+    assert result.head.certificate.steps_checked == 63
+    assert result["overall"].helpful["label"][0] is None
 
 
 def test_csv_has_the_columns_and_rows(folder: Path, tmp_path: Path) -> None:
@@ -159,18 +160,18 @@ def test_csv_has_the_columns_and_rows(folder: Path, tmp_path: Path) -> None:
 
 def test_agreement_with_another_replay(folder: Path, tmp_path: Path) -> None:
     other = replay_folder.write(tmp_path / "free-replay", VALUES * 2, exact=False)
-    result = report.build(folder, compare=other)
-    assert result.comparison is not None
-    assert result.comparison.agreement.spearman == pytest.approx(1)
-    assert result.comparison.agreement.slope == pytest.approx(2)
-    assert result.comparison.points[0] == (0, 4e-5, 8e-5)
+    result = report.build(folder, ask=report.Ask(compare=other))
+    assert result["comparison"] is not None
+    assert result["comparison"].agreement.spearman == pytest.approx(1)
+    assert result["comparison"].agreement.slope == pytest.approx(2)
+    assert result["comparison"].points[0] == (0, 4e-5, 8e-5)
     assert "Agreement of exact (lenet-replay) with Hessian-free (free-replay)" in drawn(result)
 
 
 def test_nothing_in_common_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
     other = replay_folder.write(tmp_path / "other", VALUES, samples=range(100, 105))
     with pytest.raises(ReplayError, match="no sample in common"):
-        report.build(folder, compare=other)
+        report.build(folder, ask=report.Ask(compare=other))
 
 
 def test_not_a_number_is_refused_with_its_sample(tmp_path: Path) -> None:

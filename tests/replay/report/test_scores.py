@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trajrec.replay import report as replay_report
 from trajrec.replay.report import agreement, scores
 
 # Rows: samples 0..4; columns: targets 10 and 11.
@@ -92,9 +94,9 @@ def test_blocks_give_the_same_tops_as_one_query(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(got["share"], whole["share"], rtol=1e-12)
 
 
-@given(st.integers(2, 400), st.integers(1, 30), st.integers(0, 10**6))
+@given(st.integers(2, 60), st.integers(1, 30), st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
-def test_rank_correlations_equal_scipy_with_ties(n: int, spread: int, seed: int) -> None:
+def test_rank_correlations_are_those_of_their_definition_with_ties(n: int, spread: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a = rng.integers(-spread, spread + 1, n) / 7
     b = a + rng.integers(-spread, spread + 1, n)
@@ -102,7 +104,10 @@ def test_rank_correlations_equal_scipy_with_ties(n: int, spread: int, seed: int)
         assert math.isnan(agreement.kendall(a, b))
         return
     got = agreement.agree(a, b)
-    assert got.kendall == pytest.approx(scipy.stats.kendalltau(a, b).statistic, abs=1e-12)
+    i, j = np.triu_indices(n, 1)
+    pairs_a, pairs_b = np.sign(a[i] - a[j]), np.sign(b[i] - b[j])
+    untied = math.sqrt(np.abs(pairs_a).sum() * np.abs(pairs_b).sum())
+    assert got.kendall == pytest.approx((pairs_a * pairs_b).sum() / untied, abs=1e-12)
     assert got.spearman == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-12)
 
 
@@ -143,9 +148,9 @@ def test_no_query_holds_a_scanned_file_in_memory(tmp_path: Path) -> None:
         assert "CACHE" not in query.explain(optimizations=scores.OPTIMIZATIONS)
 
 
-@pytest.mark.parametrize(
-    "module", ["scores", "agreement", "inputs", "report", "cleaning", "render.terminal", "render.tables", "render.html"]
-)
-def test_reports_do_not_import_torch(module: str) -> None:
-    code = f"import sys, trajrec.replay.{module}; sys.exit('torch' in sys.modules)"
+def test_reports_do_not_import_torch() -> None:
+    found = pkgutil.walk_packages(replay_report.__path__, f"{replay_report.__name__}.")
+    names = [module.name for module in found]
+    assert "trajrec.replay.report.sections.top" in names
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

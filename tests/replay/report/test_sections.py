@@ -38,7 +38,7 @@ def asked(folder: Path, top: int = 10, **ask: object) -> Report:
 
 
 def test_matrix_is_the_mean_over_pairs_of_classes(folder: Path) -> None:
-    found = asked(folder, matrix=True).matrix
+    found = asked(folder, matrix=True)["matrix"]
     assert found is not None
     assert found.train == found.test == ("0", "1", "2")
     expected = [[VALUES[np.ix_(a == TRAIN, b == TEST)].mean() for b in range(3)] for a in range(3)]
@@ -48,7 +48,7 @@ def test_matrix_is_the_mean_over_pairs_of_classes(folder: Path) -> None:
 def test_matrix_is_normalised_by_row_and_column_sums(tmp_path: Path) -> None:
     values = np.array([[4.0, 1.0], [2.0, 3.0]])
     path = replay_folder.write(tmp_path / "p", values, labels=["a", "b"], target_labels=["a", "b"])
-    found = asked(path, matrix=True).matrix
+    found = asked(path, matrix=True)["matrix"]
     assert found is not None
     expected = [[4 / math.sqrt(5 * 6), 1 / math.sqrt(5 * 4)], [2 / math.sqrt(5 * 6), 3 / math.sqrt(5 * 4)]]
     np.testing.assert_allclose(np.array(found.normalised, dtype=float), expected)
@@ -56,7 +56,7 @@ def test_matrix_is_normalised_by_row_and_column_sums(tmp_path: Path) -> None:
 
 def test_matrix_is_not_normalised_where_the_product_is_negative(tmp_path: Path) -> None:
     path = replay_folder.write(tmp_path / "n", [[4.0, -6.0], [2.0, 3.0]], labels=["a", "b"], target_labels=["a", "b"])
-    found = asked(path, matrix=True).matrix
+    found = asked(path, matrix=True)["matrix"]
     assert found is not None
     assert found.normalised == ((None, pytest.approx(-6 / math.sqrt(6))), (pytest.approx(2 / math.sqrt(30)), None))
 
@@ -64,14 +64,14 @@ def test_matrix_is_not_normalised_where_the_product_is_negative(tmp_path: Path) 
 def test_matrix_by_epoch_sums_epochs(folder: Path, tmp_path: Path) -> None:
     parts = np.stack([VALUES * 0.5, VALUES * 0.3, VALUES * 0.2])
     path = replay_folder.write(tmp_path / "e", parts, labels=TRAIN.tolist(), target_labels=TEST.tolist())
-    one, other = asked(folder, matrix=True).matrix, asked(path, matrix=True).matrix
+    one, other = asked(folder, matrix=True)["matrix"], asked(path, matrix=True)["matrix"]
     assert one is not None
     assert other is not None
     np.testing.assert_allclose(np.array(one.mean, dtype=float), np.array(other.mean, dtype=float), rtol=1e-9)
 
 
 def test_statistics_equal_numpy(folder: Path) -> None:
-    found = asked(folder, statistics=True).statistics
+    found = asked(folder, statistics=True)["statistics"]
     assert found is not None
     assert found.pairs is not None
     for spread, values in ((found.samples, VALUES.mean(1)), (found.pairs, VALUES.ravel())):
@@ -92,7 +92,7 @@ def test_statistics_by_epoch_are_those_of_the_sums(
     parts = np.stack([VALUES * 0.5, VALUES * 0.3, VALUES * 0.2])
     path = replay_folder.write(tmp_path / "e", parts)
     monkeypatch.setattr(scores, "ROWS_AT_ONCE", 60 * 3 * 2)  # two targets at a time, one left over
-    one, other = asked(folder, statistics=True).statistics, asked(path, statistics=True).statistics
+    one, other = asked(folder, statistics=True)["statistics"], asked(path, statistics=True)["statistics"]
     assert one is not None
     assert other is not None
     assert one.pairs is not None
@@ -103,10 +103,10 @@ def test_statistics_by_epoch_are_those_of_the_sums(
 
 def test_outliers_by_hand(tmp_path: Path) -> None:
     values = np.array([[1.0], [-1.0]] * 20 + [[50.0], [-40.0]])
-    found = asked(replay_folder.write(tmp_path / "o", values), statistics=True).statistics
+    found = asked(replay_folder.write(tmp_path / "o", values), statistics=True)["statistics"]
     assert found is not None
     z = (values - values.mean()) / values.std(ddof=1)
-    assert [(o.sample, o.z) for o in found.outliers] == [(40, pytest.approx(z[40, 0])), (41, pytest.approx(z[41, 0]))]
+    assert found.outliers.select("sample", "z").rows() == [(40, pytest.approx(z[40, 0])), (41, pytest.approx(z[41, 0]))]
     assert found.far == 2
 
 
@@ -117,7 +117,7 @@ def test_histogram_by_hand() -> None:
 
 
 def test_statistics_of_one_sample_are_defined_where_they_can_be(tmp_path: Path) -> None:
-    found = asked(replay_folder.write(tmp_path / "1", [[2.0]]), statistics=True).statistics
+    found = asked(replay_folder.write(tmp_path / "1", [[2.0]]), statistics=True)["statistics"]
     assert found is not None
     assert found.samples.mean == 2
     assert math.isnan(found.samples.std)
@@ -125,22 +125,22 @@ def test_statistics_of_one_sample_are_defined_where_they_can_be(tmp_path: Path) 
 
 
 def test_groups_by_class_and_target(folder: Path) -> None:
-    groups = asked(folder, 1, by="class").groups
+    groups = asked(folder, 1, by="class")["groups"]
     assert [g.title for g in groups] == ["class 0", "class 1", "class 2"]
     for label, group in enumerate(groups):
         means = VALUES[:, label == TEST].mean(1)
-        assert group.helpful[0].sample == means.argmax()
-        assert group.harmful[0].contribution == pytest.approx(means.min())
-    targets = asked(folder, 1, by="target").groups
-    assert [g.helpful[0].sample for g in targets] == VALUES.argmax(0).tolist()
+        assert group.helpful["sample"][0] == means.argmax()
+        assert group.harmful["contribution"][0] == pytest.approx(means.min())
+    targets = asked(folder, 1, by="target")["groups"]
+    assert [g.helpful["sample"][0] for g in targets] == VALUES.argmax(0).tolist()
     assert targets[2].title == "test sample 2 (label 2, read as 1)"
 
 
 def test_why_names_label_prediction_and_classes(folder: Path) -> None:
-    (why,) = asked(folder, 3, why=(4,)).why
+    (why,) = asked(folder, 3, why=(4,))["why"]
     assert (why.label, why.prediction) == ("1", "1")
-    assert [e.sample for e in why.top.helpful] == np.argsort(-VALUES[:, 4])[:3].tolist()
-    assert {e.target for e in why.top.helpful} == {4}
+    assert why.top.helpful["sample"].to_list() == np.argsort(-VALUES[:, 4])[:3].tolist()
+    assert set(why.top.helpful["target"]) == {4}
     sums = {label: value for label, _, value in why.by_label}
     assert sums == pytest.approx({str(c): VALUES[c == TRAIN, 4].sum() for c in range(3)})
     with pytest.raises(SampleRangeError, match="has no target 99; it was replayed for targets=each"):
@@ -150,7 +150,7 @@ def test_why_names_label_prediction_and_classes(folder: Path) -> None:
 def test_timeline_and_tracks(tmp_path: Path) -> None:
     parts = RNG.standard_normal((4, 10, 3))
     path = replay_folder.write(tmp_path / "t", parts, labels=list("abcdefghij"))
-    found = asked(path, samples=(3, 1)).timeline
+    found = asked(path, samples=(3, 1))["timeline"]
     assert found is not None
     means = parts.mean(2)
     assert found.epochs == (0, 1, 2, 3)
@@ -187,10 +187,10 @@ def test_harm_ranks_the_most_harmful_first(tmp_path: Path) -> None:
     path = replay_folder.write(
         tmp_path / "h", [[1.0], [-3.0], [-2.0], [5.0]], labels=list("abab"), noisy=[False, True, True, False]
     )
-    found = asked(path, suspects=True).suspicions
+    found = asked(path, suspects=True)["suspicions"]
     assert found is not None
     (ranking,) = found.rankings
-    assert [(s.rank, s.sample, s.score) for s in ranking.suspects[:2]] == [(1, 1, 3.0), (2, 2, 2.0)]
+    assert ranking.suspects.select("rank", "sample", "score").rows()[:2] == [(1, 1, 3.0), (2, 2, 2.0)]
     assert ranking.detection is not None
     assert ranking.detection.auc == 1
     assert found.clusters is None  # one target has no sign vectors, and few say little
@@ -199,12 +199,12 @@ def test_harm_ranks_the_most_harmful_first(tmp_path: Path) -> None:
 def test_self_influence_needs_training_samples_as_targets(tmp_path: Path) -> None:
     values = np.array([[1.0, 9.0], [9.0, 4.0], [9.0, 9.0]])
     path = replay_folder.write(tmp_path / "s", values, targets=[0, 1], target_set="train")
-    found = asked(path, suspects=True).suspicions
+    found = asked(path, suspects=True)["suspicions"]
     assert found is not None
     assert [r.title for r in found.rankings][1] == "self-influence"
-    assert [(s.sample, s.score) for s in found.rankings[1].suspects] == [(1, 4.0), (0, 1.0)]
+    assert found.rankings[1].suspects.select("sample", "score").rows() == [(1, 4.0), (0, 1.0)]
     plain = replay_folder.write(tmp_path / "p", values, targets=[0, 1])
-    only = asked(plain, suspects=True).suspicions
+    only = asked(plain, suspects=True)["suspicions"]
     assert only is not None
     assert len(only.rankings) == 1
 
@@ -212,9 +212,9 @@ def test_self_influence_needs_training_samples_as_targets(tmp_path: Path) -> Non
 def test_self_influence_is_read_from_samples_too(tmp_path: Path) -> None:
     path = replay_folder.write(tmp_path / "s", [[1.0], [2.0]], labels=["a", "b"])
     pl.DataFrame({"sample": [0, 1], "self_influence": [0.1, 0.7]}).write_parquet(path / "samples.parquet")
-    found = asked(path, suspects=True).suspicions
+    found = asked(path, suspects=True)["suspicions"]
     assert found is not None
-    assert [s.sample for s in found.rankings[1].suspects] == [1, 0]
+    assert found.rankings[1].suspects["sample"].to_list() == [1, 0]
 
 
 def planted(folder: Path, flip: float = 0.02) -> tuple[Path, np.ndarray, np.ndarray]:
@@ -229,20 +229,20 @@ def planted(folder: Path, flip: float = 0.02) -> tuple[Path, np.ndarray, np.ndar
 
 def test_clusters_by_sign_find_planted_wrong_labels(tmp_path: Path) -> None:
     path, labels, wrong = planted(tmp_path / "c")
-    found = asked(path, suspects=True).suspicions
+    found = asked(path, suspects=True)["suspicions"]
     assert found is not None
     assert found.clusters is not None
     assert found.clusters.jaccard is not None
     assert found.clusters.suspected == wrong.sum()
     assert (found.clusters.jaccard.correct, found.clusters.jaccard.wrong) == (1, 1)
-    assert [(c.label, c.samples, c.apart) for c in found.clusters.classes] == [
+    assert found.clusters.classes.select("label", "samples", "apart").rows() == [
         (str(c), (labels == c).sum(), (wrong & (labels == c)).sum()) for c in range(4)
     ]
 
 
 def test_few_targets_are_not_clustered(tmp_path: Path) -> None:
     path = replay_folder.write(tmp_path / "f", RNG.standard_normal((40, 99)), labels=["a"] * 40)
-    found = asked(path, suspects=True).suspicions
+    found = asked(path, suspects=True)["suspicions"]
     assert found is not None
     assert found.clusters is None
 
@@ -260,27 +260,39 @@ def test_jaccard_equals_scikit_learn() -> None:
 
 def test_a_class_of_equal_signs_has_no_suspects(tmp_path: Path) -> None:
     path = replay_folder.write(tmp_path / "q", -np.ones((6, 100)), labels=list("aaabbb"))
-    found = asked(path, suspects=True).suspicions
+    found = asked(path, suspects=True)["suspicions"]
     assert found is not None
     assert found.clusters is not None
     assert found.clusters.suspected == 0
 
 
-def test_clustering_without_its_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, _, _ = planted(tmp_path / "c")
+def forget(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has imports of a library fail."""
     real = builtins.__import__
 
     def without(name: str, *args: object, **kwargs: object) -> object:
-        if name.startswith("sklearn"):
+        if name.startswith(library):
             raise ImportError(name)
         return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", without)
+
+
+def test_comparing_without_its_library_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget("scipy", monkeypatch)
+    with pytest.raises(ReplayError, match=r"needs scipy, .* pip install 'trajrec\[report\]'"):
+        asked(folder, compare=folder)
+    assert asked(folder, everything=True)["comparison"] is None
+
+
+def test_clustering_without_its_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _, _ = planted(tmp_path / "c")
+    forget("sklearn", monkeypatch)
     with pytest.raises(ReplayError, match=r"pip install 'trajrec\[report\]'"):
         asked(path, suspects=True)
     full = asked(path, everything=True)
-    assert full.suspicions is not None  # the rest is still answered
-    assert full.suspicions.clusters is None
+    assert full["suspicions"] is not None  # the rest is still answered
+    assert full["suspicions"].clusters is None
     assert any("scikit-learn" in note for note in full.notes)
 
 
@@ -311,17 +323,17 @@ def test_targets_by_class_use_class_names(tmp_path: Path) -> None:
     settings_ = json.loads((path / "replay.json").read_text()) | {"targets": "class"}
     (path / "replay.json").write_text(json.dumps(settings_))
     report = asked(path, matrix=True, by="target")
-    assert report.matrix is not None
-    assert report.matrix.test == ("zebra", "yak", "ant")
-    assert report.groups[0].title == "class zebra"
-    assert report.overall.title == "the mean over the classes"
+    assert report["matrix"] is not None
+    assert report["matrix"].test == ("zebra", "yak", "ant")
+    assert report["groups"][0].title == "class zebra"
+    assert report["overall"].title == "the mean over the classes"
 
 
 def test_agreement_by_target(folder: Path, tmp_path: Path) -> None:
     other = VALUES.copy()
     other[:, 0] *= -1
     path = replay_folder.write(tmp_path / "other", other)
-    found = asked(folder, compare=path).comparison
+    found = asked(folder, compare=path)["comparison"]
     assert found is not None
     assert found.by_target == (9, pytest.approx(7 / 9), pytest.approx(1 / 9))
 

@@ -30,7 +30,7 @@ def test_it_is_said_on_terminal_and_page(tmp_path, growth, word):
     folder = replay_folder.write(tmp_path / "r", np.eye(4), growth=growth, taylor="Removing each of 3 samples did it.")
     found = report.build(folder)
     console = Console(record=True, width=100)
-    terminal.header(found, console)
+    terminal.show(found, console)
     shown = " ".join(console.export_text().split())
     assert f"{word}: going back through the run" in shown
     assert "Removing each of 3 samples did it." in shown

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trajrec.checksum import copy_crc32, crc32
+from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
 from trajrec.records import Inputs, Keyframe, LiveKeyframe, Parts, RunSpec
 from trajrec.runfile import files
@@ -34,8 +34,6 @@ from trajrec.typed import typed
 
 MAGIC = b"TRAJKEY1"
 _HEAD = struct.Struct("<8sII")
-_LARGEST_SUM = 2**32 - 1  # no other has more digits
-
 
 _Arrays = dict[str, npt.NDArray[Any]]
 _Entry = tuple[str, str, tuple[int, ...], int, int, int]
@@ -73,28 +71,6 @@ def pieces_of(value: LiveKeyframe | Inputs) -> list[Piece]:
     return [_head(value.step, arrays, sums), *chain(*bodies)]
 
 
-def put_pieces(value: LiveKeyframe, place: memoryview) -> int:
-    """Makes the file in memory, and returns its size in bytes; 0 where it does not fit.
-
-    What is summed is what lies there in the end, also where another thread changes an array meanwhile.
-
-    Raises:
-        TypeError: an array of objects.
-    """
-    arrays, sums = _parts_of(value), []
-    start = at = len(_head(value.step, arrays, [_LARGEST_SUM] * len(arrays)))
-    if start + sum(part.nbytes for parts in arrays.values() for part in parts) > len(place):
-        return 0
-    for parts in arrays.values():
-        crc = 0
-        for part in parts:
-            crc = copy_crc32(place[at : at + part.nbytes], part, crc)
-            at += part.nbytes
-        sums.append(crc)
-    place[:start] = _head(value.step, arrays, sums, start)
-    return at
-
-
 def write_pieces(path: Path, pieces: Sequence[Piece]) -> int:
     """Writes a file (not synced) whole or not at all, and returns its size in bytes.
 
@@ -114,14 +90,6 @@ def write_pieces(path: Path, pieces: Sequence[Piece]) -> int:
         part.unlink(missing_ok=True)
         raise
     return sum(len(piece) for piece in pieces)
-
-
-def is_whole(data: bytes | memoryview, step: int) -> bool:
-    """Whether these are the bytes of a whole file of a step."""
-    try:
-        return _arrays(data, f"step {step}", "this keyframe is", None)[0] == step
-    except DamagedRunError:
-        return False
 
 
 def read_keyframe(path: Path, only: str | None = None) -> Keyframe:
@@ -160,10 +128,6 @@ def _read(path: Path, what: str, only: str | None) -> tuple[int, _Arrays]:
         raise
     except OSError as error:
         raise DamagedRunError(f"{path}: {what} damaged ({error.strerror}).") from error
-    return _arrays(data, path, what, only)
-
-
-def _arrays(data: bytes | memoryview, path: Path | str, what: str, only: str | None) -> tuple[int, _Arrays]:
     try:
         head, start = _parse(data)
         return head.step, {e[0]: _array(data, start, e) for e in head.arrays if only in (None, e[0])}
@@ -183,15 +147,15 @@ def _parts_of(value: LiveKeyframe | Inputs) -> dict[str, list[npt.NDArray[Any]]]
     return {name: [_plain(name, part) for part in found] for name, found in parts.items()}
 
 
-def _head(step: int, arrays: dict[str, list[npt.NDArray[Any]]], sums: Sequence[int], size: int = 0) -> bytes:
-    """The file up to the arrays; at least `size` bytes."""
+def _head(step: int, arrays: dict[str, list[npt.NDArray[Any]]], sums: Sequence[int]) -> bytes:
+    """The file up to the arrays."""
     entries, start = [], 0
     for (name, parts), crc in zip(arrays.items(), sums, strict=True):
         shape = parts[0].shape if len(parts) == 1 else (sum(part.size for part in parts),)
         length = sum(part.nbytes for part in parts)
         entries.append([name, parts[0].dtype.str, shape, start, length, crc])
         start += length
-    body = json.dumps({"step": step, "arrays": entries}).encode().ljust(size - _HEAD.size)
+    body = json.dumps({"step": step, "arrays": entries}).encode()
     return _HEAD.pack(MAGIC, len(body), crc32(body)) + body
 
 

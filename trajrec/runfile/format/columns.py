@@ -1,96 +1,102 @@
-"""/steps and /batches of a file that is being written: created at their full length, and filled table by table.
+"""The per-step columns of a recording, in one list: what all else that knows a column goes by.
 
-The datasets stay open meanwhile, so that a chunk which several tables fill is compressed once. Columns have
-Fletcher-32, so that any HDF5 program finds damage.
+A column is a field of `StepRecord`, and they have the same order. Each is one of
+
+    a number      one a step: /steps/NAME (n)
+    a grid        [G, H] a step: /steps/NAME (n, G, H)
+    ragged        any number of values a step: /batches/NAME, flat, with /batches/NAME_offsets (n + 1)
+
+From it follow the encoded record (codec.py), tables of records (table.py), the datasets of a file (written by
+writer/steps.py, read by reader/stored.py) and what `trajrec verify` looks at.
+
+To add one, give `StepRecord` a field with a default, and this list a ragged column with the next `since`: files from
+before are read as if it were empty, and records in which it is empty are encoded as they were before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import h5py
 import numpy as np
+import numpy.typing as npt
 
-from trajrec.runfile.format import hdf5
-from trajrec.runfile.format.table import PLAIN, RAGGED, StepTable, widened
-
-COLUMN_CHUNK_BYTES = 64 * 1024
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class ColumnSizes:
-    """How long the columns are: n entries, and the flat lengths of the ragged ones."""
+class Column:
+    """One value, or any number of them, of every step.
 
-    entries: int
-    ids: int = 0
-    weights: int = 0
-    rng: int = 0
-    parts: int = 0
-    digests: int = 0
-    changes: int = 0
-
-    @classmethod
-    def total(cls, tables: Iterable[ColumnSizes]) -> ColumnSizes:
-        """The sizes of tables put one after the other."""
-        sizes = list(tables)
-        return cls(*(sum(getattr(s, name) for s in sizes) for name in ("entries", *RAGGED)))
-
-    @classmethod
-    def of(cls, table: StepTable) -> ColumnSizes:
-        """The sizes of a table's columns."""
-        return cls(len(table), *(getattr(table, name).size for name in RAGGED))
-
-
-class Columns:
-    """The columns of a file.
-
-    Args:
-        file: being written.
-        sizes: of all tables together.
-        hyper: (G, H), with the most groups that a table has.
-        compression: "zstd" or "none".
+    Attributes:
+        name: of the field of `StepRecord`, and of the dataset.
+        dtype: as stored.
+        is_grid: whether a step has [G, H] of them.
+        ragged: whether a step has any number of them.
+        like: the column of which there are as many of these, or none, which a record says with None.
+        is_bytes: whether a record has them as bytes.
+        since: which addition to the first version of the format brought it; those since 0 were there from the start.
     """
 
-    def __init__(self, file: h5py.File, sizes: ColumnSizes, hyper: tuple[int, ...], compression: str) -> None:
-        self._hyper, self._at = hyper, ColumnSizes(0)
-        self._datasets: dict[str, Any] = {}
-        shapes: dict[str, tuple[int, ...]] = {"steps/step": (sizes.entries,)}
-        shapes |= {f"steps/{name}": (sizes.entries,) for name in PLAIN} | {"steps/hyper": (sizes.entries, *hyper)}
-        for name in RAGGED:
-            shapes |= {f"batches/{name}": (getattr(sizes, name),), f"batches/{name}_offsets": (sizes.entries + 1,)}
-        for name, shape in shapes.items():
-            self._datasets[name] = _create(file, name, shape, compression)
+    name: str
+    dtype: str
+    is_grid: bool = False
+    ragged: bool = False
+    like: str | None = None
+    is_bytes: bool = False
+    since: int = 0
 
-    def append(self, table: StepTable) -> None:
-        """Writes a table behind those that were written before."""
-        at = self._at
-        self._write("steps/step", at.entries, np.arange(table.first, table.first + len(table)))
-        for name in PLAIN:
-            values = getattr(table, name)
-            self._write(f"steps/{name}", at.entries, widened(values, self._hyper[0]) if name == "hyper" else values)
-        for name in RAGGED:
-            base = getattr(at, name)
-            self._write(f"batches/{name}", base, getattr(table, name))
-            self._write(f"batches/{name}_offsets", at.entries, getattr(table, f"{name}_offsets") + base)
-        self._at = ColumnSizes.total([at, ColumnSizes.of(table)])
+    @property
+    def path(self) -> str:
+        """Of the dataset."""
+        return f"{'batches' if self.ragged else 'steps'}/{self.name}"
 
-    def _write(self, name: str, at: int, values: hdf5.Array) -> None:
-        hdf5.write(self._datasets[name], values, at)
+    @property
+    def offsets(self) -> str:
+        """The name of a ragged column's offsets."""
+        return f"{self.name}_offsets"
 
+    @property
+    def nothing(self) -> Array:
+        """No value of a ragged column."""
+        return np.empty(0, self.dtype)
 
-def _create(file: h5py.File, name: str, shape: tuple[int, ...], compression: str) -> Any:
-    dtype = np.dtype(_DTYPES.get(name, "<i8"))
-    if 0 in shape:
-        return hdf5.create(file, name, shape, dtype, hdf5.plan())
-    entry = dtype.itemsize
-    for length in shape[1:]:
-        entry *= length
-    chunks = (min(shape[0], max(1, COLUMN_CHUNK_BYTES // entry)), *shape[1:])
-    return hdf5.create(file, name, shape, dtype, hdf5.plan(chunks, compression, checksum=True))
+    def array(self, value: Any) -> Array:
+        """What a record has, as a flat array of a ragged column."""
+        if value is None:
+            return self.nothing
+        return np.frombuffer(value, self.dtype) if self.is_bytes else np.asarray(value, self.dtype)
+
+    def value(self, array: Array) -> Any:
+        """What a record has instead of a flat array of a ragged column."""
+        if self.is_bytes:
+            return array.tobytes()
+        return None if self.like is not None and not array.size else array
 
 
-_DTYPES = {f"steps/{name}": dtype for name, dtype in PLAIN.items()} | {
-    f"batches/{name}": dtype for name, dtype in RAGGED.items()
+COLUMNS = (
+    Column("epoch", "<i8"),
+    Column("loss", "<f8"),
+    Column("time", "<f8"),
+    Column("crc32", "<u4"),
+    Column("hyper", "<f8", is_grid=True),
+    Column("ids", "<i8", ragged=True),
+    Column("weights", "<f8", ragged=True, like="ids"),
+    Column("rng", "|u1", ragged=True, is_bytes=True),
+    Column("parts", "<i8", ragged=True, since=1),
+    Column("digests", "<i8", ragged=True, since=1),
+    Column("changes", "|u1", ragged=True, is_bytes=True, since=1),
+)
+CHECKSUM = Column("record_crc32", "<u4")  # of the encoded record, which covers all the other columns
+NUMBERS = tuple(c for c in COLUMNS if not c.ragged and not c.is_grid)
+GRIDS = tuple(c for c in COLUMNS if c.is_grid)
+FIXED = (*NUMBERS, CHECKSUM, *GRIDS)
+RAGGED = tuple(c for c in COLUMNS if c.ragged)
+
+STEP = "steps/step"
+DATASETS: dict[str, tuple[str, int]] = {
+    STEP: ("<i8", 1),
+    **{c.path: (c.dtype, 3 if c.is_grid else 1) for c in FIXED},
+    **{f"{c.path}_offsets": ("<i8", 1) for c in RAGGED},
 }
+"""Dtype and dimensions of the datasets that have an entry a step (those of offsets one more)."""

@@ -19,12 +19,29 @@ from dataclasses import astuple, dataclass
 CHUNK_ROWS = 32
 CHUNK_BYTES = 512 * 1024
 CHUNK_ROW_BYTES = 64 * 1024**2
-SEGMENT_BYTES = 32 * 1024**2
-SEGMENT_ROWS = 1024
-ARENA_BYTES = 16 * 1024**2
 PAGE = 4096
 
 _STRUCT = struct.Struct("<7q")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large the parts of a recording get; tests have them small.
+
+    Attributes:
+        segment_bytes: rows of a segment, about.
+        segment_rows: most steps of a segment.
+        arena_bytes: room for the encoded records of the ring's entries.
+        input_bytes: of raw inputs at a time; then training waits for the writer.
+    """
+
+    segment_bytes: int = 32 * 1024**2
+    segment_rows: int = 1024
+    arena_bytes: int = 16 * 1024**2
+    input_bytes: int = 256 * 1024**2
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +107,11 @@ def chunk_shape(row_length: int, itemsize: int) -> tuple[int, int]:
     return rows, -(-row_length // pieces)
 
 
-def geometry_for(row_length: int, itemsize: int, keep_rows: bool) -> Geometry:
+def geometry_for(row_length: int, itemsize: int, keep_rows: bool, limits: Limits = LIMITS) -> Geometry:
     """The geometry of a recording of rows of P values; `keep_rows=False` records step data only."""
     rows, columns = chunk_shape(row_length, itemsize)
     if not keep_rows:
-        return Geometry(0, itemsize, rows, columns, SEGMENT_ROWS, 2 * SEGMENT_ROWS, ARENA_BYTES)
+        return Geometry(0, itemsize, rows, columns, limits.segment_rows, 2 * limits.segment_rows, limits.arena_bytes)
     chunk_row = rows * row_length * itemsize
-    segment = rows * max(1, min(SEGMENT_BYTES // chunk_row, SEGMENT_ROWS // rows))
-    return Geometry(row_length, itemsize, rows, columns, segment, max(2 * segment, 4), ARENA_BYTES)
+    segment = rows * max(1, min(limits.segment_bytes // chunk_row, limits.segment_rows // rows))
+    return Geometry(row_length, itemsize, rows, columns, segment, max(2 * segment, 4), limits.arena_bytes)

@@ -154,11 +154,11 @@ def write_arrays(
     for path, array in arrays.items():
         value = np.asarray(array, order="C")
         if last is not None and value.nbytes <= ARRAY_BYTES:
-            told, place = _told(value), last.get(path)
-            if place is not None and place[1] == told:
+            identity, place = _identity(value), last.get(path)
+            if place is not None and place[1] == identity:
                 hdf5.link(file, place[0], f"{name}/{path}")
                 continue
-            last[path] = f"{name}/{path}", told
+            last[path] = f"{name}/{path}", identity
         large = value.nbytes > ARRAY_BYTES and compression != "none"
         plan = hdf5.plan(_array_chunk(value), compression) if large else hdf5.plan()
         dataset = hdf5.create(file, f"{name}/{path}", value.shape, value.dtype, plan)
@@ -166,7 +166,7 @@ def write_arrays(
         hdf5.write_attribute(dataset, "crc32", np.uint32(crc32(value.data)))
 
 
-def _told(value: npt.NDArray[Any]) -> bytes:
+def _identity(value: npt.NDArray[Any]) -> bytes:
     """All that an array is."""
     return f"{value.dtype.str}{value.shape}".encode() + value.tobytes()
 

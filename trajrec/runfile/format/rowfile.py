@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 
-from trajrec.checksum import crc32
+from trajrec.checksum import crc32, crc32_combine
 from trajrec.records import Row
 from trajrec.runfile import files
 from trajrec.runfile.format import trailer
-from trajrec.runfile.format.joint import Joint
 
 HEAD_BYTES = 4096
 BLOCK_BYTES = 4 * 1024**2
@@ -93,7 +92,9 @@ class RowFile:
         end = self.place(stop)
         with self.restored(), skeleton.open("rb") as source, self._open() as file:
             head = source.read(HEAD_BYTES)
-            crc = Joint(self.row_bytes).extend(crc32(head), crc32s)
+            crc = crc32(head)
+            for of_row in crc32s:
+                crc = crc32_combine(crc, int(of_row), self.row_bytes)
             source.seek(end)
             file.truncate(end)
             file.seek(end)

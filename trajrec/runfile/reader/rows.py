@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
@@ -26,13 +27,13 @@ class RowReader:
         block: step to the steps [first, stop) that are read together with it.
         rows: [first, stop) to rows [n, P].
         crc32: step to the checksum its row must have.
-        name: of the recording, for messages.
+        path: of the recording, for messages.
     """
 
     block: Callable[[int], Block]
     rows: Callable[[int, int], Row]
     crc32: Callable[[int], int]
-    name: str
+    path: Path
 
     def load(self, first: int, stop: int) -> Row:
         """Rows of steps [first, stop) [n, P], read-only, all checked; the steps lie in one block."""
@@ -50,18 +51,19 @@ class RowReader:
         """
         if crc32(row.data) != self.crc32(step):
             raise DamagedRunError(
-                f"{self.name}: /weights, step {step}: the row does not match its checksum; the file is damaged. "
-                "Restore it from a copy; `trajrec verify` lists everything that is damaged."
+                f"{self.path}: /weights, step {step}: the row does not match its checksum; the file is damaged. "
+                "Restore it from a copy; `trajrec verify` lists everything that is damaged.",
+                *(self.path, "/weights", (step, step)),
             )
 
     def walk(self, first: int, last: int) -> Iterator[tuple[int, Row]]:
         """Steps and rows from `first` to `last` inclusive, forwards or backwards."""
         plan, backwards = self.plan(first, last), first > last
         with ThreadPoolExecutor(1, "trajrec-prefetch") as pool:
-            ahead = pool.submit(self._load_next, plan)
-            while (block := ahead.result()) is not None:
+            coming = pool.submit(self._load_next, plan)
+            while (block := coming.result()) is not None:
                 start, rows = block
-                ahead = pool.submit(self._load_next, plan)
+                coming = pool.submit(self._load_next, plan)
                 steps = range(start, start + len(rows))
                 for step in reversed(steps) if backwards else steps:
                     yield step, rows[step - start]

@@ -49,7 +49,7 @@ class Run:
     """
 
     def __init__(self, path: Path) -> None:
-        self._asked = path
+        self._given = path
         self._source: Source = find(path)
         source = self._source
         self.path = source.path
@@ -66,7 +66,7 @@ class Run:
         self._tables: OrderedDict[int, StepTable] = OrderedDict()
         self._block: tuple[int, Row] | None = None
         self._reader = RowReader(
-            lambda step: self._now(lambda s: s.block(step)), self._read_rows, self.crc32, str(self.path)
+            lambda step: self._now(lambda s: s.block(step)), self._read_rows, self.crc32, self.path
         )
 
     def __enter__(self) -> Run:
@@ -92,7 +92,7 @@ class Run:
                 try:
                     return ask(self._source)
                 except (MovedError, FileNotFoundError):
-                    old, self._source = self._source, find(self._asked)
+                    old, self._source = self._source, find(self._given)
                     old.close()
             raise DamagedRunError(f"{self.path}: files that belong to it are missing. Restore it from a copy.")
 
@@ -174,7 +174,7 @@ class Run:
         """Hyperparameters in force at step t (1..T) [G, H], in the order of `spec.hyperparameters`."""
         self._check(t, 1)
         table = self._table(t)
-        return present(table.hyper[t - table.first])
+        return present(table["hyper"][t - table.first])
 
     def hyperparameters(self, t: int) -> list[dict[str, float]]:
         """Hyperparameters in force at step t (1..T), a dictionary for each of the G groups."""
@@ -217,7 +217,7 @@ class Run:
         t = 0
         while t <= self.steps:
             table = self._table(t)
-            for k in np.flatnonzero(np.diff(table.changes_offsets)).tolist():
+            for k in np.flatnonzero(np.diff(table["changes_offsets"])).tolist():
                 found[table.first + k] = Conditions.from_json(table.span("changes", k).tobytes())
             t = table.first + len(table)
         return {step: conditions for step, conditions in found.items() if step <= self.steps}
@@ -281,7 +281,7 @@ class Run:
     def _value(self, name: str, t: int, lowest: int) -> Any:
         self._check(t, lowest)
         table = self._table(t)
-        return getattr(table, name)[t - table.first]
+        return table[name][t - table.first]
 
     def _span(self, name: str, t: int) -> npt.NDArray[Any]:
         self._check(t, 1)
@@ -292,7 +292,7 @@ class Run:
         parts, t = [], 0
         while t <= self.steps:
             table = self._table(t)
-            parts.append(getattr(table, name)[t - table.first :])
+            parts.append(table[name][t - table.first :])
             t = table.first + len(table)
         column: npt.NDArray[Any] = np.concatenate(parts)[1 : self.steps + 1]
         return column

@@ -2,7 +2,8 @@
 
 A checksum says that bytes are those that were written, not that whoever wrote them meant well: a file may come from
 anywhere. Here the records of steps and the keyframes are held against the spec, once, before they become values that
-the rest of the program relies on. Types and shapes of HDF5 datasets are checked in stored.py, the spec in records.py.
+the rest of the program relies on. Types and shapes of HDF5 datasets are checked in untrusted.py, the spec in
+records.py.
 
 Letters: A micro-batches, B samples, G groups, H hyperparameters, P weights.
 """
@@ -33,37 +34,39 @@ def sound_table(table: StepTable, spec: RunSpec, path: Path) -> StepTable:
     """
     for what, wrong in _table_faults(table, spec):
         if (places := np.flatnonzero(wrong)).size:
-            raise DamagedRunError(f"{path}: /steps and /batches, step {table.first + int(places[0])}: {what}.")
+            step = table.first + int(places[0])
+            message = f"{path}: /steps and /batches, step {step}: {what}."
+            raise DamagedRunError(message, path, "/steps", (step, step))
     return table
 
 
 def _table_faults(table: StepTable, spec: RunSpec) -> Iterator[tuple[str, _Marks]]:
     """What may be wrong, and with which entries it is."""
     ids, parts = _lengths(table, "ids"), _lengths(table, "parts")
-    shape = table.hyper.shape
+    shape = table["hyper"].shape
     if shape[1] < spec.groups or shape[2] != len(spec.hyperparameters):
         expected = f"{spec.groups} groups of {len(spec.hyperparameters)} hyperparameters"
         yield f"{expected} were expected, found {shape[1]} of {shape[2]}", np.ones(1, bool)
-    yield "a sample id is negative", _any(table, "ids", table.ids < 0)
-    yield "a sample's weight is no number", _any(table, "weights", ~np.isfinite(table.weights))
+    yield "a sample id is negative", _any(table, "ids", table["ids"] < 0)
+    yield "a sample's weight is no number", _any(table, "weights", ~np.isfinite(table["weights"]))
     yield "the number of weights is not that of samples", _neither(_lengths(table, "weights"), ids)
-    yield "a micro-batch has a negative size", _any(table, "parts", table.parts < 0)
+    yield "a micro-batch has a negative size", _any(table, "parts", table["parts"] < 0)
     yield "the sizes of the micro-batches are not those of the samples", (parts > 0) & (_sums(table) != ids)
     yield (
         "the number of digests is not that of micro-batches",
         _neither(_lengths(table, "digests"), np.maximum(parts, 1)),
     )
-    yield "a digest is no CRC-32", _any(table, "digests", (table.digests < -1) | (table.digests >= _CRC32))
+    yield "a digest is no CRC-32", _any(table, "digests", (table["digests"] < -1) | (table["digests"] >= _CRC32))
     size = sum(length for _, length in spec.rng)
     yield "the generator states have another length than the spec says", _lengths(table, "rng") % max(size, 1) > 0
     yield "there are generator states, and the spec knows none", (_lengths(table, "rng") > 0) & (size == 0)
-    yield "its epoch is out of range", (table.epoch < 0) | (table.epoch >= _EPOCHS)
-    yield "its time is out of range", ~(np.abs(table.time) < _LATEST)
+    yield "its epoch is out of range", (table["epoch"] < 0) | (table["epoch"] >= _EPOCHS)
+    yield "its time is out of range", ~(np.abs(table["time"]) < _LATEST)
     yield "its conditions cannot be read", _unreadable(table)
 
 
 def _lengths(table: StepTable, name: str) -> IntArray:
-    lengths: IntArray = np.diff(getattr(table, f"{name}_offsets"))
+    lengths: IntArray = np.diff(table[f"{name}_offsets"])
     return lengths
 
 
@@ -75,14 +78,14 @@ def _neither(lengths: IntArray, expected: IntArray) -> _Marks:
 def _any(table: StepTable, name: str, wrong: _Marks) -> _Marks:
     """Entries of which any value of a ragged column is wrong."""
     found = np.zeros(len(table), bool)
-    found[np.searchsorted(getattr(table, f"{name}_offsets"), np.flatnonzero(wrong), "right") - 1] = True
+    found[np.searchsorted(table[f"{name}_offsets"], np.flatnonzero(wrong), "right") - 1] = True
     return found
 
 
 def _sums(table: StepTable) -> IntArray:
     """The sum of the sizes of each entry's micro-batches."""
-    up_to = np.concatenate([[0], np.cumsum(table.parts)])
-    sums: IntArray = np.diff(up_to[table.parts_offsets])
+    up_to = np.concatenate([[0], np.cumsum(table["parts"])])
+    sums: IntArray = np.diff(up_to[table["parts_offsets"]])
     return sums
 
 
@@ -95,7 +98,7 @@ def _unreadable(table: StepTable) -> _Marks:
         except (ValueError, RecursionError):
             found[k] = True
         else:
-            found[k] = any(not 0 <= group < len(table.hyper[k]) for _, group in conditions.joined)
+            found[k] = any(not 0 <= group < len(table["hyper"][k]) for _, group in conditions.joined)
     return found
 
 

@@ -7,7 +7,6 @@ ring and the raw keyframes of a folder have checksums of their own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from trajrec.records import Keyframe, RunSpec
 from trajrec.runfile.folder import SUFFIX, Folder
 from trajrec.runfile.format import trailer
 from trajrec.runfile.format.arrays import read_inputs, read_keyframe
+from trajrec.runfile.format.columns import DATASETS
 from trajrec.runfile.format.rowfile import SharedRows
 from trajrec.runfile.format.table import StepTable
 from trajrec.runfile.reader.segments import Pieces
 from trajrec.runfile.reader.soundness import sound_keyframe
 from trajrec.runfile.reader.source import TABLE_STEPS
-from trajrec.runfile.reader.stored import COLUMNS, StoredRun
+from trajrec.runfile.reader.stored import StoredRun
 from trajrec.runfile.ring import Ring
 
 
@@ -129,17 +129,15 @@ def _part_problems(stored: StoredRun, with_rows: bool) -> Iterator[Problem]:
 def _column_problems(stored: StoredRun, first: int, stop: int, error: DamagedRunError) -> Iterator[Problem]:
     """The columns that cannot be read; where each can by itself, what keeps them from making a table."""
     found = False
-    for name in COLUMNS:
+    for name in DATASETS:
         try:
             stored.column(name, first, stop)
         except DamagedRunError as fault:
             found = True
             yield Problem(stored.path, f"/{name}", first, stop - 1, _short(fault, stored.path))
     if not found:
-        named = re.search(r"/(steps|batches)/\w+", str(error))
-        step = re.search(r"step (\d+):", str(error))
-        a, b = (int(step[1]), int(step[1])) if step else (first, stop - 1)
-        yield Problem(stored.path, named[0] if named else "/steps", a, b, _short(error, stored.path))
+        a, b = error.steps or (first, stop - 1)
+        yield Problem(stored.path, error.dataset or "/steps", a, b, _short(error, stored.path))
 
 
 def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
@@ -152,7 +150,7 @@ def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
             yield Problem(stored.rows_path, "/weights", step, end - 1, _short(error, stored.rows_path))
         else:
             for k, row in enumerate(rows):
-                if crc32(row.data) != int(table.crc32[step + k - table.first]):
+                if crc32(row.data) != int(table["crc32"][step + k - table.first]):
                     yield Problem(
                         stored.rows_path, "/weights", step + k, None, "the row does not match the checksum of its step"
                     )

@@ -15,7 +15,6 @@ packing or, where rows are not compressed and packing leaves them where they are
 from __future__ import annotations
 
 import re
-from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,13 +93,3 @@ class Budget:
         """Looks at everything anew next time."""
         self._segments.clear()
         self._keyframes.clear()
-
-    def thin(self, interval: int, needed: Set[int]) -> int | None:
-        """Drops every other keyframe but the needed ones. Returns the doubled interval; None if there are too few."""
-        keyframes = self.folder.keyframes()
-        dropped = [path for step, path in keyframes.items() if step % (2 * interval) and step not in needed]
-        if len(keyframes) - len(dropped) < 2 or not dropped:
-            return None
-        for path in dropped:
-            path.unlink()
-        return 2 * interval

@@ -11,14 +11,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from trajrec.errors import DiskFullError, RecordingError, is_disk_full, is_file_too_large
 from trajrec.runfile.folder import Folder
+from trajrec.runfile.trainer.options import OnFull
 
 logger = logging.getLogger("trajrec")
 
-OnFull = Literal["wait", "stop-recording", "raise"]
 LIMIT = "The limit on the size of files (`ulimit -f`) is reached"
 _RETRY = 1.0
 

@@ -15,18 +15,26 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from trajrec.errors import DamagedRunError, DiskFullError, RecordingError
 from trajrec.runfile import files
 from trajrec.runfile.folder import Folder
+from trajrec.runfile.format.geometry import Geometry
 from trajrec.runfile.lock import Lock
-from trajrec.runfile.ring import EXIT_DISK_FULL, Control, Ring, Status
+from trajrec.runfile.manifest import Manifest
+from trajrec.runfile.place import Place
+from trajrec.runfile.ring import EXIT_DISK_FULL, Control, Finish, Ring, Status, create, ring_bytes
+from trajrec.runfile.trainer.fulldisk import Room, no_start
 
 _RESTARTS = 5
 _FINAL = (Status.DONE, Status.DISK_FULL, Status.FILE_TOO_LARGE, Status.DAMAGED, Status.BLOCKED)
 _START = 30.0
 _NAP = 0.01
+_SHORT_NAP = 0.001
+_GLANCE = 0.1
+_GLANCE_STEPS = 128
 
 
 class WriterProcess:
@@ -36,7 +44,6 @@ class WriterProcess:
         self.folder = folder
         self.ring = ring
         self._lock = lock
-        self._process: subprocess.Popen[bytes] | None = None
         self._failures = 0
         self._tail = -1
         self.start()
@@ -56,14 +63,13 @@ class WriterProcess:
                 env=_environment(),
             )
         assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
+        self._pipe = self._process.stdin
+        os.set_blocking(self._pipe.fileno(), False)
 
     def wake(self) -> None:
         """Tells the writer that there is something to do."""
-        assert self._process is not None
-        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError, BlockingIOError):
-            self._process.stdin.write(b"w")
+            self._pipe.write(b"w")
 
     def check_started(self) -> None:
         """Waits until the writer works; one that takes very long is trusted to.
@@ -78,7 +84,6 @@ class WriterProcess:
                 break
         if self.ring.get(Control.STATUS) == Status.DISK_FULL:
             raise DiskFullError(f"The disk is full: recording cannot begin in {self.folder.path}. Make room.")
-        assert self._process is not None
         if self._process.poll() is not None:
             raise RecordingError(f"The writer process cannot be started. Its last words: {self.last_words()}")
 
@@ -88,7 +93,6 @@ class WriterProcess:
         Raises:
             RecordingError: it died several times without sealing anything.
         """
-        assert self._process is not None
         if self._process.poll() is None:
             return Status.RUNNING
         said = Status(self.ring.get(Control.STATUS))
@@ -126,7 +130,6 @@ class WriterProcess:
 
     def wait(self, seconds: float) -> bool:
         """Waits for the writer to end, at most so long; returns whether it has."""
-        assert self._process is not None
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -135,23 +138,87 @@ class WriterProcess:
 
     def close(self) -> None:
         """Closes the pipe and waits for the writer, which ends of itself then."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._pipe.close()
         self._process.wait()
 
     def kill(self) -> None:
-        """Ends a writer that has nothing to seal."""
-        assert self._process is not None
+        """Ends a writer at once, and waits until it has; what it had not sealed is still in the ring."""
         self._process.kill()
-        self.close()
+        self._process.wait()
 
     def abandon(self) -> None:
         """Closes the pipe's copy in a process that was forked; the writer belongs to the process it was forked from."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._pipe.close()
         self._process.returncode = 0  # nobody here is to wait for it, or to be warned that nobody has
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What a recording has as long as it goes on: a ring, and the writer that empties it.
+
+    Attributes:
+        folder: of the recording.
+        geometry: of the ring.
+        ring: the ring.
+        writer: the writer.
+    """
+
+    folder: Folder
+    geometry: Geometry
+    ring: Ring
+    writer: WriterProcess
+
+    @property
+    def tail(self) -> int:
+        """The first step that is not sealed."""
+        return self.ring.get(Control.TAIL)
+
+    def pause(self, is_close: bool) -> int:
+        """Steps between two glances at the writer; `is_close` where a budget is looked after."""
+        return self.geometry.chunk_rows if is_close else min(self.geometry.segment_rows, _GLANCE_STEPS)
+
+    def flush_before(self, step: int) -> None:
+        """Has the steps before this one sealed; in whole chunks of rows, where there are any."""
+        aligned = step - step % self.geometry.chunk_rows
+        self.ring.set(Control.FLUSH, aligned if aligned > self.tail else step)
+
+    def wait_for_tail(self) -> bool:
+        """Waits a moment for the writer to seal something; whether it did, also if it has no room for more."""
+        self.writer.wake()
+        tail, until = self.tail, time.monotonic() + _GLANCE
+        while self.tail == tail and time.monotonic() < until:
+            time.sleep(_SHORT_NAP)
+        return self.tail != tail
+
+    def finish(self, finish: Finish, room: Room) -> Status:
+        """Has the writer finish and waits for it: DONE, or why it is not; waits for room where that was asked for."""
+        self.ring.set(Control.FINISH, finish)
+        self.writer.wake()
+        while (status := self.writer.status()) is not Status.DONE:
+            if status is Status.RUNNING:
+                self.writer.wait(_GLANCE)
+            elif status is Status.DISK_FULL and room.on_full == "wait":
+                room.wait(f"The disk is full: {self.folder.output} cannot be finished.", self.folder.packing_size())
+                self.writer.restart()
+            else:
+                break
+        return status
+
+
+def start(place: Place, geometry: Geometry, first: int, manifest: Manifest, is_new: bool) -> Line:
+    """Makes a ring for the steps from `first` on, writes the manifest of a new recording, and starts a writer.
+
+    Raises:
+        DiskFullError: no room for the ring. RecordingError: the writer cannot be started.
+    """
+    folder = place.folder
+    try:
+        ring = create(folder.ring, geometry, first, manifest.spec.dtype)
+        if is_new:
+            folder.write_manifest(manifest)
+        return Line(folder, geometry, ring, WriterProcess(folder, ring, place.lock))
+    except OSError as error:
+        raise no_start(error, folder.path, ring_bytes(geometry)) from error
 
 
 def rework(folder: Folder, lock: Lock, *arguments: str) -> tuple[int, ...] | None:

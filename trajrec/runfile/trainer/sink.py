@@ -1,15 +1,16 @@
 """The sink that writes a run file, as the training process sees it: copy into the ring, now and then a glance.
 
+    open()      claims the place (place.py), makes the ring and starts the writer (process.py); or, where a recording
+                may go on, waits for the weights that training starts with (resume.py)
     reserve()   waits for a free slot (there nearly always is one) and hands out its row
     commit()    encodes the record into the ring and publishes the slot; now and then wakes the writer
     inputs()    writes a raw file, which the writer takes into the step's segment
-    keyframe()  leaves it to the writer (staging.py), or writes a raw file
+    keyframe()  writes a raw file
     close()     waits until the writer has packed everything
 
 No HDF5 here: on a full disk it takes its process down with it. When the writer has no room it ends, and nothing
-happens to training until the ring is full. Then `on_full` decides: "wait" until there is room, "stop-recording" (the
-training goes on, the steps that are not recorded are noted as a gap), or "raise" `DiskFullError`. A limit on the size
-of files is a full disk that nobody makes room on: "wait" stops recording then.
+happens to training until the ring is full. Then `on_full` decides (fulldisk.py). A budget is looked after between
+chunks of rows (budget.py).
 
 Once recording has stopped, whoever asked for it, every call is answered and nothing is kept. In a process that was
 forked (`abandon`) there is no ring and no writer any more, only that.
@@ -19,9 +20,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -30,24 +28,25 @@ import numpy as np
 from trajrec.errors import DiskFullError, RecordingError
 from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
 from trajrec.runfile import register
+from trajrec.runfile.folder import Folder
 from trajrec.runfile.format.arrays import Piece, pieces_of, write_pieces
-from trajrec.runfile.format.geometry import PAGE, Geometry, geometry_for
+from trajrec.runfile.format.geometry import LIMITS, Geometry, Limits
 from trajrec.runfile.manifest import Manifest
 from trajrec.runfile.place import Place
-from trajrec.runfile.ring import Control, Finish, Status, create, ring_bytes
+from trajrec.runfile.ring import Control, Finish, Status, ring_bytes
+from trajrec.runfile.trainer import resume
 from trajrec.runfile.trainer.budget import Budget, parse_size
-from trajrec.runfile.trainer.fulldisk import LIMIT, OnFull, Room, no_start
-from trajrec.runfile.trainer.process import WriterProcess, rework
-from trajrec.runfile.trainer.staging import LARGEST, PLACES, Staging
+from trajrec.runfile.trainer.ending import Ending
+from trajrec.runfile.trainer.fulldisk import Room, no_start
+from trajrec.runfile.trainer.inputs import RawInputs
+from trajrec.runfile.trainer.keyframes import Schedule
+from trajrec.runfile.trainer.options import OnFull, Options
+from trajrec.runfile.trainer.process import Line, WriterProcess, rework, start
 from trajrec.sink import Summary
 
 logger = logging.getLogger("trajrec")
 
 KEYFRAME_INTERVAL = 64
-INPUT_BYTES = 256 * 1024**2  # of raw inputs at a time; then training waits for the writer
-_NAP = 0.001
-_GLANCE = 0.1
-_GLANCE_STEPS = 128
 
 
 class RunFileSink:
@@ -63,6 +62,11 @@ class RunFileSink:
             if that would throw away a training that is complete, or all of one, record a second part beside it.
         budget: limit on disk space ("20GB", or bytes); rows and keyframes are dropped to stay below it.
         keyframe_every: keyframe interval with keep="steps" (optimizer state is rebuilt between).
+        limits: how large segments, ring and raw inputs get.
+
+    Attributes:
+        place: where it goes.
+        resumed_at: the step at which an earlier recording goes on, else 0; `resumed_epochs` had begun by then.
 
     Raises:
         OutputExistsError: there is a recording already, and neither `force` nor `resume` was given; or there is
@@ -83,29 +87,57 @@ class RunFileSink:
         resume: bool = False,
         budget: str | int | None = None,
         keyframe_every: int = KEYFRAME_INTERVAL,
+        limits: Limits = LIMITS,
     ) -> None:
-        self._place = Place(Path(os.path.abspath(path)), force, resume)
-        self.output, self.folder = self._place.output, self._place.folder
+        size = None if budget is None else parse_size(budget)
+        self._options = Options(keep, compression, on_full, size, keyframe_every, limits)
+        self._move_to(Place(Path(os.path.abspath(path)), force, resume))
         self.resumed_at = self.resumed_epochs = 0
-        self._keep_rows = keep == "steps"
-        self._interval = keyframe_every if isinstance(keep, str) else keep
-        self._compression = compression
-        self._room = Room(self.output, on_full)
-        self._budget = None if budget is None else Budget(parse_size(budget), self.folder)
+        self._ending = Ending()
+        self._spec: RunSpec | None = None
+        self._line: Line | None = None
         self._next = 0
-        self._resuming = False
-        self._is_open = False
-        self._live = False  # whether there are a ring and a writer to talk to
-        self._stopped: str | None = None  # why
-        self._gap: tuple[int, int] | None = None
-        self._unkept: Row | None = None
-        self._pending: deque[tuple[int, int]] = deque()
-        self._largest_inputs = 0
-        self._wanted = -1
-        self._needed: set[int] = set()  # keyframes that came unasked
-        self._staging: Staging | None = None
-        _check_options(keep, compression, on_full, self._interval)
-        self._place.check()
+        self._is_resuming = False
+        self._spare: Row | None = None
+        self._inputs = RawInputs(limits.input_bytes)
+        self._keyframes = Schedule(self._options.interval)
+        self.place.check()
+
+    def _move_to(self, place: Place) -> None:
+        self.place, limit = place, self._options.budget
+        self._room = Room(place.output, self._options.on_full)
+        self._budget = None if limit is None else Budget(limit, place.folder)
+
+    @property
+    def output(self) -> Path:
+        """The run file to be."""
+        return self.place.output
+
+    @property
+    def folder(self) -> Folder:
+        """The recording's folder."""
+        return self.place.folder
+
+    @property
+    def stopped(self) -> str | None:
+        """Why recording has ended before the training; None as long as it has not."""
+        return self._ending.reason
+
+    @property
+    def writer(self) -> WriterProcess:
+        """The writer process of a recording that has begun."""
+        return self._at_work.writer
+
+    @property
+    def _at_work(self) -> Line:
+        assert self._line is not None
+        return self._line
+
+    @property
+    def _geometry(self) -> Geometry:
+        return self._at_work.geometry
+
+    # ---- the beginning
 
     def open(self, spec: RunSpec) -> None:
         """Starts the run: makes the ring and starts the writer. Where that fails nothing is left of it.
@@ -115,110 +147,76 @@ class RunFileSink:
             DiskFullError: there is no room for the ring.
             RecordingError: the budget is too small, or the writer cannot be started.
         """
-        self._spec, self._is_open = spec, True
-        if self._stopped is not None:
+        self._spec = spec
+        if self.stopped is not None:
             return
-        self._geometry = self._measure()
         if self._budget is not None:
-            self._budget.check_minimum(self._geometry)
-        self._place.claim()
-        self._lock = self._place.lock
-        self._resuming = self._place.resume and not self._place.force and self._place.is_taken()
-        if not self._resuming:
-            self._begin()
+            self._budget.check_minimum(self._options.geometry(spec, self._options.keeps_rows))
+        self.place.claim()
+        self._is_resuming = self.place.resume and not self.place.force and self.place.is_taken()
+        if not self._is_resuming:
+            self._begin(spec)
 
-    @property
-    def _pause(self) -> int:
-        """Steps between two glances at the writer."""
-        geometry = self._geometry
-        return geometry.chunk_rows if self._budget is not None else min(geometry.segment_rows, _GLANCE_STEPS)
-
-    def _measure(self) -> Geometry:
-        spec = self._spec
-        return geometry_for(spec.row_length, np.dtype(spec.dtype).itemsize, self._keep_rows)
-
-    def _begin(self) -> None:
+    def _begin(self, spec: RunSpec) -> None:
         """Begins a new recording in the place that has been claimed; only then an earlier one goes."""
+        options = self._options
         try:
-            self._place.make_room()
-            self._lock = self._place.lock
-            keep = "steps" if self._keep_rows else "keyframes"
-            self._start_writer(0, Manifest(self._spec, self.output.name, keep, self._compression))
-            self._writer.check_started()
-            self._place.begun()
-            register.enter(self._spec)
+            self.place.make_room()
+            keep = "steps" if options.keeps_rows else "keyframes"
+            self._start(0, Manifest(spec, self.output.name, keep, options.compression), is_new=True)
+            self.writer.check_started()
+            self.place.begun()
+            register.enter(spec)
         except OSError as error:
             self._undo_start()
-            raise no_start(error, self.folder.path, ring_bytes(self._geometry)) from error
+            size = ring_bytes(options.geometry(spec, options.keeps_rows))
+            raise no_start(error, self.folder.path, size) from error
         except BaseException:
             self._undo_start()
             raise
+
+    def _start(self, first: int, manifest: Manifest, is_new: bool = False) -> None:
+        """Makes a ring for the steps from `first` on, and starts a writer."""
+        self._next = first
+        geometry = self._options.geometry(manifest.spec, manifest.keep == "steps")
+        self._line = start(self.place, geometry, first, manifest, is_new)
 
     def _undo_start(self) -> None:
-        if self._live:
-            self._writer.kill()
-        self._live = False
-        self._place.give_up()
-
-    def _start_writer(self, first: int, manifest: Manifest | None = None) -> None:
-        """Makes a ring for the steps from `first` on and starts a writer."""
-        self._next = first
-        try:
-            self._ring = create(self.folder.ring, self._geometry, first, self._spec.dtype)
-            if manifest is not None:
-                self.folder.write_manifest(manifest)
-            self._writer = WriterProcess(self.folder, self._ring, self._lock)
-        except OSError as error:
-            raise no_start(error, self.folder.path, ring_bytes(self._geometry)) from error
-        self._live = True
-
-    # ---- going on with an earlier recording
+        if self._line is not None:
+            self._line.writer.kill()
+            self._line.writer.close()
+        self._line = None
+        self.place.give_up()
 
     def _take_up(self, record: StepRecord) -> None:
-        """Finds where training starts again, by the weights; elsewhere begins a second part."""
-        self._resuming = False
-        keep = "any" if self._budget is not None else "steps" if self._keep_rows else "keyframes"
+        """Goes on where training starts again, told by the weights; elsewhere begins a second part."""
+        assert self._spec is not None
+        row, self._spare, self._is_resuming = self._spare, None, False
+        keep = "any" if self._budget is not None else "steps" if self._options.keeps_rows else "keyframes"
         try:
-            why = self._go_on(record.crc32, keep)
+            found = resume.find(self.place, record.crc32, keep, self._spec.inputs)
+            why = resume.why_kept(self.output, found)
+            if found is not None and not why:
+                self._go_on(found)
+                return
         except BaseException:
             self._undo_start()
             raise
-        if why:
-            self._begin_second_part(record, why)
+        self._begin_second_part(self._spec, record, row, why)
 
-    def _go_on(self, checksum: int, keep: str) -> str:
-        """Goes on with the recording that is there; returns why not, where it is to be kept as it is."""
-        found = rework(self.folder, self._lock, "find", str(checksum), keep, self._spec.inputs)
-        if found is None:
-            return f"No step of {self.output} has the weights that training starts with"
-        step, epochs, last, is_complete = found
-        if step < last:
-            if step == 0 or is_complete:
-                return _would_lose(self.output, step, last, bool(is_complete))
-            logger.warning(
-                "Training starts again with the weights of step %d of %s: the %d step(s) recorded after it go now.",
-                *(step, self.output, last - step),
-            )
-        rework(self.folder, self._lock, "cut", str(step))
-        self._keep_rows = self.folder.read_manifest().keep == "steps"
-        self._geometry = self._measure()
-        self.resumed_at, self.resumed_epochs = step, epochs
-        self._needed = {t for t in self.folder.keyframes() if t % self._interval}
-        self._start_writer(step + 1)
-        logger.warning("Recording of %s goes on after step %d.", self.output, step)
-        return ""
+    def _go_on(self, found: resume.Resumption) -> None:
+        resume.cut(self.place, found)
+        self.resumed_at, self.resumed_epochs = found.step, found.epochs
+        self._keyframes.know(self.folder.keyframes())
+        self._start(found.step + 1, self.folder.read_manifest())
+        logger.warning("Recording of %s goes on after step %d.", self.output, found.step)
 
-    def _begin_second_part(self, record: StepRecord, why: str) -> None:
-        row = self._scratch
-        self._place.give_up()
-        self._place = self._place.second_part()
-        self.output, self.folder = self._place.output, self._place.folder
-        self._room = Room(self.output, self._room.on_full)
-        if self._budget is not None:
-            self._budget = Budget(self._budget.limit, self.folder)
+    def _begin_second_part(self, spec: RunSpec, record: StepRecord, row: Row | None, why: str) -> None:
+        self.place.give_up()
+        self._move_to(self.place.second_part())
         logger.warning("%s: this is recorded as a second part, %s.", why, self.output)
-        self._place.claim()
-        self._begin()
+        self.place.claim()
+        self._begin(spec)
         if (target := self.reserve()) is not None:
             target[:] = row
         self.commit(record)
@@ -227,36 +225,39 @@ class RunFileSink:
 
     def reserve(self) -> Row | None:
         """The row [P] to fill before the next commit, or None if rows of single steps are not kept."""
-        if self._stopped is not None:
-            return self._unkept_row()
-        if self._resuming:
-            self._scratch = np.empty(self._spec.row_length, self._spec.dtype)
-            return self._scratch if self._keep_rows else None
+        if self._is_idle:
+            return self._spare_row()
         if self._next % self._geometry.chunk_rows == 0:
             self._stay_in_budget()
-        while self._stopped is None and not self._ring.has_slot(self._next):
+        while not self._is_idle and not self._at_work.ring.has_slot(self._next):
             self._wait_for_writer()
-        return self._unkept_row() if self._stopped is not None else self._ring.open_slot(self._next)
+        return self._spare_row() if self._is_idle else self._at_work.ring.open_slot(self._next)
 
-    def _unkept_row(self) -> Row | None:
-        """A row that may be filled, and goes nowhere."""
-        if self._unkept is None and self._keep_rows and self._is_open:
-            self._unkept = np.empty(self._spec.row_length, self._spec.dtype)
-        return self._unkept
+    @property
+    def _is_idle(self) -> bool:
+        """Whether nothing goes into a ring: recording has stopped, or has yet to find where it goes on."""
+        return self.stopped is not None or self._is_resuming
+
+    def _spare_row(self) -> Row | None:
+        """A row that may be filled, and is in no ring."""
+        if self._spare is None and self._keeps_rows and self._spec is not None:
+            self._spare = np.empty(self._spec.row_length, self._spec.dtype)
+        return self._spare
+
+    @property
+    def _keeps_rows(self) -> bool:
+        return self._options.keeps_rows if self._line is None else self._line.geometry.row_length > 0
 
     def commit(self, record: StepRecord) -> None:
         """Publishes the reserved row together with its record."""
-        if self._stopped is not None:
-            self.note_gap(record.step)
-            return
-        if self._resuming:
+        if self._is_resuming and self.stopped is None:
             self._take_up(record)
             return
-        if record.step != self._next:
+        if self.stopped is None and record.step != self._next:
             raise RecordingError(f"Step {self._next} was to be recorded, and step {record.step} was given.")
-        while self._stopped is None and not self._publish(record):
+        while self.stopped is None and not self._publish(record):
             pass
-        if self._stopped is not None:
+        if self.stopped is not None:
             self.note_gap(record.step)
             return
         self._next = record.step + 1
@@ -265,112 +266,101 @@ class RunFileSink:
     def _publish(self, record: StepRecord) -> bool:
         """Publishes a record; False where there was no room, and may be now."""
         try:
-            if self._ring.publish(record):
+            if self._at_work.ring.publish(record):
                 return True
         except OSError as error:
             self._stop(self._room.act(error, self._next, self._geometry.arena_bytes))
         else:
-            self._ring.set(Control.FLUSH, record.step)
+            self._at_work.ring.set(Control.FLUSH, record.step)
             self._wait_for_writer()
         return False
 
     def _glance(self) -> None:
         """Looks after the writer now and then."""
-        if self._next % self._pause == 0:
-            self._writer.wake()
-            if self._writer.status() is Status.DISK_FULL and self._room.free > 2 * self._geometry.segment_bytes:
-                self._writer.restart()
-
-    def stop(self, reason: str) -> None:
-        """Ends recording, and not the run: what comes now is noted as a gap, and nothing is kept. Says nothing."""
-        if self._stopped is None:
-            self._stopped = reason
-
-    def note_gap(self, step: int) -> None:
-        """Notes that the steps from the last recorded one up to this one go unrecorded."""
-        self.stop(f"Step {step} was not recorded.")
-        if step < max(1, self._next):
-            return
-        self._gap = max(1, self._next), step if self._gap is None else max(step, self._gap[1])
-        if self._live:
-            self._ring.set(Control.GAP_FIRST, self._gap[0])
-            self._ring.set(Control.GAP_LAST, self._gap[1])
-
-    def abandon(self) -> None:
-        """Closes a forked process's copies of lock and pipe; whatever is called here from now on does nothing."""
-        if self._live:
-            self._writer.abandon()
-        self._live, self._next = False, 0
-        self._place.release()
-        self.stop("This process was forked from the one that is recorded.")
-
-    def wants_keyframe(self, step: int) -> bool:
-        """Whether the state after this step is to be kept."""
-        wanted = step % self._interval == 0 and self._stopped is None
-        self._wanted = step if wanted else -1
-        return wanted
-
-    def keyframe(self, keyframe: LiveKeyframe) -> None:
-        """Takes the state after a committed step; none once recording has stopped, because training has gone on."""
-        if self._stopped is not None:
-            return
-        is_needed, self._wanted = keyframe.step != self._wanted, -1
-        if is_needed:
-            self._needed.add(keyframe.step)
-        if keyframe.step >= self._next:
-            return
-        if not is_needed and self._staging is not None:
-            if self._staging.put(keyframe):
-                return
-            self._writer.wake()
-        size = self._write(self.folder.keyframe(keyframe.step), pieces_of(keyframe.copied()))
-        if not is_needed and self._staging is None:
-            self._prepare_staging(size)
-
-    def _prepare_staging(self, size: int) -> None:
-        """Makes room for keyframes of this size; none under a budget, or where the disk is filling up."""
-        needed = 2 * (self._geometry.segment_bytes + PLACES * size)
-        if self._budget is None and 0 < size <= LARGEST and self._room.free > needed:
-            with suppress(OSError):
-                self._staging = Staging(self.folder.staged, size + PAGE)
+        line = self._at_work
+        if self._next % line.pause(self._budget is not None) == 0:
+            line.writer.wake()
+            if line.writer.status() is Status.DISK_FULL and self._room.free > 2 * line.geometry.segment_bytes:
+                line.writer.restart()
 
     def inputs(self, inputs: Inputs) -> None:
         """Takes the inputs of the step that is committed next, before its row is reserved."""
-        if self._stopped is not None:
+        if self.stopped is not None:
             return
-        expected = sum(array.nbytes for array in inputs.arrays.values())
-        if expected > self._largest_inputs:
-            self._largest_inputs = expected
+        if self._inputs.announce(inputs):
             self._stay_in_budget()
         size = self._write(self.folder.inputs(inputs.step), pieces_of(inputs))
-        self._pending.append((inputs.step, size))
-        if self._pending_inputs() > INPUT_BYTES // 2:
-            self._flush_before(inputs.step)
-            self._writer.wake()
-        while self._stopped is None and self._pending_inputs() > max(INPUT_BYTES, 4 * size):
-            self._flush_before(inputs.step)
+        if self.stopped is not None:
+            return
+        self._inputs.written(inputs.step, size)
+        line = self._at_work
+        if self._inputs.are_many(line.tail):
+            line.flush_before(inputs.step)
+            line.writer.wake()
+        while self.stopped is None and self._inputs.are_too_many(line.tail):
+            line.flush_before(inputs.step)
             self._wait_for_writer()
 
-    def _flush_before(self, step: int) -> None:
-        """Has the steps before this one sealed; in whole chunks of rows, where there are any."""
-        aligned = step - step % self._geometry.chunk_rows
-        self._ring.set(Control.FLUSH, aligned if aligned > self._ring.get(Control.TAIL) else step)
+    def wants_keyframe(self, step: int) -> bool:
+        """Whether the state after this step is to be kept."""
+        return self.stopped is None and self._keyframes.wants(step)
 
-    def _pending_inputs(self) -> int:
-        """Bytes of raw inputs that no segment has taken in yet."""
-        tail = self._ring.get(Control.TAIL)
-        while self._pending and self._pending[0][0] < tail:
-            self._pending.popleft()
-        return sum(size for _, size in self._pending)
+    def keyframe(self, keyframe: LiveKeyframe) -> None:
+        """Takes the state after a committed step; none once recording has stopped, because training has gone on."""
+        if self.stopped is not None:
+            return
+        self._keyframes.given(keyframe.step)
+        if keyframe.step < self._next:
+            self._write(self.folder.keyframe(keyframe.step), pieces_of(keyframe.copied()))
 
     def _write(self, path: Path, pieces: list[Piece]) -> int:
         """Writes a raw file, and returns its size; 0 where recording has stopped."""
-        while self._stopped is None:
+        while self.stopped is None:
             try:
                 return write_pieces(path, pieces)
             except OSError as error:
                 self._stop(self._room.act(error, self._next, sum(map(len, pieces))))
         return 0
+
+    # ---- what recording ends with before the training does
+
+    def stop(self, reason: str) -> None:
+        """Ends recording, and not the run: what comes now is noted as a gap, and nothing is kept. Says nothing."""
+        self._ending.stop(reason)
+
+    def _stop(self, why: str | None) -> None:
+        """Stops recording if there is a reason to, and says so."""
+        if why is not None:
+            logger.warning("%s Training goes on WITHOUT RECORDING; the steps before it are kept.", why)
+            self._ending.stop(why)
+
+    def note_gap(self, step: int) -> None:
+        """Notes that the steps from the last recorded one up to this one go unrecorded."""
+        self._ending.note_gap(step, max(1, self._next), None if self._line is None else self._line.ring)
+
+    def abandon(self) -> None:
+        """Closes a forked process's copies of lock and pipe; whatever is called here from now on does nothing."""
+        if self._line is not None:
+            self._line.writer.abandon()
+        self._line, self._next = None, 0
+        self.place.release()
+        self.stop("This process was forked from the one that is recorded.")
+
+    def _wait_for_writer(self) -> None:
+        """Waits a moment for the writer to free slots; acts if it has no room to."""
+        if not self._at_work.wait_for_tail():
+            self._act_on(self.writer.status())
+
+    def _act_on(self, status: Status) -> None:
+        """Does what there is to do about a writer that has ended before its time."""
+        if status is Status.DISK_FULL:
+            self._stop(self._room.act_on_full_disk(self._next, self._geometry.segment_bytes // 2))
+            if self.stopped is None:
+                self.writer.restart()
+        elif status is Status.FILE_TOO_LARGE:
+            self._stop(self._room.act_on_limit(self._next))
+        elif status is not Status.RUNNING:
+            self._stop(f"The writer of {self.output} cannot go on: {self.writer.reason()}")
 
     # ---- the budget
 
@@ -378,64 +368,33 @@ class RunFileSink:
         budget = self._budget
         if budget is None:
             return
-        inputs = self._pending_inputs() + self._geometry.chunk_rows * self._largest_inputs
-        while self._stopped is None and budget.exceeded(self._geometry, self._ring.pending_bytes(self._next) + inputs):
-            if self._keep_rows:
-                self._drop_rows(budget)
-            elif (interval := budget.thin(self._interval, self._needed)) is not None:
-                self._interval = interval
-            else:
+        line = self._at_work
+        inputs = self._inputs.pending(line.tail) + line.geometry.chunk_rows * self._inputs.largest
+        while self.stopped is None and budget.exceeded(line.geometry, line.ring.pending_bytes(self._next) + inputs):
+            if line.geometry.row_length:
+                line = self._drop_rows(line)
+            elif not self._keyframes.thin(self.folder):
                 self._stop(f"The budget of {self.output} is used up at step {self._next - 1}.")
 
-    def _drop_rows(self, budget: Budget) -> None:
+    def _drop_rows(self, line: Line) -> Line:
         """From now on keeps keyframes only: one writer ends, the folder is reworked, another begins."""
-        status = self._end_writer(Finish.HAND_OVER)
-        if status is not Status.DONE:
+        if (status := line.finish(Finish.HAND_OVER, self._room)) is not Status.DONE:
             self._act_on(status)
-            return
-        self._writer.close()
-        self._live = False
-        while self._stopped is None and not self._live:
+            return line
+        line.writer.close()
+        self._line = None
+        while self.stopped is None and self._line is None:
             try:
-                self._go_on_without_rows(budget)
+                self._go_on_without_rows()
             except DiskFullError:
-                self._stop(self._room.act_on_full_disk(self._next, self._geometry.segment_bytes))
+                self._stop(self._room.act_on_full_disk(self._next, line.geometry.segment_bytes))
+        return self._line or line
 
-    def _go_on_without_rows(self, budget: Budget) -> None:
-        rework(self.folder, self._lock, "drop-rows")
-        budget.forget()
-        self._keep_rows = False
-        self._geometry = self._measure()
-        self._start_writer(self._next)
-
-    # ---- waiting, and full disks
-
-    def _wait_for_writer(self) -> None:
-        """Waits a moment for the writer to free slots; acts if it has no room to."""
-        self._writer.wake()
-        tail, until = self._ring.get(Control.TAIL), time.monotonic() + _GLANCE
-        while self._ring.get(Control.TAIL) == tail and time.monotonic() < until:
-            time.sleep(_NAP)
-        if self._ring.get(Control.TAIL) != tail:
-            return  # what it has sealed made room here, also if there was none for more
-        self._act_on(self._writer.status())
-
-    def _act_on(self, status: Status) -> None:
-        """Does what there is to do about a writer that has ended before its time."""
-        if status is Status.DISK_FULL:
-            self._stop(self._room.act_on_full_disk(self._next, self._geometry.segment_bytes // 2))
-            if self._stopped is None:
-                self._writer.restart()
-        elif status is Status.FILE_TOO_LARGE:
-            self._stop(self._room.act_on_limit(self._next))
-        elif status is not Status.RUNNING:
-            self._stop(f"The writer of {self.output} cannot go on: {self._writer.reason()}")
-
-    def _stop(self, why: str | None) -> None:
-        """Stops recording if there is a reason to, and says so."""
-        if why is not None:
-            logger.warning("%s Training goes on WITHOUT RECORDING; the steps before it are kept.", why)
-            self.stop(why)
+    def _go_on_without_rows(self) -> None:
+        rework(self.folder, self.place.lock, "drop-rows")
+        if self._budget is not None:
+            self._budget.forget()
+        self._start(self._next, self.folder.read_manifest())
 
     # ---- the end
 
@@ -445,75 +404,27 @@ class RunFileSink:
         Raises:
             RecordingError: the writer cannot finish.
         """
-        if not self._live:
-            self._place.give_up()
-            return self._unpacked("It has no writer") if self._next else self._nothing()
+        line, steps = self._line, self._next - 1
+        if line is None:
+            self.place.give_up()
+            return self._ended_without_writer()
         if not self._next:
             self._undo_start()
-            return self._nothing()
-        self._live, status = False, Status.FAILED
+            return self._ending.summary()
+        self._line, status = None, Status.FAILED
         try:
-            status = self._end_writer(Finish.COMPLETE if complete else Finish.RECOVERED)
+            status = line.finish(Finish.COMPLETE if complete else Finish.RECOVERED, self._room)
         finally:
-            self._writer.close()
+            line.writer.close()
             if status is Status.DONE:
                 self.folder.remove()  # a writer may have been killed over it
-            self._place.release()
+            self.place.release()
         if status is Status.DONE:
-            return Summary(self.output, self._next - 1, self.output.stat().st_size, self._gaps, self._stopped)
+            return self._ending.summary(self.output, steps, self.output.stat().st_size)
         self.folder.sweep()
-        return self._unpacked(_WHY_UNPACKED.get(status) or self._writer.reason())
+        return self._ending.unpacked(self.folder, steps, status, line.writer.reason())
 
-    def _end_writer(self, finish: Finish) -> Status:
-        """Has the writer finish and waits for it: DONE, or why it is not; waits for room where `on_full` says so."""
-        self._ring.set(Control.FINISH, finish)
-        self._writer.wake()
-        while (status := self._writer.status()) is not Status.DONE:
-            if status is Status.RUNNING:
-                self._writer.wait(_GLANCE)
-            elif status is Status.DISK_FULL and self._room.on_full == "wait":
-                self._room.wait(f"The disk is full: {self.output} cannot be finished.", self.folder.packing_size())
-                self._writer.restart()
-            else:
-                break
-        return status
-
-    @property
-    def _gaps(self) -> tuple[tuple[int, int], ...]:
-        return () if self._gap is None else (self._gap,)
-
-    def _nothing(self) -> Summary:
-        return Summary(None, 0, 0, self._gaps, self._stopped)
-
-    def _unpacked(self, why: str) -> Summary:
-        folder = self.folder.path
-        logger.error(
-            "%s was NOT PACKED: %s. What was recorded is safe in %s, and is read like a packed run; "
-            "`trajrec pack %s` packs it once the cause is gone.",
-            *(self.output, why.rstrip("."), folder, folder),
-        )
-        return Summary(folder, self._next - 1, self.folder.size(), self._gaps, self._stopped)
-
-
-_WHY_UNPACKED = {
-    Status.DISK_FULL: "The disk is full; make room",
-    Status.FILE_TOO_LARGE: f"{LIMIT}; raise it",
-}
-
-
-def _would_lose(output: Path, step: int, last: int, is_complete: bool) -> str:
-    """Why a recording is kept as it is."""
-    what = f"the {last} steps of a training that is complete" if is_complete else f"{last} steps"
-    return (
-        f"{output} holds {what}, and training starts with the weights of step {step}; going on there would throw away "
-        f"{last - step} of them, so they are kept"
-    )
-
-
-def _check_options(keep: object, compression: str, on_full: str, interval: int) -> None:
-    if (isinstance(keep, str) and keep != "steps") or interval < 1:
-        raise ValueError(f'keep is "steps" or a number of steps from 1; found {keep!r}.')
-    if compression not in ("zstd", "none"):
-        raise ValueError(f'compression is "zstd" or "none"; found {compression!r}.')
-    if on_full not in ("wait", "stop-recording", "raise"):
-        raise ValueError(f'on_full is "wait", "stop-recording" or "raise"; found {on_full!r}.')
+    def _ended_without_writer(self) -> Summary:
+        if not self._next:
+            return self._ending.summary()
+        return self._ending.unpacked(self.folder, self._next - 1, Status.FAILED, "It has no writer")

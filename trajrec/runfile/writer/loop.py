@@ -30,7 +30,6 @@ from trajrec.runfile.durable import sync
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.reader.stored import holds
 from trajrec.runfile.ring import Control, Finish, Ring, Status
-from trajrec.runfile.trainer.staging import save
 from trajrec.runfile.writer.packing import pack
 from trajrec.runfile.writer.sealing import row_file, seal
 
@@ -73,7 +72,6 @@ class Writer:
                 self.seal_everything()
                 self._finish(finish)
                 return
-            self._save_staged()
             self._seal_ready()
             self._wait()
         self.seal_everything()
@@ -93,21 +91,12 @@ class Writer:
                 return  # the entry's stores have not all arrived; look again later
 
     def seal_everything(self) -> None:
-        """Seals whatever is intact in the ring, and saves the keyframes that are staged."""
+        """Seals whatever is intact in the ring."""
         size, patience = self.ring.geometry.segment_rows, _PATIENCE
         while (head := self.ring.head(self.next)) > self.next and patience:
             if not self._seal(min(head, self.next - self.next % size + size)):
                 patience -= 1
                 time.sleep(0.01)
-        save(self.folder)
-
-    def _save_staged(self) -> None:
-        """Saves the keyframes that are staged; on a full disk steps go first."""
-        try:
-            save(self.folder)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
 
     def _seal(self, stop: int) -> bool:
         done = seal(self.folder, self.manifest, self.ring, self.next, stop)
@@ -126,7 +115,6 @@ class Writer:
 
     def _finish(self, finish: Finish) -> None:
         if finish is not Finish.HAND_OVER:
-            self.folder.staged.unlink(missing_ok=True)
             state = "complete" if finish is Finish.COMPLETE else "recovered"
             if not self._is_packed():
                 pack(self.folder, self.manifest, state, self.ring.gaps())

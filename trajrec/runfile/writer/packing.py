@@ -1,4 +1,9 @@
-"""Packing: the segments of a folder become one HDF5 file, chunk by chunk as they are."""
+"""Packing: the segments of a folder become one HDF5 file, chunk by chunk as they are.
+
+Packing puts segments one behind the other: chunks are copied as they are stored where a segment begins on a multiple of
+R (it nearly always does); rows are decoded and written again elsewhere. Rows of a row file stay where they are: all
+else becomes an HDF5 file with a hole in their place, and is put around them (`RowFile.wrap`).
+"""
 
 from __future__ import annotations
 
@@ -16,15 +21,16 @@ from trajrec.runfile.durable import durable, sync
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.format import layout, trailer
 from trajrec.runfile.format.arrays import read_keyframe
-from trajrec.runfile.format.columns import Columns, ColumnSizes
 from trajrec.runfile.format.geometry import CHUNK_ROWS
 from trajrec.runfile.format.rowfile import HEAD_BYTES, RowFile
 from trajrec.runfile.manifest import Manifest
 from trajrec.runfile.reader.segments import Pieces
 from trajrec.runfile.reader.stored import StoredRun
 from trajrec.runfile.reader.verify import check_made
-from trajrec.runfile.writer.sealing import _ENTRIES, row_file
-from trajrec.runfile.writer.sealing import head_of as _head
+from trajrec.runfile.writer.sealing import head_of, row_file
+from trajrec.runfile.writer.steps import StepColumns, total
+
+_ENTRIES = 4096
 
 
 def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[int, int]]) -> Path:
@@ -40,7 +46,7 @@ def pack(folder: Folder, manifest: Manifest, state: str, gaps: Sequence[tuple[in
         raise DamagedRunError(f"{folder.path}: nothing to pack: its first steps were not recorded, or are missing.")
     tmp, count = folder.path / "packed.h5.tmp", pieces.stop if manifest.keep == "steps" else 0
     with _removed_on_failure(tmp):
-        file = layout.begin(tmp, _head(manifest, state, 0, gaps), manifest.spec, count)
+        file = layout.begin(tmp, head_of(manifest, state, 0, gaps), manifest.spec, count)
         around = manifest.plain_rows and file["weights"].id.get_offset() == HEAD_BYTES
         if count and not around:
             _copy_rows(file["weights"], pieces, 0, pieces.stop)
@@ -83,7 +89,7 @@ def copy_segment(folder: Folder, manifest: Manifest, pieces: Pieces, first: int,
     """Makes a segment of steps [first, stop) out of others; rows only where the manifest keeps them."""
     inside = manifest.keep == "steps" and not manifest.plain_rows
     with durable(folder.segment(first, stop)) as tmp:
-        head = _head(manifest, "recording", first)
+        head = head_of(manifest, "recording", first)
         file = layout.begin(tmp, head, manifest.spec, stop - first if inside else 0)
         if inside:
             _copy_rows(file["weights"], pieces, first, stop)
@@ -143,7 +149,7 @@ def _copy_steps(file: h5py.File, folder: Folder, manifest: Manifest, pieces: Pie
             _gather_rows(row_file(folder, manifest), piece, a, b)
         sizes.append(piece.column_sizes(a, b))
         shapes.append(piece.hyper_shape)
-    columns = Columns(file, ColumnSizes.total(sizes), max(shapes), manifest.compression)
+    columns = StepColumns(file, total(sizes), max(shapes), manifest.compression)
     for k, a, b in clips:
         sound = _is_sound(pieces.open(k))
         for start in range(a, b, _ENTRIES):

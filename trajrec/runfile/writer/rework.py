@@ -160,7 +160,6 @@ def _truncate(folder: Folder, manifest: Manifest, pieces: Pieces, step: int) -> 
     if manifest.plain_rows:
         row_file(folder, manifest).cut(step + 1)
     folder.ring.unlink(missing_ok=True)
-    folder.staged.unlink(missing_ok=True)
 
 
 def drop_rows(folder: Folder) -> int:

@@ -1,16 +1,12 @@
-"""From ring to segment, and from segments to one packed file.
+"""Sealing: entries of the ring become a segment.
 
 Sealing takes entries [first, stop) out of the ring, checks them and writes them as a segment that appears under its
 name only when it is on the disk. The inputs of a step, where they are recorded, belong to its entry: they go into the
 same segment, and an entry whose inputs did not survive a power cut is not intact. Without compression the rows go into
 the folder's row file first, and are synced before the segment that speaks of them appears.
 
-Packing puts segments one behind the other: chunks are copied as they are stored where a segment begins on a multiple of
-R (it nearly always does); rows are decoded and written again elsewhere. Rows of a row file stay where they are: all
-else becomes an HDF5 file with a hole in their place, and is put around them (`RowFile.wrap`).
-
 Only the writer process imports this module: it writes HDF5. Files are not closed when something fails, because
-closing after an I/O error crashes the HDF5 library; the process ends instead (see writer.py).
+closing after an I/O error crashes the HDF5 library; the process ends instead (see loop.py).
 """
 
 from __future__ import annotations
@@ -26,15 +22,13 @@ from trajrec.runfile.durable import durable
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.format import layout, trailer
 from trajrec.runfile.format.arrays import has_inputs, read_inputs
-from trajrec.runfile.format.columns import Columns, ColumnSizes
 from trajrec.runfile.format.geometry import chunk_shape
 from trajrec.runfile.format.layout import Head
 from trajrec.runfile.format.rowfile import PIECE_BYTES, RowFile
 from trajrec.runfile.format.table import table_of
 from trajrec.runfile.manifest import Manifest
 from trajrec.runfile.ring import Ring
-
-_ENTRIES = 4096
+from trajrec.runfile.writer.steps import StepColumns, sizes_of
 
 
 def seal(folder: Folder, manifest: Manifest, ring: Ring, first: int, stop: int) -> int:
@@ -63,8 +57,7 @@ def _write_segment(folder: Folder, manifest: Manifest, ring: Ring, records: Sequ
         file = layout.begin(tmp, head, manifest.spec, len(records) if inside else 0, cache=0)
         if inside:
             layout.write_rows(file, _blocks(ring, first, stop))
-        columns = Columns(file, ColumnSizes.of(table), table.hyper.shape[1:], manifest.compression)
-        columns.append(table)
+        StepColumns(file, sizes_of(table), table["hyper"].shape[1:], manifest.compression).append(table)
         _take_in_inputs(file, folder, manifest, range(first, stop))
         file.close()
         trailer.append(tmp)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from trajrec.snapshot.snapshot import Snapshot
+from trajrec.snapshot.model import Snapshot
 
 
 def train(model, optimizer):

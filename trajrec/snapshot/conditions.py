@@ -1,0 +1,77 @@
+"""What rarely changes between steps: modes of modules, which parameters have a gradient, the pass over seeded data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from trajrec.records import Conditions
+from trajrec.snapshot.groups import Groups
+
+_MODE = attrgetter("training")
+
+
+class Watch:
+    """Notices that conditions are others than at the step before.
+
+    Attributes:
+        enters_other_modes: whether the step that was last asked about is the first in other modes.
+        seeded_from: what `Conditions.seeded_from` would be of the coming step.
+    """
+
+    def __init__(self, model: nn.Module, groups: Groups) -> None:
+        self._model, self._groups = model, groups
+        self._modules = list(model.modules())
+        self._seen: Any = None
+        self.seeded_from: int | None = None
+        self.enters_other_modes = False
+        self._last: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
+
+    def changes(self, step: int) -> Conditions | None:
+        """The conditions of the coming step, where they differ from those of the step before; else None.
+
+        Raises:
+            RecordingError: if a parameter left the optimizer, or one came that the model does not have.
+        """
+        self.enters_other_modes = False
+        seen = (
+            [len(group["params"]) for group in self._groups.all],
+            [*map(_MODE, self._modules)],
+            [None if p.grad is None else p.requires_grad for p in self._groups.members],
+            self.seeded_from,
+        )
+        if seen == self._seen:
+            return None
+        if seen[0] != self._groups.sizes:
+            self._groups.take_in(step)
+        self._seen = seen
+        before, self._last = self._last, self._present()
+        self.enters_other_modes = before is None or before.eval_modules != self._last.eval_modules
+        return self._last if self._last != before else None
+
+    def forget(self) -> None:
+        """Has the coming step's conditions be a change whatever they are."""
+        self._last = None
+
+    def eval_modules(self) -> tuple[str, ...]:
+        """Names of the modules in eval mode; "" alone if the model itself is."""
+        if not self._model.training:
+            return ("",)
+        return tuple(name for name, module in self._model.named_modules() if name and not module.training)
+
+    def _present(self) -> Conditions:
+        return Conditions(
+            self.eval_modules(),
+            still=self._where(lambda p: p.grad is None),
+            frozen=self._where(lambda p: p.grad is not None and not p.requires_grad),
+            joined=tuple(self._groups.joined.items()),
+            seeded_from=self.seeded_from,
+        )
+
+    def _where(self, holds: Callable[[Tensor], bool]) -> tuple[str, ...]:
+        """Names of the optimizer's parameters of which something holds."""
+        named = self._groups.parameters.items()
+        return tuple(name for name, p in named if self._groups.of(p) >= 0 and holds(p))

@@ -1,0 +1,149 @@
+"""Reads a model and its optimizers: the spec of a run, its rows, hyperparameters, conditions and keyframes.
+
+Reading changes nothing: values are copied, generators are asked for their state but never drawn from.
+
+Letters: G parameter groups, H hyperparameters, P weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trajrec.records import Conditions, FloatArray, Parts, Row, RunSpec
+from trajrec.snapshot.conditions import Watch
+from trajrec.snapshot.devicecopy import RowCopy
+from trajrec.snapshot.generators import AllStates, Generators
+from trajrec.snapshot.groups import Groups
+from trajrec.snapshot.keyframe import Arrays, OptimizerState
+from trajrec.snapshot.options import Options
+from trajrec.snapshot.spec import buffer_table, optimizer_fields, origin, param_table
+from trajrec.snapshot.weights import Weights, dtype_name
+
+
+class Snapshot:
+    """What the recorder reads at a step.
+
+    Of several optimizers the parameter groups are those of all, one optimizer after the other.
+
+    Attributes:
+        model: inside of what it is wrapped in.
+        generators: of random numbers, that a forward pass may use.
+
+    Raises:
+        HalfPrecisionError, RecordingError: such weights, or such an optimizer, cannot be recorded.
+    """
+
+    def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
+        self.model = uncompiled(model)
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        self._parameters = parameters
+        self._groups = Groups(parameters, optimizers)
+        self._watch = Watch(self.model, self._groups)
+        self._options = Options(self._groups)
+        self._weights = Weights(parameters)
+        self._state = OptimizerState(parameters, self._groups, self._options)
+        self.generators = Generators(self._weights.device)
+        self._all_states = AllStates()
+        self._spec_seeded_from: int | None = None
+
+    def spec(self, around: dict[str, Any]) -> RunSpec:
+        """The run's spec; `around` gives the fields that model and optimizer do not know."""
+        return RunSpec(
+            params=param_table(self._parameters, self._groups),
+            buffers=buffer_table(self.model),
+            dtype=dtype_name(self._weights.dtype),
+            **optimizer_fields(self._groups.optimizers),
+            hyperparameters=self._options.names,
+            groups=len(self._groups.all),
+            rng=self.generators.table(),
+            eval_modules=self._watch.eval_modules(),
+            device=str(self._weights.device),
+            **origin(),
+            **around,
+        )
+
+    # ---- weights
+
+    def copy(self, row: Row | None) -> int:
+        """Copies the weights into a row, if there is one. Returns their CRC-32."""
+        return self._weights.copy(row)
+
+    def flat(self) -> list[Tensor]:
+        """The parameters as flat tensors, where they are."""
+        return self._weights.flat()
+
+    def transfer(self) -> RowCopy | None:
+        """How rows travel to the host; None where the weights are in its memory."""
+        return self._weights.transfer()
+
+    # ---- options
+
+    def hyper(self) -> FloatArray:
+        """Hyperparameters in force, [G, H]."""
+        return self._options.hyper()
+
+    def rates(self, hyper: FloatArray) -> list[float]:
+        """The learning rate of each group, of hyperparameters [G, H]."""
+        return self._options.rates(hyper)
+
+    def rows_of(self, optimizer: Optimizer) -> slice:
+        """Which of all groups are an optimizer's."""
+        return self._groups.rows_of(optimizer)
+
+    # ---- conditions
+
+    def changes(self, step: int) -> Conditions | None:
+        """The conditions of the coming step, where they differ from those of the step before; else None.
+
+        Raises:
+            RecordingError: if a parameter left the optimizer, or one came that the model does not have.
+        """
+        return self._watch.changes(step)
+
+    @property
+    def enters_other_modes(self) -> bool:
+        """Whether the step that `changes` was last asked about is the first in other modes."""
+        return self._watch.enters_other_modes
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether the model has buffers, which matter in eval mode."""
+        return next(self.model.buffers(), None) is not None
+
+    def begin_again(self) -> None:
+        """Records the coming step's conditions whatever they are: a resumed recording does not know the last ones."""
+        self._watch.forget()
+
+    def begin_seeded(self, seeded_from: int | None) -> None:
+        """The run's spec names this pass over seeded data: only another one is a condition of a step."""
+        self._spec_seeded_from = seeded_from
+
+    def tell_pass(self, seeded_from: int | None) -> None:
+        """What `Conditions.seeded_from` would be of the coming step."""
+        self._watch.seeded_from = None if seeded_from == self._spec_seeded_from else seeded_from
+
+    # ---- keyframes
+
+    def keyframe(self, with_weights: bool) -> Arrays:
+        """Optimizer state, buffers and generator states, by the paths of `Keyframe.arrays`.
+
+        Weights and states are parts that lie where the training has them: it will change them.
+        """
+        arrays = self._state.read()
+        if with_weights:
+            arrays["weights"] = Parts(self._weights.memory())
+        for name, buffer in self.model.named_buffers():
+            arrays[f"buffers/{name}"] = buffer.detach().cpu().numpy().copy()
+        return arrays | self._all_states.read()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` or `nn.DataParallel`: its parameters have the names that a Task's model has."""
+    while True:
+        inner = model.module if isinstance(model, nn.DataParallel) else getattr(model, "_orig_mod", model)
+        if inner is model or not isinstance(inner, nn.Module):
+            return model
+        model = inner
