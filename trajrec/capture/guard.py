@@ -18,6 +18,18 @@ import torch
 
 from trajrec.capture.stopwatch import Stopwatch
 
+# That which compiles what is called in this thread, if anything does.
+_compiler = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: "perhaps")
+
+
+def not_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, apart from a compiled step that it is met in: a compiler would look into it, and it is no part of that.
+
+    To keep it apart takes longer than many a hook does; so it is done only where something compiles.
+    """
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled
+
 
 class Guard:
     """Keeps what hooks raise away from the training.
@@ -43,10 +55,7 @@ class Guard:
             watch: times it.
         """
 
-        @wraps(hook)
-        def guarded(*args: Any) -> Any:
-            if not self.is_open:
-                return None
+        def run(*args: Any) -> Any:
             began = 0.0 if watch is None else watch.start()
             try:
                 return hook(*args)
@@ -56,8 +65,16 @@ class Guard:
                 if watch is not None:
                     watch.stop(began)
 
-        # A compiler would look into hooks that it meets in a compiled step, and they are no part of it.
-        return torch.compiler.disable(guarded)  # type: ignore[no-any-return, no-untyped-call]
+        apart = not_compiled(run)
+
+        @wraps(hook)
+        def guarded(*args: Any) -> Any:
+            if not self.is_open:
+                return None
+            return run(*args) if _compiler() is None else apart(*args)
+
+        guarded._torchdynamo_disable = True  # type: ignore[attr-defined]
+        return guarded
 
     def run(self, hook: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Calls a hook, whether or not hooks are still called.

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from trajrec.capture import hooks
 from trajrec.capture.attribution.batches import StepBatch
 from trajrec.capture.discovery import Discovery, companions, parameters_of, watch_model
-from trajrec.capture.guard import Guard
+from trajrec.capture.guard import Guard, not_compiled
 from trajrec.capture.observing.observer import Observer
 from trajrec.capture.processes import refuse_several_processes, speaks
 from trajrec.capture.steps import Steps
@@ -128,7 +128,7 @@ class Recorder:
         else:
             self._watch_model(self.model)
         before = self._guard.around(self._before_step)
-        after = torch.compiler.disable(self._after_step_or_gap)  # type: ignore[no-untyped-call]
+        after = not_compiled(self._after_step_or_gap)
         for optimizer in self.optimizers:
             self._installed.append(optimizer.register_step_pre_hook(before))
             self._installed.append(optimizer.register_step_post_hook(after))

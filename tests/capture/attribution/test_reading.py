@@ -59,6 +59,7 @@ LOOPS = {
     "an evaluation on the same loader": "+a1 1(a1) <1 step=a1 +a2 eval() +a3 eval() end(a) +a4 2() <2 step=a4",
     "draws ahead, and a copy made anew": "+a1 +a2 1(a1) 2() <1,2 step?2 batches were drawn",
     "draws ahead, and an attack": "+a1 +a2 1(a1) 2() <2 clear free(2) <1~ step=a1 +a3 3(a2) <3 step=a2",
+    "looks at its batch before the first step": "+v1 +a2 eval(a2) 1() <1 step?Two loaders handed out a batch",
     "skips, and looks at its batch": "+a1 1(a1) <1 step=a1 +a2 +a3 eval(a3) 2() <2 step=a3",
     "an earlier batch again": "+a1 1(a1) <1 step=a1 +a2 2(a1) <2 step=a1",
     "scores first": "+a1 1(a1) <1 step=a1 +a2 eval(a2) +a3 eval(a3) +a4 eval(a4) 2(a3) <2 step=a3",

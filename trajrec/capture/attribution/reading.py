@@ -169,9 +169,10 @@ class _Reading:
         there = [w for w in self._own([w for w in self.waiting if self._is_usual(w)]) if w.batch not in before]
         # An evaluation is over when its pass is: until then a batch that was thought to be evaluated may be meant.
         unseen = [w for w in there if not (w.is_evaluated and (w.is_shown or w.is_over))]
-        # So may one that the loop has looked at, where it comes from where others do.
+        # So may one that was looked at, if it is from where others are, or nobody knows yet what is trained on.
         loaders = {batch.source.loader for batch in (*[w.batch for w in unseen], *before)}
-        fitting = [w for w in there if w.batch.source.loader in loaders]
+        is_new = not self.habits.trained and bool(unseen)
+        fitting = [w for w in there if w.batch.source.loader in loaders or (is_new and not w.is_over)]
         if not fitting:
             return self._again(before)
         is_left = bool(before) and fitting[0].is_left  # it was there already when the last one was used

@@ -84,6 +84,10 @@ class GraphMarks:
 
     def keep(self, numbers: Collection[int], reached: Collection[int]) -> None:
         """Forgets all passes but those with these numbers, and takes some of them for reached."""
+        if not numbers:
+            self._reached.clear()
+            self._tokens.clear()
+            return
         self._reached = {*reached}
         self._tokens = {number: mark for number, mark in [*self._tokens.items()] if number in numbers}
 
