@@ -20,7 +20,7 @@ def digest(batch: Any) -> int:
     return _digest(batch, 0)
 
 
-def sketch(batch: Any) -> int | None:
+def sampled_digest(batch: Any) -> int | None:
     """CRC-32 of a sample of a batch's contents, cheap enough for every step; None if nothing of it is in host memory.
 
     Of every tensor up to 256 kB all bytes; of larger ones 64 bytes from the middle of each row along the first

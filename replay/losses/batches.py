@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import default_collate
 
-from trajrec.digest import sketch
+from trajrec.digest import sampled_digest
 from trajrec.errors import DataMismatchError, first_line
 from trajrec.records import IntArray
 from trajrec.replay.step import Part, Step
@@ -162,7 +162,7 @@ class Samples:
         # Where batches are cast or moved, the loader's own is made anew, which is slow: at some steps only.
         if not self._is_raw and t % _CHECK_EVERY:
             return
-        if sketch(batch if self._is_raw else self.raw(ids)) != recorded:
+        if sampled_digest(batch if self._is_raw else self.raw(ids)) != recorded:
             raise OtherInputs(t)
 
     def _place(self, batch: Batch, copy: bool = False) -> Batch:

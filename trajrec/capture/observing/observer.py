@@ -37,7 +37,7 @@ from trajrec.capture.observing.graph import GraphMarks, leaves_of
 from trajrec.capture.observing.listeners import Handed
 from trajrec.capture.observing.passes import Passes
 from trajrec.capture.observing.traces import BatchTensors, Held, tensors_of
-from trajrec.digest import digest, sketch
+from trajrec.digest import digest, sampled_digest
 from trajrec.errors import RecordingError, UnknownBatchError
 from trajrec.inputs import contents_of
 from trajrec.records import FloatArray, IntArray
@@ -128,7 +128,7 @@ class Observer:
             epochs = self.known.epochs
             is_first = not epochs.count or (epochs.count == 1 and serial == epochs.serial)
             if self._digests.wants(ids, self._steps + 1, is_first):
-                found = sketch(content)
+                found = sampled_digest(content)
             if self._keeps_contents:
                 contents = _copied(content)
             elif not self.known.habits.has_stepped:
