@@ -224,8 +224,8 @@ class StepRecord:
         rng: generator states at the start of the forward pass of every micro-batch, one after the other, or b"" if
             the step consumed no randomness.
         parts: [A] sizes of the micro-batches whose gradients were added up, in the order of `ids`; empty for one.
-        digests: [A] CRC-32 of what the loader yielded for each micro-batch (`trajrec.digest.sampled_digest`), -1 where it was
-            not made; empty if none was.
+        digests: [A] CRC-32 of what the loader yielded for each micro-batch (`trajrec.digest.sampled_digest`), -1
+            where it was not made; empty if none was.
         changes: what is different from the step before, JSON of a `Conditions`, or b"".
     """
 

@@ -207,7 +207,7 @@ class Run:
         return sizes if sizes.size else np.array([len(self.sample_ids(t))], dtype=np.int64)
 
     def digests(self, t: int) -> IntArray:
-        """CRC-32 of the inputs of each micro-batch of step t (1..T) [A] (`trajrec.digest.sampled_digest`); empty if unknown."""
+        """CRC-32 of the inputs of each micro-batch of step t (1..T), [A]; empty if unknown (`trajrec.digest`)."""
         return self._span("digests", t)
 
     @cached_property
