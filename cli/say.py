@@ -1,7 +1,7 @@
 """What a command says in one line, on any terminal.
 
 Much of it comes from files: names of runs and data sets, references, reasons. What a terminal would obey in there is
-shown as an escape, and nothing is read as markup. Tables and reports are drawn by `trajrec.replay.render`.
+shown as an escape, and nothing is read as markup. Tables and reports are drawn by `trajrec.replay.report.render`.
 """
 
 from __future__ import annotations

@@ -35,14 +35,16 @@ def curvature_of(exact: bool, curvature: Curvature | None) -> Curvature:
     """The curvature that was asked for, by one name or the other.
 
     Raises:
-        ReplayError: if the two contradict each other.
+        ReplayError: if there is none of that name, or the two contradict each other.
     """
+    if curvature not in (None, *get_args(Curvature)):
+        raise ReplayError(f"curvature must be one of {', '.join(get_args(Curvature))}, not {curvature!r}.")
     if exact and curvature not in (None, "hessian"):
         raise ReplayError(f'exact stands for curvature "hessian"; ask for one of the two, not also for {curvature!r}.')
-    return curvature or ("hessian" if exact else "none")
+    return ("hessian" if exact else "none") if curvature is None else curvature
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Question:
     """What is asked of a recording.
 
@@ -78,8 +80,7 @@ class Question:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ReplayError(f'mode must be "auto", "adjoint" or "tangent", not {self.mode!r}.')
-        if self.curvature not in get_args(Curvature):
-            raise ReplayError(f"curvature must be one of {', '.join(get_args(Curvature))}, not {self.curvature!r}.")
+        curvature_of(False, self.curvature)
         if self.certify not in (None, *get_args(Certify)):
             raise ReplayError(f'certify must be "sampled" or "all", not {self.certify!r}.')
         if self.by_epoch and self.mode == "tangent":

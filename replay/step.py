@@ -65,7 +65,7 @@ class Part:
         span: slice of the step's ids.
         rng: generator states before the pass, or b"" where it drew no random numbers.
         digest: CRC-32 of the inputs (`trajrec.digest.sampled_digest`), or None if it was not recorded.
-        batch: the inputs, where they are at hand (`replay.pieces`).
+        batch: the inputs, where they are at hand (`replay.derivatives.pieces`).
         penalty: what the Task's penalty is divided by here, 0 leaves it out; None: as the reduction says.
     """
 

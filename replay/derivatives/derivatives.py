@@ -14,12 +14,12 @@ Four forms give the same numbers, at different prices:
               d/du <g, gamma> = inner and d/dw <g, gamma> = H gamma. The recorded pass serves any number of directions
     samples   the gradient of every sample by itself, then one matrix product with the directions. Only without the
               Hessian, and only where the samples of a batch do not touch each other (no BatchNorm in train mode)
-    layers    the same from one pass over the whole batch, layer by layer (`replay.layers`); only where every weight is
-              used in layers that are known there
+    layers    the same from one pass over the whole batch, layer by layer (`replay.derivatives.layers`); only where
+              every weight is used in layers that are known there
 
 The first two never form a per-sample gradient, so BatchNorm in train mode (coupled losses) stays exact. Where operators
-have no second derivative, forms of their own serve (`replay.singles`). Which form a replay uses is chosen in
-`replay.choice`.
+have no second derivative, forms of their own serve (`replay.derivatives.per_sample`). Which form a replay uses is
+chosen in `replay.derivatives.choice`.
 
 Letters: B batch, K directions, P' trainable weights.
 """

@@ -11,7 +11,7 @@ either by way of u_i^T x_i or without it, whichever takes fewer operations. Scal
 `Tape` watches the calls in which weights are used. In a call it knows it hands on a twin of the weight and notes what
 is needed; every other use is left to autograd, through which the weight then gets a gradient, and the pass is refused.
 So a weight that is used twice counts twice, and none can be used unnoticed. Samples that do touch each other are not
-noticed here: that is found by comparison with another form (`replay.choice`).
+noticed here: that is found by comparison with another form (`replay.derivatives.choice`).
 
 Letters: B batch, I inputs, K directions, n numbers of a weight, O outputs, T places.
 """

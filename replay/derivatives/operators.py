@@ -1,8 +1,8 @@
 """Operators that can be differentiated once and not twice, by the names that users know them by.
 
 torch says so when a derivative is taken, in the words of its library: "derivative for aten::hardsigmoid_backward is not
-implemented". Where only first derivatives are asked for, another form serves (`replay.singles`); where the Hessian is,
-the replay is refused, and the refusal names the operator and the modules that are made of it.
+implemented". Where only first derivatives are asked for, another form serves (`replay.derivatives.per_sample`); where
+the Hessian is, the replay is refused, and the refusal names the operator and the modules that are made of it.
 
 Of a backward pass marked @once_differentiable torch may say nothing: what it gives out is cut from what it was given,
 so a second derivative goes by it, without its part. Inside `cuts_told` that is an error where the gradient is recorded.

@@ -47,7 +47,7 @@ class LossFunction:
     """Per-sample losses of a task as a function of the trainable weights [P'].
 
     Attributes:
-        takes_derivatives: whether the Task's loss takes derivatives itself (`replay.watching`).
+        takes_derivatives: whether the Task's loss takes derivatives itself (`replay.losses.watching`).
 
     Args:
         task: the user's task.

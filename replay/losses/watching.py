@@ -6,7 +6,7 @@ weights that a replay was given would change under it. The pass shows, on copies
 `.data` is given another value, also where that happens to change nothing at the first step.
 
 It may take derivatives itself (`torch.autograd.grad`: physics, gradient penalties). Then the forms of derivative that
-see through it are fewer (`replay.adjoint`), and normalisations are composed (`replay.composed`).
+see through it are fewer (`replay.methods.adjoint`), and normalisations are composed (`replay.derivatives.composed`).
 """
 
 from __future__ import annotations

@@ -76,11 +76,11 @@ class Adjoint:
             Drifted: if a step differs from the recorded one.
         """
         problem, puller, free = self.problem, self.puller, self.problem.function.free
-        usual = checks is not None and checks.stride == 1
         for step in problem.trajectory.backwards(self.first):
             if step.t < self.until:
                 break
             wanted = checks is not None and checks.wants(step)
+            usual = wanted and checks is not None and checks.stride == 1
             at = problem.at(step, puller.count, gradient=wanted, first=puller.needs_gradient, usual=usual)
             pulled = puller.pull(step, self._state(step), free(at.gradient(), step) if puller.needs_gradient else None)
             found = at.along(free(pulled.gamma, step))

@@ -1,8 +1,9 @@
 """The progress of a long replay in a file, so that it goes on where it stopped after kill -9, Ctrl-C or a power cut.
 
-Once a minute or so the state of the replay (arrays and a few JSON values, see `replay.passes`) is written beside the
-file, synced and renamed into its place: there is always one whole file or none. It carries the question that it belongs
-to: a SHA-256 over everything that decides the numbers. Another question does not go on from it. The file is plain .npz;
+Once a minute or so the state of the replay (arrays and a few JSON values, see `replay.methods.blocks`) is written
+beside the file, synced and renamed into its place: there is always one whole file or none. It carries the question that
+it belongs to: a SHA-256 over everything that decides the numbers. Another question does not go on from it. The file is
+plain .npz;
 nothing in it is ever unpickled.
 
 Nothing that the disk does to this file ends a replay. Where it cannot be written, that is said and the replay goes on;

@@ -7,7 +7,7 @@ From w_{t-1}, s_{t-1} and the recorded batch the step is made again and compared
 Rounding is allowed for: the tolerance on |dw| is rtol max|w_t - w_{t-1}| plus a few units in the last place of the
 weight; each parameter group is held against its own movement. A step that is itself no larger than rounding proves
 nothing and counts as unchecked. Drift beyond the tolerance means that the Task does not describe the training. The
-replay then refuses, names the first bad step and the cause that was found by trying (`replay.diagnosis`).
+replay then refuses, names the first bad step and the cause that was found by trying (`replay.proof.diagnosis`).
 
 Going forwards the optimizer state is simply carried along. Going backwards, s_{t-1} follows from the rows w_{t-2},
 w_{t-1} and the gradient of step t-1 (`Rule.implied_state`), which the replay computes one step later: so each check

@@ -96,6 +96,17 @@ def guarded(session: Session, work: Callable[[], T]) -> T:
         DriftError: with the first bad step and the cause. DerivativeError: with the operator.
     """
     try:
+        return _explained_on_drift(session, work)
+    except OtherInputs as other:  # which may show while the cause of a drift is looked for
+        raise DriftError(
+            f"Replay drifted at step {_first_other_inputs(session, other.t)}: the inputs of its batch are not those "
+            "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
+            f"{about_augmentation(session)} Mend the Task, or go on with --allow-drift."
+        ) from None
+
+
+def _explained_on_drift(session: Session, work: Callable[[], T]) -> T:
+    try:
         with full_single_precision():
             return _derivable(session, work)
     except Drifted as drifted:
@@ -103,12 +114,6 @@ def guarded(session: Session, work: Callable[[], T]) -> T:
     except OtherState as other:
         first = session.find_drift()
         raise (DriftError(str(other)) if first is None else explained(session, first)) from None
-    except OtherInputs as other:
-        raise DriftError(
-            f"Replay drifted at step {_first_other_inputs(session, other.t)}: the inputs of its batch are not those "
-            "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
-            f"{about_augmentation(session)} Mend the Task, or go on with --allow-drift."
-        ) from None
 
 
 def _derivable(session: Session, work: Callable[[], T]) -> T:

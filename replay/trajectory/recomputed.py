@@ -1,8 +1,9 @@
 """The steps of a run that keeps keyframes only: the weights between are made again from the keyframe before.
 
 A keyframe holds the weights and the optimizer state; the step records hold everything else that a step used. Going
-forwards is one gradient a step. Going backwards follows `replay.plan`, which holds as many states as memory allows.
-Weights are always recomputed in the recording's own dtype, and cast afterwards if the replay computes in another.
+forwards is one gradient a step. Going backwards follows `replay.trajectory.schedule`, which holds as many states as
+memory allows. Weights are always recomputed in the recording's own dtype, and cast afterwards if the replay computes in
+another.
 
 The certificate comes with it. Every recomputed row is compared with the CRC-32 that was recorded at its step: equal
 means bit for bit. Where they differ (another thread count, processor or torch version), the rows drift apart by
