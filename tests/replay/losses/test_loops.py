@@ -737,7 +737,7 @@ def test_steps_made_of_rounding_are_no_drift(mode, monkeypatch):
 
     made = loops.train(Loop(build=noisy_biases, optimizer=adam, dtype=torch.float32))
     step = stepwise.StepwiseChecks._compare
-    nudged = lambda self, part, at, g, w, *rest: step(self, part, at, g, nudge(self, at, g, *rest), *rest)  # noqa: E731
+    nudged = lambda self, at, g, w, *rest: step(self, at, g, nudge(self, at, g, *rest), *rest)  # noqa: E731
 
     def nudge(self, at, gradient, growth, state):
         other = gradient + 1e-7 * gradient.abs().max() * torch.randn(gradient.shape)
