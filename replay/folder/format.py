@@ -25,6 +25,8 @@ from typing import Any
 
 import polars as pl
 
+from trajrec.records import Json
+
 CONTRIBUTIONS = "contributions.parquet"
 SAMPLES = "samples.parquet"
 TARGETS = "targets.parquet"
@@ -34,8 +36,8 @@ TOP = "top.csv"
 
 SIGN = "positive = helpful"
 VERDICTS = {"drifted": False, "unchecked": None, "within rounding": True, "bit-exact": True}  # the weakest first
-PICTURES: dict[str, Any] = {"set": pl.String, "sample": pl.Int64, "png": pl.Binary, "text": pl.String}
-KNOWN: dict[str, Any] = {
+PICTURES: Json = {"set": pl.String, "sample": pl.Int64, "png": pl.Binary, "text": pl.String}
+KNOWN: Json = {
     "label": pl.String,
     "prediction": pl.String,
     "name": pl.String,
@@ -53,7 +55,7 @@ class Columns:
     key: tuple[str, ...]
 
     @property
-    def all(self) -> dict[str, Any]:
+    def all(self) -> Json:
         """Needed and known ones."""
         return {**self.needed, **self.known}
 
@@ -112,7 +114,7 @@ def _read(read: Callable[[Any], Any], default: Any = None, always: bool = True) 
     return field(default=default, metadata={"read": read, "always": always})
 
 
-def _known(kind: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _known(kind: Any, facts: Mapping[str, Any]) -> Json:
     """The fields of a dataclass, as far as the facts say them."""
     found = {each.name: each.metadata["read"](facts.get(each.name)) for each in fields(kind)}
     return {name: value for name, value in found.items() if value is not None}
@@ -217,7 +219,7 @@ class Settings:
         named["mode"] = next((way for way in ways if way in ("adjoint", "tangent")), None)
         return cls(**_known(cls, named))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The object in replay.json; what only some replays say is left out where there is nothing to say."""
         found = [(each, getattr(self, each.name)) for each in fields(self)]
         said = [(each, None if value == () else value) for each, value in found]

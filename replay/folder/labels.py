@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Subset
 
-from trajrec.records import IntArray
+from trajrec.records import IntArray, Json
 from trajrec.replay.losses.batches import Samples
 
 ATTRIBUTES = {"label": "labels", "name": "names", "noisy": "noisy"}
@@ -73,7 +73,7 @@ def _attribute(dataset: Any, name: str, ids: IntArray) -> list[Any] | None:
         return None
 
 
-def _info(dataset: Any, ids: IntArray) -> list[dict[str, Any]]:
+def _info(dataset: Any, ids: IntArray) -> list[Json]:
     info: Callable[[int], Any] | None = getattr(dataset, "info", None)
     if not callable(info):
         return []

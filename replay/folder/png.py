@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from trajrec.records import Array
 
 LARGEST = 64
 
@@ -36,7 +37,7 @@ def png(picture: npt.ArrayLike, largest: int = LARGEST) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
 
 
-def _channels_last(picture: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _channels_last(picture: Array) -> Array:
     if picture.ndim == 2:
         return picture[:, :, None]
     if picture.ndim == 3 and picture.shape[0] in (1, 3):
@@ -46,7 +47,7 @@ def _channels_last(picture: npt.NDArray[Any]) -> npt.NDArray[Any]:
     raise ValueError(f"A picture has shape [H, W], [1, H, W], [3, H, W] or [H, W, 3], not {list(picture.shape)}.")
 
 
-def _pixels(picture: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def _pixels(picture: Array) -> npt.NDArray[np.uint8]:
     if picture.dtype == np.uint8:
         return picture
     values = np.nan_to_num(picture.astype(np.float64), posinf=0.0, neginf=0.0)

@@ -17,6 +17,7 @@ from typing import Any
 import polars as pl
 
 from trajrec.errors import DamagedRunError, ReplayError
+from trajrec.records import Json
 from trajrec.replay.folder.format import (
     CONTRIBUTIONS,
     KNOWN,
@@ -140,7 +141,7 @@ def _fits(found: pl.DataType, kind: Any) -> bool:
     return found in (kind, pl.Null)
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> Json:
     if not path.is_file():
         return {}
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import polars as pl
 
 from trajrec.errors import ReplayError
+from trajrec.records import Json
 from trajrec.replay.folder.format import (
     CONTRIBUTIONS,
     EXTRAS,
@@ -44,7 +45,7 @@ class Shard:
     """
 
     folder: Path
-    facts: dict[str, Any]
+    facts: Json
     settings: Settings
     piece: int
     pieces: int

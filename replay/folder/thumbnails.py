@@ -14,11 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 from torch import Tensor
 
-from trajrec.records import FloatArray, IntArray
+from trajrec.records import Array, FloatArray, IntArray
 from trajrec.replay.folder.format import PICTURES
 from trajrec.replay.folder.png import png
 from trajrec.replay.methods.contributions import Contributions
@@ -80,7 +79,7 @@ def _first(item: Any) -> Any:
     return item[0] if isinstance(item, tuple | list) and item else item
 
 
-def _picture(value: Any) -> npt.NDArray[Any] | None:
+def _picture(value: Any) -> Array | None:
     if hasattr(value, "convert") and hasattr(value, "mode"):
         value = np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGB"))
     if isinstance(value, Tensor):

@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 
 from trajrec.errors import OutputExistsError
-from trajrec.records import IntArray, ParamSpec
+from trajrec.records import Array, IntArray, ParamSpec
 
 
 class VectorFile:
@@ -44,13 +42,13 @@ class VectorFile:
         file.create_dataset("hypergradient", (len(samples), offsets[-1]), dtype=dtype)
         return cls(file)
 
-    def write(self, piece: slice, vectors: npt.NDArray[Any]) -> None:
+    def write(self, piece: slice, vectors: Array) -> None:
         """Stores vectors [K, P'] of a piece of the samples."""
         self._vectors[piece] = vectors
 
-    def read(self, place: int) -> npt.NDArray[Any]:
+    def read(self, place: int) -> Array:
         """The vector [P'] at a place."""
-        values: npt.NDArray[Any] = self._vectors[place]
+        values: Array = self._vectors[place]
         return values
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 
 import trajrec
-from trajrec.records import IntArray
+from trajrec.records import IntArray, Json
 from trajrec.replay.folder.format import (
     CONTRIBUTIONS,
     EXTRAS,
@@ -58,7 +58,7 @@ OUTPUT = Kind(
 )
 
 
-def write_replay(folder: Path, result: Contributions, session: Session, facts: dict[str, Any]) -> list[str]:
+def write_replay(folder: Path, result: Contributions, session: Session, facts: Json) -> list[str]:
     """Writes a replay into a folder. Returns what had to be left out, a sentence for each file.
 
     `facts` are further entries of replay.json (run path, seconds, command).

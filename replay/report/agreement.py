@@ -13,15 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from trajrec.errors import ReplayError
+from trajrec.records import Array
 
-Array = npt.NDArray[Any]
+Array = Array
 
 
 @dataclass(frozen=True, slots=True)

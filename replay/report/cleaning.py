@@ -24,12 +24,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
 
 from trajrec.errors import ReplayError
+from trajrec.records import Json
 from trajrec.replay.folder import spreadsheet
 from trajrec.replay.folder.format import CONTRIBUTIONS
 from trajrec.replay.folder.place import Kind, Place
@@ -154,7 +154,7 @@ def _fill(cleaning: Cleaning, folder: Path) -> None:
     np.save(folder / "keep.npy", np.array(cleaning.keep, dtype=np.int64))
     np.save(folder / "drop.npy", np.array(cleaning.drop, dtype=np.int64))
     spreadsheet.write_csv(cleaning.table, folder / "samples.csv")
-    facts: dict[str, Any] = {
+    facts: Json = {
         "rule": cleaning.rule,
         "kept": len(cleaning.keep),
         "dropped": len(cleaning.drop),

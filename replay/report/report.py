@@ -16,6 +16,7 @@ from typing import Any
 
 import polars as pl
 
+from trajrec.records import Json
 from trajrec.replay.folder.format import CONTRIBUTIONS
 from trajrec.replay.folder.read import Inputs, load, reading
 from trajrec.replay.report import scores
@@ -63,7 +64,7 @@ class Report:
         """The head, in blocks."""
         return head.chapter(self.head)
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Json:
         """Everything but pictures, by the names that it has in JSON."""
         return {**head.values(self.head), **self.found, "pictures": (), "notes": self.notes}
 

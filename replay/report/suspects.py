@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from trajrec.errors import ReplayError
+from trajrec.records import Array
 from trajrec.replay.report import scores
 from trajrec.replay.report.agreement import known_mean, ranks
 
-Array = npt.NDArray[Any]
+Array = Array
 FEATURES = 1000
 FEWEST = 100
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import trajrec
 from trajrec.capture.recorder import Recorder
 from trajrec.errors import RecordingError, TrajrecError
+from trajrec.runfile.trainer.sink import RunFileSink
 from trajrec.sink import MemorySink
 
 STEPS = 9
@@ -239,6 +240,22 @@ def test_whatever_fails_in_a_sink_does_not_end_the_training(call, caplog):
     assert all(map(torch.equal, weights, trained(Training, None)[0]))
     assert recorder.problem == f"The recorder failed: MemoryError: in {call}"
     assert len(caplog.records) == 1
+
+
+def test_a_recording_is_finished_whatever_its_last_keyframe_fails_at(tmp_path, monkeypatch):
+    take = RunFileSink.keyframe
+
+    def fails_at_the_end(sink, keyframe):
+        if keyframe.step == STEPS:
+            raise MemoryError("no room for it")
+        take(sink, keyframe)
+
+    monkeypatch.setattr(RunFileSink, "keyframe", fails_at_the_end)
+    _, recorder = trained(Training, lambda **o: trajrec.record(tmp_path / "run.h5", **o))
+    assert recorder.problem == "The recorder failed: MemoryError: no room for it"
+    assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
+    with trajrec.open(tmp_path / "run.h5") as run:
+        assert (run.steps, run.gaps) == (STEPS, ())
 
 
 def test_a_budget_that_is_too_small_is_no_end(tmp_path, caplog):

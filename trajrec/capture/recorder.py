@@ -184,9 +184,11 @@ class Recorder:
         """Ends the recording. Returns what was written, or None if there was no step."""
         if self._steps is None:
             return None
-        if self.problem is None:
-            self._steps.finish()
-        self.summary = self.sink.close(complete and self.problem is None)
+        try:
+            if self.problem is None:
+                self._guard.run(self._steps.finish)
+        finally:  # whatever the last keyframe fails at, what was recorded is finished
+            self.summary = self.sink.close(complete and self.problem is None)
         return self.summary
 
     def abandon(self) -> None:

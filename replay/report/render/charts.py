@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from trajrec.records import Json
 from trajrec.replay.report.blocks import Chart
 from trajrec.replay.report.words import axis
 
@@ -64,7 +64,7 @@ class Stroke:
     name: str = ""
 
 
-def drawing(chart: Chart) -> dict[str, Any]:
+def drawing(chart: Chart) -> Json:
     """The geometry of a chart, by the names that a template draws it with; `text` says in words what is seen."""
     height = HIGHER if chart.dots else HEIGHT
     x, y = _scales(chart, height - BOTTOM)

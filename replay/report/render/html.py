@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Any
 
+from trajrec.records import Json
 from trajrec.replay.report.blocks import Grid
 from trajrec.replay.report.render import charts
 from trajrec.replay.report.render.tables import save
@@ -45,7 +45,7 @@ def html(report: Report) -> str:
     return jinja.get_template("page.html.j2").render(model(report))
 
 
-def model(report: Report) -> dict[str, Any]:
+def model(report: Report) -> Json:
     """Everything the template names."""
     opening, chapters = report.opening(), report.chapters
     return {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
+from trajrec.records import Json
 from trajrec.replay.folder.format import Certificate, Settings
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import words
@@ -46,7 +46,7 @@ class Head:
     mass: float
 
 
-def values(head: Head) -> dict[str, Any]:
+def values(head: Head) -> Json:
     """The head as JSON has it."""
     settings, proof = head.settings, head.certificate
     said = {name: getattr(settings, name) for name in SETTINGS}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import polars as pl
 
+from trajrec.records import Json
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores, words
 from trajrec.replay.report.blocks import Bar, Chapter, Chart, Fact, Facts, Kind, Part, Table
@@ -85,7 +85,7 @@ def find(material: Material) -> Statistics:
 
 
 def _spread(frame: pl.LazyFrame) -> Spread:
-    row: dict[str, Any] = scores.collect(scores.statistics(frame)).row(0, named=True)
+    row: Json = scores.collect(scores.statistics(frame)).row(0, named=True)
     return Spread(**row | {"std": math.nan if row["std"] is None else row["std"]})
 
 

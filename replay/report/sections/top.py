@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
+from trajrec.records import Json
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.report import scores
 from trajrec.replay.report.blocks import Chapter, Kind, Part, Table
@@ -49,14 +49,14 @@ def top(title: str, target: int, rows: pl.DataFrame) -> Top:
     return Top(title, target, *(rows.filter(side=side) for side in (scores.HELPFUL, scores.HARMFUL)))
 
 
-def target_rows(inputs: Inputs, targets: list[int]) -> list[dict[str, Any]]:
+def target_rows(inputs: Inputs, targets: list[int]) -> list[Json]:
     """What is known of targets, in their order."""
     known = scores.collect(inputs.targets.filter(pl.col("target").is_in(targets))).unique("target")
     ids = pl.DataFrame({"target": targets}, schema={"target": pl.Int64})
     return ids.join(known, on="target", how="left", maintain_order="left").to_dicts()
 
 
-def target_title(inputs: Inputs, row: dict[str, Any]) -> str:
+def target_title(inputs: Inputs, row: Json) -> str:
     """A target in words."""
     if row["target"] == scores.MEAN:
         return mean_of(inputs.settings)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import trajrec
 from trajrec.errors import DriftError
 from trajrec.replay import contributions, hypergradients
+from trajrec.runfile.trainer.sink import RunFileSink
 from trajrec.task.task import Task
 
 
@@ -106,16 +107,9 @@ def test_a_wrong_task_is_refused_with_the_first_bad_step(runs, mode):
 def test_a_run_that_was_cut_off_goes_on_beyond_its_last_keyframe(runs, tmp_path, monkeypatch, options):
     """Weights that are not stored and the running statistics of the targets are both made again."""
     full, _, task = runs
-    from trajrec.capture.recorder import Recorder
-
     # The last keyframe is written when a recording ends; kill -9 leaves none.
-    close = Recorder.close
-
-    def cut_off(self, complete):
-        self._last_keyframe = self._step
-        return close(self, complete)
-
-    monkeypatch.setattr(Recorder, "close", cut_off)
+    take = RunFileSink.keyframe
+    monkeypatch.setattr(RunFileSink, "keyframe", lambda self, k: None if k.step == 23 else take(self, k))
     record(tmp_path / "cut.h5", 23, **options)
     with trajrec.open(tmp_path / "cut.h5") as run:
         assert run.keyframe_steps[-1] == 21
