@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from trajrec.checksum import copy_crc32, crc32
 from trajrec.errors import RecordingError
 from trajrec.records import Row
 from trajrec.snapshot.devicecopy import DeviceCopy, RowCopy
+
+_CACHED = 1 << 20  # bytes that are still in a cache when the last of them has been copied
 
 
 class Weights:
@@ -35,8 +38,12 @@ class Weights:
 
     def copy(self, row: Row | None) -> int:
         """Copies the weights into a row, if there is one. Returns their CRC-32."""
+        views = self.memory()
+        if row is not None and row.nbytes <= _CACHED:
+            np.concatenate(views, out=row)
+            return crc32(row.data)
         crc = at = 0
-        for view in self.memory():
+        for view in views:
             crc = crc32(view.data, crc) if row is None else copy_crc32(row[at : at + view.size], view, crc)
             at += view.size
         return crc
