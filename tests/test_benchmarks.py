@@ -33,6 +33,7 @@ def test_the_picture_of_growth_holds_every_point(benchmark):
     assert "seconds & more" in {node.text for node in drawn.iter("{http://www.w3.org/2000/svg}text")}
 
 
+@pytest.mark.long
 def test_a_measurement_of_growth_is_taken_up_where_it_was_cut_off(tmp_path):
     """One short trial, and one that is there already."""
     out, there = tmp_path / "growth.json", {"series": "steps", "point": "20", "steps": 20, "x": 20}

@@ -330,7 +330,7 @@ def test_the_command_exits_with_5_and_says_why(tmp_path):
     assert "weights" not in strict.stdout
 
 
-@pytest.mark.parametrize("megabytes", [0, 1, 4])
+@pytest.mark.parametrize("megabytes", [0, pytest.param(1, marks=pytest.mark.long), 4])
 def test_a_limit_on_the_size_of_files_is_no_end(tmp_path, megabytes):
     """At the ring, or at a segment, or at packing."""
     (tmp_path / "train.py").write_text(SCRIPT.format(extra="pass"))

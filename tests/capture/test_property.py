@@ -140,7 +140,7 @@ def never_wrong(**loop):
     assert ids == made[: len(ids)], loop
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(**loops)
 def test_ids_are_right_or_absent(how, ahead, peeks, events, found):
     never_wrong(how=how, ahead=ahead, peeks=peeks, events=events, found=found)

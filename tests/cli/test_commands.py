@@ -368,6 +368,7 @@ task.loss = loss
     assert not list((here / "runs").glob(".*"))
 
 
+@pytest.mark.long  # `trajrec demo`, which is tested, runs the same scripts
 def test_the_example_trains_records_and_replays(tmp_path):
     shutil.copytree(Path(trajrec.__file__).parent / "cli" / "mnist", tmp_path / "mnist")
     done = call("record", "--out", "run.h5", "mnist/train.py", "--epochs", "1", cwd=tmp_path)

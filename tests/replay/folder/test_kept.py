@@ -215,7 +215,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("size", [0, 2000])
+@pytest.mark.parametrize("size", [pytest.param(0, marks=pytest.mark.long), 2000])
 def test_a_limit_of_the_size_of_files_is_a_clear_error(run, project, tmp_path, size):
     """Whatever fits: no traceback, and the same command answers when the limit is gone."""
     command = ["replay", "run.h5", "--task", "task.py:task", "--out", str(tmp_path / "out")]

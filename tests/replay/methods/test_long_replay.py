@@ -130,7 +130,9 @@ def table(folder):
 
 
 @pytest.mark.parametrize(
-    ("kill", "options"), [(signal.SIGKILL, ["--exact"]), (signal.SIGINT, ["--mode", "tangent"])], ids=["kill", "int"]
+    ("kill", "options"),
+    [(signal.SIGKILL, ["--exact"]), pytest.param(signal.SIGINT, ["--mode", "tangent"], marks=pytest.mark.long)],
+    ids=["kill", "int"],
 )
 def test_the_command_goes_on_after_kill_9_and_ctrl_c(project, kill, options):
     assert replay(project, f"whole-{kill.name}", *options).returncode == 0
