@@ -43,7 +43,7 @@ SERIES = {
 
 
 def mobilenet():
-    from trajrec.task.vision import import_torchvision
+    from trajrec.vision import import_torchvision
 
     return import_torchvision().models.mobilenet_v2(num_classes=10)
 

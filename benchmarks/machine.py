@@ -12,6 +12,7 @@ Nothing is counted for what a cache may hold, so that a time at its roof cannot 
 
 import math
 import time
+from contextlib import suppress
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -65,7 +66,8 @@ def counted(work):
     sizes = {}
 
     def note(value):
-        sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        with suppress(RuntimeError):  # zeros that are not there
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         return value
 
     counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)

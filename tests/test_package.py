@@ -137,7 +137,7 @@ def test_the_wheel_holds_one_package_with_everything_in_it(wheel):
 
 def test_torchvision_imports_beside_a_cpu_build_of_torch():
     code = (
-        "import torch; from trajrec.task.vision import import_torchvision; tv = import_torchvision();"
+        "import torch; from trajrec.vision import import_torchvision; tv = import_torchvision();"
         "from torchvision import transforms, models, datasets; from torchvision.utils import make_grid;"
         "data = datasets.FakeData(2, (1, 8, 8), 3, transforms.ToTensor());"
         "assert make_grid([data[0][0], data[1][0]]).shape[0] == 3; print(len(data))"

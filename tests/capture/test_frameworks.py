@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
-from trajrec.task.vision import import_torchvision
+from trajrec.vision import import_torchvision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
