@@ -21,6 +21,7 @@ from torch import Tensor
 from trajrec.records import FloatArray, IntArray
 from trajrec.replay.machine.memory import kept
 from trajrec.replay.methods.blocks import AdjointPasses, Execution, TangentPasses
+from trajrec.replay.positional import by_position
 from trajrec.replay.progress import Progress, Silent
 from trajrec.replay.proof.certificate import Certificate
 from trajrec.replay.question import (
@@ -88,6 +89,7 @@ class Contributions:
         return frame.select("sample", "target", "contribution", "epoch")
 
 
+@by_position("targets", "samples", "exact", "mode", "dtype", "device", "by_epoch", "allow_drift", "memory")
 def contributions(
     run: RecordedRun,
     task: Task,

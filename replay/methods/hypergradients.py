@@ -18,6 +18,7 @@ from torch import Tensor
 from trajrec.records import Array, IntArray
 from trajrec.replay.machine.memory import kept
 from trajrec.replay.methods.blocks import Execution, TangentPasses
+from trajrec.replay.positional import by_position
 from trajrec.replay.progress import Progress, Silent
 from trajrec.replay.proof.certificate import Certificate
 from trajrec.replay.question import Curvature, FloatName, Question, Scope, curvature_of
@@ -87,6 +88,7 @@ class Hypergradients:
         self.close()
 
 
+@by_position("samples", "exact")
 def hypergradients(
     run: RecordedRun,
     task: Task,
