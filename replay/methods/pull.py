@@ -74,12 +74,26 @@ class VectorPuller:
         self.count = len(targets)
         self.needs_gradient = not rule.constant
         self._rule = rule
+        self._known: tuple[bytes, list[list[tuple[float, float]]]] = b"", []
 
     def pull(self, step: Step, state: State, gradient: Tensor | None) -> Pulled:
-        """By the vjp of the step."""
+        """By numbers where they suffice, else by the vjp of the step."""
+        if self._rule.constant and len(self._rule.vectors_of(state)) == 1:
+            return self._by_numbers(step, *self._rule.vectors_of(state))
         given = torch.zeros_like(step.before) if gradient is None else gradient
         lam, sigma, gamma = self._rule.pull(step.before, state, given, step.hyper, self.lam, self.sigma)
         return Pulled(gamma, lam, sigma)
+
+    def _by_numbers(self, step: Step, name: str) -> Pulled:
+        """A constant rule is the same six numbers for all weights of a group, found once for its hyperparameters."""
+        if self._known[0] != (key := step.hyper.tobytes()):
+            self._known = key, _six(self._rule, step)
+        parts = []
+        for k, span in enumerate(self._rule.layout.groups):
+            lam, sigma = self.lam[:, span], self.sigma.get(name)
+            parts.append([_mixed(lam, None if sigma is None else sigma[:, span], *pair[k]) for pair in self._known[1]])
+        lam, sigma, gamma = (p[0] if len(p) == 1 else torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+        return Pulled(gamma, lam, {name: sigma})
 
     def accept(self, pulled: Pulled, hvp: Tensor | None) -> None:
         """Adds H gamma."""
@@ -103,9 +117,7 @@ class NumberPuller:
         self.count = len(targets)
         self._rule = rule
         groups = len(rule.layout.groups)
-        tiny: Any = copy(rule)  # the rule of one weight a group
-        tiny.layout = SimpleNamespace(groups=tuple(slice(i, i + 1) for i in range(groups)), size=groups)
-        self._tiny: Rule = tiny
+        self._tiny = _of_one_weight(rule)
         self._zeros = torch.zeros(groups, dtype=torch.float64)
         self.lam = torch.ones(1, groups, dtype=torch.float64)
         self.sigma: State = {}
@@ -133,3 +145,28 @@ class NumberPuller:
         )
         norms: Tensor = (self.lam[0].to(squares) ** 2 @ squares).sqrt()
         return norms
+
+
+def _of_one_weight(rule: Rule) -> Rule:
+    """The rule of one weight a group."""
+    groups, tiny = len(rule.layout.groups), copy(rule)
+    layout: Any = SimpleNamespace(groups=tuple(slice(i, i + 1) for i in range(groups)), size=groups)
+    tiny.layout = layout
+    return tiny
+
+
+def _six(rule: Rule, step: Step) -> list[list[tuple[float, float]]]:
+    """For lam', sigma' and gamma: what each is made of, of lam and of sigma, by group."""
+    tiny, groups = _of_one_weight(rule), len(rule.layout.groups)
+    zeros, ones = torch.zeros(groups, dtype=torch.float64), torch.ones(1, groups, dtype=torch.float64)
+    state = tiny.placeholder_state(zeros)
+    (name,) = state
+    pairs = ((ones, torch.zeros_like(ones)), (torch.zeros_like(ones), ones))
+    by_lam, by_sigma = (tiny.pull(zeros, state, zeros, step.hyper, lam, {name: sigma}) for lam, sigma in pairs)
+    columns = zip((by_lam[0], by_lam[1][name], by_lam[2]), (by_sigma[0], by_sigma[1][name], by_sigma[2]), strict=True)
+    return [[(float(p[0, g]), float(q[0, g])) for g in range(groups)] for p, q in columns]
+
+
+def _mixed(lam: Tensor, sigma: Tensor | None, a: float, b: float) -> Tensor:
+    """A lam + b sigma."""
+    return lam * a if sigma is None or b == 0 else (lam * a).add_(sigma, alpha=b)

@@ -71,6 +71,8 @@ class Guard:
         def guarded(*args: Any) -> Any:
             if not self.is_open:
                 return None
+            if torch.compiler.is_compiling():  # a compiler reads this line, and knows no other way to ask
+                return apart(*args)
             return run(*args) if _compiler() is None else apart(*args)
 
         guarded._torchdynamo_disable = True  # type: ignore[attr-defined]
