@@ -1,8 +1,12 @@
 r"""The optimizer's part of the adjoint: from (lam_t, sigma_t) to gamma and what is left of both.
 
-In general that is one vjp of the optimizer's step (`Rule.pull`). Where a rule is constant (`Rule.constant`: SGD) and
-the Hessian is left out, lam, sigma and gamma stay multiples of the target gradient lam_T, the same for all weights of a
-group: numbers by group suffice, which `Rule.pull` itself gives when it is asked about one weight a group.
+In general that is one vjp of the optimizer's step (`Rule.pull`). Where a rule is constant (`Rule.constant`: SGD), its
+derivative is the same six numbers for all weights of a group,
+
+    lam' = a lam + b sigma,   sigma' = c lam + d sigma,   gamma = e lam + f sigma,
+
+which `Rule.pull` itself gives when it is asked about one weight a group, once for the hyperparameters in force. Without
+the Hessian lam, sigma and gamma then stay multiples of the target gradient lam_T: numbers by group suffice.
 
 Letters: G groups, K directions, P' trainable weights.
 """
@@ -17,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trajrec.records import FloatArray
 from trajrec.replay.step import Step
 from trajrec.rules import Rule
 from trajrec.rules.step import State
@@ -74,7 +79,7 @@ class VectorPuller:
         self.count = len(targets)
         self.needs_gradient = not rule.constant
         self._rule = rule
-        self._known: tuple[bytes, list[list[tuple[float, float]]]] = b"", []
+        self._numbers = _Numbers(rule)
 
     def pull(self, step: Step, state: State, gradient: Tensor | None) -> Pulled:
         """By numbers where they suffice, else by the vjp of the step."""
@@ -85,13 +90,10 @@ class VectorPuller:
         return Pulled(gamma, lam, sigma)
 
     def _by_numbers(self, step: Step, name: str) -> Pulled:
-        """A constant rule is the same six numbers for all weights of a group, found once for its hyperparameters."""
-        if self._known[0] != (key := step.hyper.tobytes()):
-            self._known = key, _six(self._rule, step)
-        parts = []
+        six, parts = self._numbers.of(step).tolist(), []
         for k, span in enumerate(self._rule.layout.groups):
             lam, sigma = self.lam[:, span], self.sigma.get(name)
-            parts.append([_mixed(lam, None if sigma is None else sigma[:, span], *pair[k]) for pair in self._known[1]])
+            parts.append([_mixed(lam, None if sigma is None else sigma[:, span], *row[k]) for row in six])
         lam, sigma, gamma = (p[0] if len(p) == 1 else torch.cat(p, dim=1) for p in zip(*parts, strict=True))
         return Pulled(gamma, lam, {name: sigma})
 
@@ -116,22 +118,27 @@ class NumberPuller:
         self._targets = targets
         self.count = len(targets)
         self._rule = rule
-        groups = len(rule.layout.groups)
-        self._tiny = _of_one_weight(rule)
-        self._zeros = torch.zeros(groups, dtype=torch.float64)
+        self._numbers, groups = _Numbers(rule), len(rule.layout.groups)
         self.lam = torch.ones(1, groups, dtype=torch.float64)
         self.sigma: State = {}
 
     def pull(self, step: Step, state: State, gradient: Tensor | None) -> Pulled:
-        """By the vjp of the step of one weight a group."""
-        tiny = self._tiny.placeholder_state(self._zeros) if len(self._rule.vectors_of(state)) == 1 else State()
-        lam, sigma, gamma = self._tiny.pull(self._zeros, tiny, self._zeros, step.hyper, self.lam, self.sigma)
+        """By numbers; without a buffer, or with several, by the vjp of the step of one weight a group."""
+        names = list(self._rule.vectors_of(state))
+        if len(names) == 1:
+            sigma = self.sigma[names[0]][0] if self.sigma else torch.zeros_like(self.lam[0])
+            both = torch.stack([self.lam[0], sigma], 1)
+            new = (self._numbers.of(step) * both).sum(2)
+            lam, gamma = new[:1], new[2:]
+            pulled = {names[0]: new[1:2]}
+        else:
+            lam, pulled, gamma = self._numbers.pull(State(), step.hyper, self.lam, self.sigma)
         if len(gamma[0]) == 1:
-            return Pulled(self._targets, lam, sigma, float(gamma))
+            return Pulled(self._targets, lam, pulled, float(gamma))
         factors = torch.empty_like(self._targets[0])
         for span, factor in zip(self._rule.layout.groups, gamma[0], strict=True):
             factors[span] = factor
-        return Pulled(self._targets * factors, lam, sigma)
+        return Pulled(self._targets * factors, lam, pulled)
 
     def accept(self, pulled: Pulled, hvp: Tensor | None) -> None:
         """Goes on to the step before."""
@@ -147,24 +154,35 @@ class NumberPuller:
         return norms
 
 
-def _of_one_weight(rule: Rule) -> Rule:
-    """The rule of one weight a group."""
-    groups, tiny = len(rule.layout.groups), copy(rule)
-    layout: Any = SimpleNamespace(groups=tuple(slice(i, i + 1) for i in range(groups)), size=groups)
-    tiny.layout = layout
-    return tiny
+class _Numbers:
+    """A constant rule on one weight a group, in float64."""
 
+    def __init__(self, rule: Rule) -> None:
+        groups, tiny = len(rule.layout.groups), copy(rule)
+        layout: Any = SimpleNamespace(groups=tuple(slice(i, i + 1) for i in range(groups)), size=groups)
+        tiny.layout = layout
+        self._rule, self._zeros = tiny, torch.zeros(groups, dtype=torch.float64)
+        self._known = b"", self._zeros
 
-def _six(rule: Rule, step: Step) -> list[list[tuple[float, float]]]:
-    """For lam', sigma' and gamma: what each is made of, of lam and of sigma, by group."""
-    tiny, groups = _of_one_weight(rule), len(rule.layout.groups)
-    zeros, ones = torch.zeros(groups, dtype=torch.float64), torch.ones(1, groups, dtype=torch.float64)
-    state = tiny.placeholder_state(zeros)
-    (name,) = state
-    pairs = ((ones, torch.zeros_like(ones)), (torch.zeros_like(ones), ones))
-    by_lam, by_sigma = (tiny.pull(zeros, state, zeros, step.hyper, lam, {name: sigma}) for lam, sigma in pairs)
-    columns = zip((by_lam[0], by_lam[1][name], by_lam[2]), (by_sigma[0], by_sigma[1][name], by_sigma[2]), strict=True)
-    return [[(float(p[0, g]), float(q[0, g])) for g in range(groups)] for p, q in columns]
+    def pull(self, state: State, hyper: FloatArray, lam: Tensor, sigma: State) -> tuple[Tensor, State, Tensor]:
+        """`Rule.pull` with cotangents [K, G]."""
+        return self._rule.pull(self._zeros, state, self._zeros, hyper, lam, sigma)
+
+    def of(self, step: Step) -> Tensor:
+        """For lam', sigma' and gamma: what each is made of, of lam and of sigma, [3, G, 2]."""
+        key = step.hyper.tobytes()
+        if key != self._known[0]:
+            self._known = key, self._found(step.hyper)
+        return self._known[1]
+
+    def _found(self, hyper: FloatArray) -> Tensor:
+        none = torch.zeros_like(self._zeros)[None]
+        ones, state = torch.ones_like(none), self._rule.placeholder_state(self._zeros)
+        (name,) = state
+        by_lam = self.pull(state, hyper, ones, {name: none})
+        by_sigma = self.pull(state, hyper, none, {name: ones})
+        rows = [torch.cat([lam, sigma[name], gamma]) for lam, sigma, gamma in (by_lam, by_sigma)]
+        return torch.stack(rows, 2)
 
 
 def _mixed(lam: Tensor, sigma: Tensor | None, a: float, b: float) -> Tensor:
