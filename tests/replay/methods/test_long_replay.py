@@ -313,8 +313,8 @@ def record(path, steps):
                 optimizer.step()
 
 if __name__ == "__main__":
-    record("short.h5", 24)
-    record("long.h5", 240)
+    record("short.h5", 120)
+    record("long.h5", 480)
 """
 
 
@@ -323,7 +323,7 @@ def test_peak_memory_does_not_grow_with_the_length_of_the_run(tmp_path):
     (tmp_path / "big.py").write_text(BIG)
     (tmp_path / "peak.py").write_text(PEAK)
     subprocess.run([sys.executable, "big.py"], cwd=tmp_path, check=True, timeout=120)
-    assert (tmp_path / "long.h5").stat().st_size > 75e6
+    assert (tmp_path / "long.h5").stat().st_size > 140e6  # more than any cache of the file
     peaks = []
     for name in ("short.h5", "long.h5"):
         command = [sys.executable, "peak.py", name]
@@ -331,4 +331,4 @@ def test_peak_memory_does_not_grow_with_the_length_of_the_run(tmp_path):
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] < 1.1 * peaks[0]
     with trajrec.open(tmp_path / "long.h5") as run:
-        assert run.steps == 240
+        assert run.steps == 480
