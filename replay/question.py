@@ -22,7 +22,7 @@ from trajrec.records import IntArray, Json
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.targets import NO_TARGETS, Targets, check_ids, choose_targets
 
-Curvature: TypeAlias = Literal["hessian", "ggn", "none"]
+Curvature: TypeAlias = Literal["hessian", "ggn", "kinks", "none"]
 Mode: TypeAlias = Literal["auto", "adjoint", "tangent"]
 Certify: TypeAlias = Literal["all", "sampled"]
 TargetChoice: TypeAlias = Literal["mean", "each", "class"] | IntArray
@@ -51,7 +51,8 @@ class Question:
     Attributes:
         targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), or [M] test ids.
         samples: [S] training sample ids; None for all N.
-        curvature: "hessian" (exact), "ggn" (its Gauss-Newton form), or "none" (the paper's approximation).
+        curvature: "hessian" (exact), "ggn" (its Gauss-Newton form), "kinks" (kinks with a second derivative), or "none"
+            (the paper's approximation).
         mode: "adjoint" (all samples at once, cost by targets), "tangent" (cost by samples), or "auto".
         by_epoch: the part of each epoch, too (adjoint only).
         steps: (a, b): only what steps a to b contribute; None for all.

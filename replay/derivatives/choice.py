@@ -43,6 +43,7 @@ REFERENCE = "reverse"
 SINGLES = "singles"
 FIRST_ORDER = ("pushed", "layers", "samples", "slices", SINGLES)
 GAUSS_NEWTON = "gauss-newton"
+DIFFERENCE = "difference/"
 FORMS: Mapping[str, Form] = {
     "forward": ForwardPoint,
     "reverse": ReversePoint,
@@ -110,7 +111,7 @@ def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
 
 def reference_of(candidates: Sequence[str]) -> str:
     """What forms are held against."""
-    return SINGLES if SINGLES in candidates else REFERENCE
+    return next((name for name in candidates if name.endswith(SINGLES)), REFERENCE)
 
 
 def fastest(candidates: Sequence[str], trial: Trial) -> str:
@@ -198,7 +199,8 @@ class Problem:
     def forced(self, step: Step, samples: int) -> At:
         """A step, ready for what the gradient changes by: for the tangents of so many samples."""
         kind = kind_of(step, samples, hessian=self.plan.exact)
-        first = GAUSS_NEWTON if self.plan.curvature == "ggn" else REFERENCE
+        differences = self._differences()
+        first = GAUSS_NEWTON if self.plan.curvature == "ggn" else reference_of(differences or (REFERENCE,))
         stages = ((first,), () if self.plan.exact else (SINGLES,))
         return At(self, step, kind, stages, True, _Need(samples, True, True))
 
@@ -206,14 +208,22 @@ class Problem:
         """The forms that may serve."""
         if self.plan.curvature == "ggn":
             return (GAUSS_NEWTON,)
-        if self.function.takes_derivatives:
-            # What the others make of derivatives within need not show at the step where they are tried.
+        if differences := self._differences():
+            return differences
+        seen = self.function.seen
+        if seen.derivatives or seen.functions or seen.hooks:
+            # What the others make of derivatives within need not show at the step where they are tried; and they know
+            # no backward pass but that of the loss.
             return (REFERENCE,)
         if directions == 1:
             return ("forward", REFERENCE)
         if self.plan.exact:
             return (REFERENCE, "forward")
         return (REFERENCE, "layers", *(("samples",) if self._fits(step) else ()), "forward")
+
+    def _differences(self) -> tuple[str, ...]:
+        """The forms that difference the gradient, where the plan has them: no other is right then."""
+        return tuple(name for name in self.plan.forms if name.startswith(DIFFERENCE))
 
     def _first_order(self, step: Step) -> tuple[str, ...]:
         """The forms that may serve where only first derivatives are to be had."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.dual_rules import DualOperators, dual_of, parts_of
+from trajrec.replay.derivatives.through import hidden_parts
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.gradient import gradient_of
@@ -46,7 +47,8 @@ class ForwardPoint:
             tangents = {name: tangent.detach().requires_grad_() for name, tangent in tangents.items()}
         leaves = list(tangents.values()) if gradient else []
         wanted = [weights, *leaves] if hessian else leaves
-        with torch.set_grad_enabled(bool(wanted)), fwd.dual_level(), DualOperators():
+        hidden = hidden_parts(self._function, forward=True)
+        with torch.set_grad_enabled(bool(wanted)), fwd.dual_level(), DualOperators(), hidden:
             values = self._function.layout.split(weights)
             duals = {name: dual_of(value, tangents[name]) for name, value in values.items()}
             parts = list(self._function.parts(duals, self._samples, self._step))

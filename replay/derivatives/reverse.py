@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajrec.replay.derivatives.composed import composed_norms
 from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.operators import cuts_told, operator_without
+from trajrec.replay.derivatives.through import differentiating, hidden_parts
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.objective import Objective
@@ -22,8 +22,9 @@ class ReversePoint:
     """Reverse over reverse mode; one recorded pass for all directions, taken one after the other."""
 
     def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
+        self._hides = function.seen.hides
         self._weights = step.before.detach().requires_grad_()
-        with torch.enable_grad(), composed_norms(function.takes_derivatives):
+        with torch.enable_grad(), hidden_parts(function):
             objective = function.objective(self._weights, samples, step)
             self._losses = objective.losses
             # A tensor of its own: shares may be kept from one step to the next.
@@ -44,21 +45,39 @@ class ReversePoint:
     def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         inputs = [self._shares, self._weights] if hessian else [self._shares]
-        found = self._pull([self._gradient], inputs, [directions])
+        with differentiating(self._hides):
+            found = self._pull([self._gradient], inputs, [directions])
         return Derivatives(found[0], self.shares, found[1] if hessian else None, self.gradient())
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
         if directions is None:
             return self._pull([self._losses], [self._weights], [multipliers])[0]
+        if self._hides:
+            return self._pushed(directions, multipliers)
         if not multipliers.any():
             return self._pull([self._gradient], [self._weights], [directions])[0]
         return self._pull([self._losses, self._gradient], [self._weights], [multipliers, directions])[0]
 
-    def _pull(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    def _pushed(self, directions: Tensor, multipliers: Tensor) -> Tensor:
+        """J directions + sum_i multipliers[k, i] grad l_i, where J = dg/dw is not symmetric.
+
+        J' v is linear in v, so its derivative by v along a direction is J direction, whatever v is.
+        """
+        v = torch.zeros_like(self._gradient, requires_grad=True)
+        with differentiating():
+            (pulled,) = torch.autograd.grad(self._gradient, self._weights, v, create_graph=True, materialize_grads=True)
+            pushed = self._pull([pulled], [v], [directions], retain=True)[0]
+        if not multipliers.any():
+            return pushed
+        return pushed + self._pull([self._losses], [self._weights], [multipliers])[0]
+
+    def _pull(
+        self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], retain: bool = False
+    ) -> list[Tensor]:
         count = len(cotangents[0])
         rows = [  # the last pass frees what was recorded
-            pull_batched(outputs, inputs, [c[k : k + 1] for c in cotangents], retain=k + 1 < count)
+            pull_batched(outputs, inputs, [c[k : k + 1] for c in cotangents], retain=retain or k + 1 < count)
             for k in range(count)
         ]
         return rows[0] if len(rows) == 1 else [torch.cat(column) for column in zip(*rows, strict=True)]

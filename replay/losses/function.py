@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from trajrec.records import Keyframe, RunSpec
 from trajrec.replay.losses.batches import OtherInputs, Samples
 from trajrec.replay.losses.lazy import initialise
 from trajrec.replay.losses.objective import Objective, reduced
+from trajrec.replay.losses.seen import Seen
 from trajrec.replay.machine.torch_switches import PlainCheckpoints
 from trajrec.replay.step import RecordedRun, Step
 from trajrec.rules import FlatLayout
@@ -47,7 +48,8 @@ class LossFunction:
     """Per-sample losses of a task as a function of the trainable weights [P'].
 
     Attributes:
-        takes_derivatives: whether the Task's loss takes derivatives itself (`replay.losses.watching`).
+        seen: what the Task's loss was seen to do (`replay.losses.watching`).
+        smoothing: whether kinks are given a second derivative (`replay.derivatives.kinks`).
 
     Args:
         task: the user's task.
@@ -64,7 +66,9 @@ class LossFunction:
     def __init__(
         self, task: Task, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.takes_derivatives = False
+        self.seen = Seen()
+        self.smoothing = False
+        self._within: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.task = task
         self.layout = layout
         self.spec = run.spec
@@ -144,6 +148,15 @@ class LossFunction:
         finally:
             self.model, self._module, self._modes, self._buffers_of = kept
 
+    @contextmanager
+    def evaluated(self, within: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Inside, the user's code runs within what is given."""
+        before, self._within = self._within, within
+        try:
+            yield
+        finally:
+            self._within = before
+
     def _use_buffers_before(self, t: int) -> None:
         """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""
         if not (self._modes_change and self.has_buffers):
@@ -175,8 +188,9 @@ class LossFunction:
 
     def value(self, weights: Tensor, samples: Samples, step: Step) -> float:
         """The scalar that the gradient of a recorded step is of, at weights [P']."""
-        with torch.no_grad(), users_code("Task.loss", step.t):
-            return float(self.objective(weights, samples, step).total.detach())
+        # Weights with a gradient, as in the training: a loss may register hooks.
+        with users_code("Task.loss", step.t):
+            return float(self.objective(weights.detach().requires_grad_(), samples, step).total.detach())
 
     def parts(self, weights: Tensor | dict[str, Tensor], samples: Samples, step: Step) -> Iterator[Objective]:
         """The objective of one micro-batch after the other, at weights [P'] or by name; they add up to `objective`."""
@@ -261,7 +275,7 @@ class LossFunction:
         named = {f"model.{name}": value for name, value in parameters.items()}
         # The fused attention kernels have no second derivative; the plain one has. A loss may take derivatives itself
         # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active(), self._within():
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from trajrec.records import FloatArray, IntArray, Json
-from trajrec.replay.derivatives.choice import FORMS, Chosen, Plan, Problem
-from trajrec.replay.derivatives.pieces import Cutting, Form
+from trajrec.replay.derivatives.choice import DIFFERENCE, FIRST_ORDER, FORMS, Chosen, Plan, Problem
+from trajrec.replay.derivatives.difference import difference
+from trajrec.replay.derivatives.pieces import Form
 from trajrec.replay.losses.targets import Targets
 from trajrec.replay.machine.memory import budget
 from trajrec.replay.methods.adjoint import Adjoint
@@ -32,6 +33,7 @@ from trajrec.replay.methods.growth import Norms
 from trajrec.replay.methods.resume import Arrays, ResumeFile
 from trajrec.replay.methods.tangent import Tangent
 from trajrec.replay.progress import Progress, Silent
+from trajrec.replay.proof.derivative import Derivation
 from trajrec.replay.question import Curvature, Scope
 from trajrec.replay.session import Session
 from trajrec.replay.step import Step
@@ -227,9 +229,13 @@ def begin(progress: Progress, what: str, steps: int, blocks: int, block: int, do
 def problem_of(session: Session, curvature: Curvature, execution: Execution) -> Problem:
     """The session as the mathematics sees it."""
     whole = budget(session.memory, session.device)
-    cutting = Cutting(whole if session.memory is None else whole // 4, session.memory)
-    plan = Plan(curvature, execution.form, whole // 4, cutting, execution.forms)
-    return Problem(session.trajectory, session.function, session.train, session.rule, plan)
+    forms = dict(execution.forms)
+    if session.derivative is not None and session.derivative.verdict is Derivation.DIFFERENCES:
+        forms |= {f"{DIFFERENCE}{name}": difference(session.differences, forms[name]) for name in FIRST_ORDER}
+    session.function.smoothing = curvature == "kinks"
+    plan = Plan(curvature, execution.form, whole // 4, session.cutting, forms)
+    chosen = Chosen(pieces=dict(session.pieces))
+    return Problem(session.trajectory, session.function, session.train, session.rule, plan, chosen)
 
 
 def resumed(file: ResumeFile | None, chosen: Chosen) -> tuple[Json, Arrays]:

@@ -160,6 +160,8 @@ def solve(session: Session, question: Question, execution: Execution | None = No
 def answer(session: Session, scope: Scope, execution: Execution) -> Contributions:
     """The contributions of a scope, by going through the run."""
     session.checks.stride = scope.stride
+    if scope.curvature == "hessian":
+        session.prove_derivative(forwards=scope.mode == "tangent")
     with kept():
         return (_by_adjoint if scope.mode == "adjoint" else _by_tangent)(session, scope, execution)
 

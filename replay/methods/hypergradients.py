@@ -155,6 +155,8 @@ def hypergradients(
 
 
 def _fill(session: Session, scope: Scope, result: Hypergradients, progress: Progress) -> None:
+    if scope.curvature == "hessian":
+        session.prove_derivative(forwards=True)
     with kept():
         TangentPasses(session, scope, Execution(progress)).run(result.write, np.zeros(0))
     result.certificate = session.certificate()

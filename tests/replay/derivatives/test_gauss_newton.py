@@ -131,5 +131,5 @@ def test_contradictory_questions_are_refused():
     made = loops.train(Loop())
     with pytest.raises(ReplayError, match="exact stands for curvature"):
         contributions(made.run, made.task, exact=True, curvature="ggn")
-    with pytest.raises(ReplayError, match="curvature must be one of hessian, ggn, none"):
+    with pytest.raises(ReplayError, match="curvature must be one of hessian, ggn, kinks, none"):
         contributions(made.run, made.task, curvature="fisher")
