@@ -225,9 +225,11 @@ class Session:
         """Does the work; what it fails at for a reason that is known becomes an explained refusal."""
         return guarded(self, work)
 
-    def target_gradients(self, targets: Targets) -> Tensor:
-        """Grad l_j(w_T) of every target, [M, P']."""
+    def target_gradients(self, targets: Targets) -> tuple[Tensor, Tensor | None]:
+        """Grad l_j(w_T) of every target, [M, P'], and that by the running statistics [M, Q] where these move."""
         weights = self.trajectory.weights(self.run.steps)
         watch_targets(targets, self.function, self.test, weights)
         with hidden_parts(self.function), differentiating(self.function.seen.hides):
-            return target_gradients(targets, self.function, self.test, weights)
+            found = target_gradients(targets, self.function, self.test, weights)
+        size = self.layout.size
+        return found[:, :size], found[:, size:] if self.function.statistics is not None else None

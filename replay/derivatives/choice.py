@@ -21,22 +21,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from trajrec.replay.derivatives.derivatives import Derivatives, ForcedPoint, Point
+from trajrec.replay.derivatives.derivatives import CarryingPoint, Derivatives, ForcedPoint, Point
 from trajrec.replay.derivatives.forward import ForwardPoint
 from trajrec.replay.derivatives.gauss_newton import GaussNewtonPoint
 from trajrec.replay.derivatives.operators import operator_without
 from trajrec.replay.derivatives.per_sample import LayersPoint, PushedPoint, SamplesPoint, SinglesPoint, SlicesPoint
 from trajrec.replay.derivatives.pieces import CutPoint, Cutting, Form, cut
 from trajrec.replay.derivatives.reverse import ReversePoint, saved_bytes
+from trajrec.replay.derivatives.statistics import StatisticsPoint
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
-from trajrec.replay.step import Step, Trajectory
+from trajrec.replay.losses.statistics import Carried, RunningStatistics
+from trajrec.replay.step import Step, Trajectory, make_step
 from trajrec.rules import Rule
 
 REFERENCE = "reverse"
@@ -44,6 +46,7 @@ SINGLES = "singles"
 FIRST_ORDER = ("pushed", "layers", "samples", "slices", SINGLES)
 GAUSS_NEWTON = "gauss-newton"
 DIFFERENCE = "difference/"
+CARRYING = ("forward", REFERENCE)
 FORMS: Mapping[str, Form] = {
     "forward": ForwardPoint,
     "reverse": ReversePoint,
@@ -248,6 +251,40 @@ class Problem:
         return form(*given) if size == len(step.ids) else CutPoint(form, *given, size)
 
 
+def carried_of(problem: Problem, values: Tensor | None) -> Carried | None:
+    """Cotangents [K, Q] of the running statistics at the end; None without them, or without a curvature."""
+    statistics = problem.function.statistics
+    if statistics is None or values is None or not problem.plan.exact:
+        return None
+    return Carried(statistics, values, problem.function.counts())
+
+
+def carried_from_start(problem: Problem, tangents: int) -> Carried | None:
+    """The tangents [K, Q] of the running statistics at the beginning, zero; None as above.
+
+    A recording may begin after the first forward pass: how many there were before follows from those at the end.
+    """
+    statistics, trajectory = problem.function.statistics, problem.trajectory
+    if statistics is None or not problem.plan.exact:
+        return None
+    values = torch.zeros(tangents, statistics.size, dtype=trajectory.dtype, device=trajectory.device)
+    counts = problem.function.counts()
+    if None in statistics.momenta:
+        steps = [make_step(trajectory.run, t, values, values) for t in range(1, trajectory.run.steps + 1)]
+        first = next(step for step in steps if statistics.moved_in(step.conditions.eval_modules))
+        weights = trajectory.weights(first.t - 1)
+        seen = StatisticsPoint(problem.function, problem.samples, replace(first, before=weights)).passes
+        moving = [steps_of_norm(statistics, place, steps) for place in range(len(counts))]
+        counts = tuple(n - seen[k] * moving[k] // len(first.parts) for k, n in enumerate(counts))
+    return Carried(statistics, values, counts)
+
+
+def steps_of_norm(statistics: RunningStatistics, place: int, steps: Sequence[Step]) -> int:
+    """Through how many micro-batches of these steps a normalisation went in training mode."""
+    name = statistics.names[place]
+    return sum(len(s.parts) for s in steps if not {"", name} & set(s.conditions.eval_modules))
+
+
 @dataclass(frozen=True, slots=True)
 class _Need:
     """What a form is tried for: directions, whether g_t is needed before them, and whether beside them."""
@@ -280,10 +317,27 @@ class At:
         """g_t [P']."""
         return self._computed(lambda point: point.gradient())
 
-    def along(self, directions: Tensor) -> Derivatives:
-        """Derivatives along directions [K, P']."""
+    def along(self, directions: Tensor, carried: Carried | None = None) -> Derivatives:
+        """Derivatives along directions [K, P'], with what is carried of the running statistics."""
         exact, gradient = self._problem.plan.exact, self._gradient
-        return self._computed(lambda point: point.along(directions, hessian=exact, gradient=gradient))
+
+        def found(point: Point) -> Derivatives:
+            if carried is not None and self._form() in CARRYING and not isinstance(point, CutPoint):
+                return cast(CarryingPoint, point).carrying(directions, carried, gradient=gradient)
+            return point.along(directions, hessian=exact, gradient=gradient)
+
+        made = self._computed(found)
+        if carried is None or made.carried is not None:
+            return made
+        lam, before = self._statistics().pull(directions, carried)
+        return replace(made, hvp=None if made.hvp is None else made.hvp + lam, carried=before)
+
+    def push_statistics(self, directions: Tensor, carried: Carried) -> tuple[Tensor | None, Carried]:
+        """What the running statistics change the gradient by, [K, P'] or None, and what is carried on."""
+        return self._statistics().push(directions, carried)
+
+    def _statistics(self) -> StatisticsPoint:
+        return StatisticsPoint(self._problem.function, self._problem.samples, self._step)
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""

@@ -14,6 +14,7 @@ from trajrec.replay.derivatives.through import differentiating, hidden_parts
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.objective import Objective
+from trajrec.replay.losses.statistics import Carried
 from trajrec.replay.step import Step
 from trajrec.rules.step import pull_batched
 
@@ -24,7 +25,7 @@ class ReversePoint:
     def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
         self._hides = function.seen.hides
         self._weights = step.before.detach().requires_grad_()
-        with torch.enable_grad(), hidden_parts(function):
+        with torch.enable_grad(), hidden_parts(function), function.noting() as self._noted:
             objective = function.objective(self._weights, samples, step)
             self._losses = objective.losses
             # A tensor of its own: shares may be kept from one step to the next.
@@ -48,6 +49,17 @@ class ReversePoint:
         with differentiating(self._hides):
             found = self._pull([self._gradient], inputs, [directions])
         return Derivatives(found[0], self.shares, found[1] if hessian else None, self.gradient())
+
+    def carrying(self, directions: Tensor, carried: Carried, *, gradient: bool) -> Derivatives:
+        """Derivatives along directions [K, P'], with the Hessian and the running statistics, in one pass."""
+        assert self._noted is not None
+        bars, before = carried.pulled(self._noted.updates)
+        inputs = [self._shares, self._weights, *([] if self._noted.b is None else [self._noted.b])]
+        outputs = [self._gradient, *(stat for _, stat in self._noted.updates)]
+        with differentiating(self._hides):
+            found = self._pull(outputs, inputs, [directions, *bars])
+        before = before.plus(found[2]) if len(found) > 2 else before
+        return Derivatives(found[0], self.shares, found[1], self.gradient(), before)
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""

@@ -27,6 +27,7 @@ from trajrec.replay.losses.batches import OtherInputs, Samples
 from trajrec.replay.losses.lazy import initialise
 from trajrec.replay.losses.objective import Objective, reduced
 from trajrec.replay.losses.seen import Seen
+from trajrec.replay.losses.statistics import Noted, RunningStatistics
 from trajrec.replay.machine.torch_switches import PlainCheckpoints
 from trajrec.replay.step import RecordedRun, Step
 from trajrec.rules import FlatLayout
@@ -49,6 +50,7 @@ class LossFunction:
 
     Attributes:
         seen: what the Task's loss was seen to do (`replay.losses.watching`).
+        statistics: the running statistics of its normalisations, or None if none moves in the training.
         smoothing: whether kinks are given a second derivative (`replay.derivatives.kinks`).
 
     Args:
@@ -90,6 +92,9 @@ class LossFunction:
         self._run = run
         self._modes_change = any(c.eval_modules != self.spec.eval_modules for c in run.changes.values())
         self._buffers_of: int | None = None
+        statistics = RunningStatistics(self.model)
+        modes = (self.spec.eval_modules, *(c.eval_modules for c in run.changes.values()))
+        self.statistics = statistics if any(map(statistics.moved_in, modes)) else None
         self.train_mode()
 
     def _load(self, model: nn.Module, run: RecordedRun) -> None:
@@ -151,11 +156,42 @@ class LossFunction:
     @contextmanager
     def evaluated(self, within: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
         """Inside, the user's code runs within what is given."""
-        before, self._within = self._within, within
+        before = self._within
+
+        @contextmanager
+        def both() -> Iterator[None]:
+            with before(), within():
+                yield
+
+        self._within = both
         try:
             yield
         finally:
             self._within = before
+
+    @contextmanager
+    def noting(self, b: Tensor | None = None) -> Iterator[Noted | None]:
+        """Inside, what running statistics do is noted, with b [Q] in their places in eval mode; None if none moves."""
+        if self.statistics is None:
+            yield None
+            return
+        noted = self.statistics.noted(self.model, b)
+        with self.evaluated(lambda: noted):
+            yield noted
+
+    def counts(self) -> tuple[int, ...]:
+        """How many forward passes each normalisation has seen at the end of the run."""
+        assert self.statistics is not None
+        return self.statistics.counts(self._final_buffers)
+
+    def final_statistics(self) -> Tensor:
+        """The running statistics b [Q] at the end of the run; Q is 0 where none moves."""
+        if self.statistics is None:
+            return torch.zeros(0)
+        self.eval_mode()
+        found = self.statistics.vector(self.model).detach().clone()
+        self.train_mode()
+        return found
 
     def _use_buffers_before(self, t: int) -> None:
         """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""
@@ -258,8 +294,14 @@ class LossFunction:
         return self._evaluate(lambda model, _: penalty(model), named, None) / divisor
 
     def measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
-        """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""
-        return self._call(self.task.measure, "measure", self.layout.split(weights), batch, count)
+        """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before.
+
+        Weights may be followed by running statistics [P' + Q].
+        """
+        b = weights[self.layout.size :] if len(weights) > self.layout.size else None
+        named = self.layout.split(weights[: self.layout.size])
+        with nullcontext() if b is None else self.noting(b):
+            return self._call(self.task.measure, "measure", named, batch, count)
 
     def scores(self, weights: Tensor, batch: Batch) -> Tensor:
         """What `Task.predict` gives for a batch at weights [P']. Call `eval_mode` before.

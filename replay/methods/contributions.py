@@ -176,11 +176,14 @@ def _by_adjoint(session: Session, scope: Scope, execution: Execution) -> Contrib
 
 
 def _by_tangent(session: Session, scope: Scope, execution: Execution) -> Contributions:
-    gradients = session.target_gradients(scope.targets).double()
+    gradients, statistics = session.target_gradients(scope.targets)
     values = np.zeros((len(scope.samples), len(scope.targets.names)))
 
-    def take(piece: slice, d: Tensor) -> None:
-        values[piece] = -(d.double() @ gradients.T).cpu().numpy() / session.samples
+    def take(piece: slice, d: Tensor, moved: Tensor | None) -> None:
+        changes = d.double() @ gradients.double().T
+        if moved is not None and statistics is not None:
+            changes += moved.double() @ statistics.double().T
+        values[piece] = -changes.cpu().numpy() / session.samples
 
     TangentPasses(session, scope, execution).run(take, values)
     return _contributions(session, scope, values)

@@ -71,8 +71,8 @@ class Hypergradients:
             raise KeyError(f"sample {sample} is not among the {len(self)} tracked ones")
         return self._layout.split(torch.from_numpy(self._vectors.read(self._places[int(sample)])))
 
-    def write(self, piece: slice, vectors: Tensor) -> None:
-        """Stores the hypergradients [K, P'] of a piece of the samples."""
+    def write(self, piece: slice, vectors: Tensor, _: Tensor | None = None) -> None:
+        """Stores the hypergradients [K, P'] of a piece of the samples; not those of running statistics."""
         self._vectors.write(piece, vectors.cpu().numpy())
 
     def close(self) -> None:
