@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from trajrec.replay.derivatives.derivatives import Derivatives
@@ -51,7 +52,7 @@ class Differences:
 
     def gradient(self, step: Step) -> Tensor:
         """G [P'] at a step's weights, in float64."""
-        with default_dtype(torch.float64):
+        with precisely(self.function):
             return gradient_of(self.function, self.samples, step)
 
     def along(self, step: Step, direction: Tensor) -> Tensor:
@@ -80,13 +81,33 @@ def _precise(part: Part) -> Part:
     return replace(part, batch=tree_map(cast, part.batch))
 
 
+_LOWER = (torch.float32, torch.bfloat16, torch.float16)
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+
+class _Precise(TorchFunctionMode):
+    """Inside, the user's code computes in float64 where it asks for less."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls the function."""
+        if func in _CASTS:
+            return args[0].double()
+        args, kwargs = tree_map(_raised, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _raised(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _LOWER else value
+
+
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, tensors that the user's code makes are of this type where it names none."""
+def precisely(function: LossFunction) -> Iterator[None]:
+    """Inside, the losses of a function in float64 are in float64 throughout."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.float64)
     try:
-        yield
+        with function.evaluated(_Precise):
+            yield
     finally:
         torch.set_default_dtype(before)
 

@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map
 
 from trajrec.replay.derivatives.composed import composed
 from trajrec.replay.losses.function import LossFunction
-from trajrec.replay.losses.watching import CUTS, is_of_the_user, writes_to
+from trajrec.replay.losses.watching import CUTS, LEAVING, Apply, functions_applied, writes_to
 
 Stop = Callable[[Tensor], Tensor]
 
@@ -69,12 +69,12 @@ def hidden_parts(function: LossFunction, *, forward: bool = False) -> Iterator[N
         with ExitStack() as stack:
             stack.enter_context(composed(seen, function.smoothing))
             if seen.hides:
-                stack.enter_context(_Seeing(_value_of if forward else _stopped, function.model))
                 stack.callback(_forget_graphs, function.model)
+                stack.enter_context(_Seeing(_value_of if forward else _stopped, function.model))
             if seen.hooks and not forward:
                 stack.enter_context(_silent_hooks(function.model))
             if seen.functions and not forward:
-                stack.enter_context(_forked_functions())
+                stack.enter_context(functions_applied(_with_two_backward_passes))
             yield
 
     with function.evaluated(within):
@@ -136,6 +136,8 @@ class _Seeing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CUTS:
             return self._stop(args[0])
+        if func in LEAVING:
+            return func(args[0].detach(), *args[1:], **kwargs)
         if func is Tensor.register_hook:
             return func(args[0], _silenced(args[1]))  # type: ignore[no-untyped-call]
         if func is functional.gumbel_softmax:
@@ -207,17 +209,13 @@ def _silent_hooks(model: nn.Module) -> Iterator[None]:
             table.update(hooks)
 
 
-@contextmanager
-def _forked_functions() -> Iterator[None]:
-    """Inside, the user's own autograd functions have two backward passes."""
-    original = Function.__dict__["apply"]
+def _with_two_backward_passes(cls: type[Function], own_way: Apply) -> Apply:
+    """How a function of the user's is applied: with its own backward pass, and that of what its forward computes."""
 
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if not is_of_the_user(cls):
-            return original.__func__(cls, *args, **kwargs)
+    def apply(*args: Any, **kwargs: Any) -> Any:
         before = torch.get_rng_state()
         with torch._C.DisableTorchFunction():
-            own = original.__func__(cls, *args, **kwargs)
+            own = own_way(*args, **kwargs)
         after = torch.get_rng_state()
         torch.set_rng_state(before)
         plain = _forward_of(cls, args, kwargs)
@@ -226,11 +224,7 @@ def _forked_functions() -> Iterator[None]:
             return _forked(own, plain)
         return type(own)(map(_forked, own, plain)) if isinstance(own, tuple | list) else own
 
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        Function.apply = original  # type: ignore[method-assign]
+    return apply
 
 
 def _forked(own: Any, plain: Any) -> Any:

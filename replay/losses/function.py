@@ -328,7 +328,8 @@ class LossFunction:
                 f"Task.{what} must return one value for each of the {count} samples of a batch, shape ({count},), but "
                 f"returned {found}. Use reduction='none' in the criterion."
             )
-        return values
+        # Of mixed precision: what it gives in half of the bits is summed up in the weights' own type.
+        return values.to(next(iter(parameters.values())).dtype)
 
     @contextmanager
     def _random_state(self, rng: bytes) -> Iterator[None]:

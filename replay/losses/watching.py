@@ -15,15 +15,17 @@ It may hide a part of itself from its own gradient (`replay.derivatives.through`
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import _SingleLevelFunction
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,6 +41,8 @@ from trajrec.replay.step import Step
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 # What cuts a value off from its graph.
 CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+# What makes a value a number, or an array, that is in no graph.
+LEAVING = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__float__)
 _EXITS = {
     Tensor.item: ".item()",
     Tensor.tolist: ".tolist()",
@@ -78,6 +82,29 @@ def _place(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
 
 
+Apply: TypeAlias = Callable[..., Any]
+
+
+@contextmanager
+def functions_applied(by: Callable[[type[Function], Apply], Apply]) -> Iterator[None]:
+    """Inside, the user's own autograd functions are applied as `by` says, of a function and its own way.
+
+    Also those whose bound `apply` somebody kept: what is replaced is what it calls.
+    """
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        own = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
+        # Neither torch's nor ours.
+        theirs = not cls.__module__.startswith(("torch.", "trajrec."))
+        return (by(cls, own) if theirs else own)(*args, **kwargs)
+
+    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+
+
 class _Calls(TorchFunctionMode):
     """Notes what the user's code calls inside: assignments to `.data` of tensors, derivatives, stops, ways out."""
 
@@ -98,6 +125,8 @@ class _Calls(TorchFunctionMode):
             self.names.add(self._names[id(args[0])])
         if func in CUTS:
             self.stops |= args[0].requires_grad
+        elif func is functional.gumbel_softmax:
+            self.stops = True
         elif func in _EXITS:
             self._exit(func, args)
         elif not torch.is_grad_enabled():
@@ -110,11 +139,15 @@ class _Calls(TorchFunctionMode):
 
         @contextmanager
         def within() -> Iterator[None]:
-            with self, _functions_told(self.functions):
+            with self, functions_applied(self._function):
                 yield
 
         with function.evaluated(within):
             yield
+
+    def _function(self, cls: type[Function], own: Apply) -> Apply:
+        self.functions.append(cls.__name__)
+        return own
 
     def tell(self, function: LossFunction) -> None:
         """Adds what was noted to what is known of a function."""
@@ -148,28 +181,6 @@ def writes_to(func: Any, args: Any, kwargs: Json) -> Tensor | None:
     changes = name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in ("__int__", "__index__"))
     changes |= name.endswith("_") and not name.endswith("__")
     return args[0] if changes and args and isinstance(args[0], Tensor) else None
-
-
-def is_of_the_user(cls: type[Function]) -> bool:
-    """Whether an autograd.Function is neither torch's nor ours."""
-    return not cls.__module__.startswith(("torch.", "trajrec."))
-
-
-@contextmanager
-def _functions_told(names: list[str]) -> Iterator[None]:
-    """Inside, the names of the user's own autograd functions that are applied are noted."""
-    original = Function.__dict__["apply"]
-
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if is_of_the_user(cls):
-            names.append(cls.__name__)
-        return original.__func__(cls, *args, **kwargs)
-
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        Function.apply = original  # type: ignore[method-assign]
 
 
 def watch(function: LossFunction, samples: Samples, step: Step) -> None:
