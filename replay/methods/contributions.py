@@ -102,7 +102,7 @@ def contributions(
     *,
     targets: TargetChoice = "mean",
     samples: IntArray | None = None,
-    exact: bool = False,
+    exact: bool = True,
     curvature: Curvature | None = None,
     mode: Mode = "auto",
     by_epoch: bool = False,

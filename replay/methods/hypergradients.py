@@ -98,7 +98,7 @@ def hypergradients(
     task: Task,
     *,
     samples: IntArray | Sequence[int] | None = None,
-    exact: bool = False,
+    exact: bool = True,
     curvature: Curvature | None = None,
     steps: tuple[int, int] | None = None,
     dtype: FloatName | torch.dtype | None = None,
