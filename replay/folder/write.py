@@ -23,6 +23,7 @@ from trajrec.records import IntArray, Json
 from trajrec.replay.folder.format import (
     CONTRIBUTIONS,
     EXTRAS,
+    HEADER,
     REPLAY,
     SAMPLES,
     TARGETS,
@@ -53,7 +54,7 @@ OUTPUT = Kind(
     facts=REPLAY,
     keys=frozenset({"run_id", "method", "sign", "certificate"}),
     whole=frozenset({CONTRIBUTIONS}),
-    others=frozenset({*EXTRAS, TOP}),
+    others=frozenset({*EXTRAS, TOP, TOP + HEADER}),
     has_progress=True,
 )
 
@@ -90,10 +91,12 @@ def _write_extras(folder: Path, result: Contributions, session: Session) -> Iter
 
 def _describe(result: Contributions, session: Session) -> Settings:
     spec, steps, window = session.run.spec, session.run.steps, result.window
+    growth = result.growth if result.exact else None  # an approximation's says nothing about the training
     return Settings(
         method=METHODS[result.curvature],
         exact=result.exact,
         curvature=result.curvature,
+        label=result.label,
         mode=result.mode,
         unit=UNIT,
         run_id=spec.run_id,
@@ -104,7 +107,7 @@ def _describe(result: Contributions, session: Session) -> Settings:
         samples_total=session.samples,
         steps=steps,
         window=None if window in (None, (1, steps)) else window,
-        growth=None if result.growth is None or not len(result.growth) else float(result.growth.max()),
+        growth=None if growth is None or not len(growth) else float(growth.max()),
         epochs=len(np.unique(session.run.epochs)),
         by_epoch=result.by_epoch is not None,
         reduction=session.reduction,

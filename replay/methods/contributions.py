@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trajrec.records import FloatArray, IntArray
+from trajrec.replay.label import APPROXIMATION, EXACT
 from trajrec.replay.machine.memory import kept
 from trajrec.replay.methods.blocks import AdjointPasses, Execution, TangentPasses
 from trajrec.replay.positional import by_position
@@ -51,13 +52,13 @@ class Contributions:
         samples: [S] training sample ids.
         targets: [M] target names: -1 for the mean, class numbers, or test ids.
         certificate: what the replay has proved.
-        exact: with the Hessian.
+        exact: with the whole Hessian; everything else is an approximation, and `label` says so.
         mode: "adjoint" or "tangent".
         target_kind: "mean", "class", "each" or "chosen".
         epochs: [E] epochs, and by_epoch: [E, S, M] the part of each; both None unless asked for.
         growth: [n], adjoint only: the norm of the adjoint |lam_t| over that at the end of the run, at n <= 100 evenly
             spaced points from the last step back to the first, the largest over the first block of targets. What it
-            grows by, so do rounding errors of the late steps.
+            grows by, so do rounding errors of the late steps. Without the Hessian it says nothing about the training.
         window: first and last step whose contributions were summed.
         curvature: "hessian", "ggn" or "none".
     """
@@ -73,7 +74,12 @@ class Contributions:
     by_epoch: FloatArray | None = field(default=None, repr=False)
     growth: FloatArray | None = field(default=None, repr=False)
     window: tuple[int, int] | None = None
-    curvature: str = "none"
+    curvature: str = "hessian"
+
+    @property
+    def label(self) -> str:
+        """What the numbers are: "exact", or "approximation, not checked against exact"."""
+        return EXACT if self.exact else APPROXIMATION
 
     def frame(self) -> polars.LazyFrame:
         """Columns sample, target, contribution, and epoch if asked for: one row for each."""
@@ -96,7 +102,7 @@ def contributions(
     *,
     targets: TargetChoice = "mean",
     samples: IntArray | None = None,
-    exact: bool = False,
+    exact: bool = True,
     curvature: Curvature | None = None,
     mode: Mode = "auto",
     by_epoch: bool = False,
@@ -115,9 +121,9 @@ def contributions(
         task: describes the training.
         targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), or [M] test ids.
         samples: [S] training sample ids; default all N.
-        exact: with Hessian-vector products; otherwise the paper's Hessian-free approximation.
-        curvature: "hessian" is what `exact` stands for, "none" the approximation; "ggn" is the Gauss-Newton form
-            between them (`trajrec.replay.derivatives.gauss_newton`), tamer than the Hessian on ReLU networks.
+        exact: with Hessian-vector products; exact=False is the paper's Hessian-free approximation.
+        curvature: by name: "hessian" is exact, "none" Hessian-free; "ggn" is the Gauss-Newton form between them
+            (`trajrec.replay.derivatives.gauss_newton`), tamer than the Hessian on ReLU networks, and an approximation.
         mode: "adjoint" (all samples at once, cost by targets), "tangent" (cost by samples), or "auto".
         by_epoch: also give the part of each epoch (adjoint only).
         steps: (a, b): only what steps a to b contribute; default all.

@@ -129,7 +129,7 @@ def test_both_directions_give_the_recurrence_with_dense_matrices(name):
 
 def test_contradictory_questions_are_refused():
     made = loops.train(Loop())
-    with pytest.raises(ReplayError, match="exact stands for curvature"):
-        contributions(made.run, made.task, exact=True, curvature="ggn")
+    with pytest.raises(ReplayError, match='curvature "hessian" is the exact form'):
+        contributions(made.run, made.task, exact=False, curvature="hessian")
     with pytest.raises(ReplayError, match="curvature must be one of hessian, ggn, kinks, none"):
         contributions(made.run, made.task, curvature="fisher")
