@@ -8,7 +8,7 @@ from __future__ import annotations
 
 EXACT = "exact"
 APPROXIMATION = "approximation, not checked against exact"
-_NAMES = {"hessian": EXACT, "ggn": "Gauss-Newton", "none": "Hessian-free"}
+_NAMES = {"hessian": EXACT, "ggn": "Gauss-Newton", "kinks": "with smoothed kinks", "none": "Hessian-free"}
 
 
 def label_of(curvature: str) -> str:

@@ -34,6 +34,7 @@ from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.step import Part, Step
 
 STEP = 1e-6
+_SHARES = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,16 @@ class Differences:
             return torch.zeros_like(d)
         h = self.step * max(float(precise.before.norm()), 1.0) / norm
         ahead, behind = (self.gradient(replace(precise, before=precise.before + s * h * d)) for s in (1, -1))
+        return (ahead - behind) / (2 * h)
+
+    def by_shares(self, step: Step, multipliers: Tensor) -> Tensor:
+        """(dg/dc) multipliers [P'] for multipliers [B] of the c[t,i]: where g is not linear in them."""
+        precise = in_float64(step)
+        shares, m = self.function.shares(self.samples, precise), multipliers.double()
+        if not m.any():
+            return torch.zeros_like(precise.before)
+        h = _SHARES * float(shares.abs().max()) / float(m.abs().max())
+        ahead, behind = (self.gradient(replace(precise, shares=shares + s * h * m)) for s in (1, -1))
         return (ahead - behind) / (2 * h)
 
 
@@ -144,8 +155,14 @@ class DifferencePoint:
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """J directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the first."""
-        force = self._singles.forced(None, multipliers)
+        force = self._by_shares(multipliers)
         return force if directions is None else force + self._products(directions)
+
+    def _by_shares(self, multipliers: Tensor) -> Tensor:
+        if not self._differences.function.seen.hides:
+            return self._singles.forced(None, multipliers)
+        found = [self._differences.by_shares(self._step, row) for row in multipliers]
+        return torch.stack(found).to(multipliers.dtype)
 
     def _products(self, directions: Tensor) -> Tensor:
         return torch.stack([self._differences.along(self._step, d) for d in directions]).to(directions.dtype)

@@ -63,33 +63,30 @@ class ReversePoint:
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
-        if directions is None:
-            return self._pull([self._losses], [self._weights], [multipliers])[0]
         if self._hides:
             return self._pushed(directions, multipliers)
+        if directions is None:
+            return self._pull([self._losses], [self._weights], [multipliers])[0]
         if not multipliers.any():
             return self._pull([self._gradient], [self._weights], [directions])[0]
         return self._pull([self._losses, self._gradient], [self._weights], [multipliers, directions])[0]
 
-    def _pushed(self, directions: Tensor, multipliers: Tensor) -> Tensor:
-        """J directions + sum_i multipliers[k, i] grad l_i, where J = dg/dw is not symmetric.
+    def _pushed(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
+        """The same where J = dg/dw is not symmetric, and g not linear in the shares c[t,i]: (dg/dw, dg/dc) along both.
 
-        J' v is linear in v, so its derivative by v along a direction is J direction, whatever v is.
+        A vjp of g is linear in its cotangent v, so its derivative by v along a direction is g's own along it.
         """
         v = torch.zeros_like(self._gradient, requires_grad=True)
+        inputs = [self._shares] if directions is None else [self._shares, self._weights]
+        along = [multipliers] if directions is None else [multipliers, directions]
         with differentiating():
-            (pulled,) = torch.autograd.grad(self._gradient, self._weights, v, create_graph=True, materialize_grads=True)
-            pushed = self._pull([pulled], [v], [directions], retain=True)[0]
-        if not multipliers.any():
-            return pushed
-        return pushed + self._pull([self._losses], [self._weights], [multipliers])[0]
+            pulled = torch.autograd.grad(self._gradient, inputs, v, create_graph=True, materialize_grads=True)
+            return self._pull(list(pulled), [v], along)[0]
 
-    def _pull(
-        self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], retain: bool = False
-    ) -> list[Tensor]:
+    def _pull(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
         count = len(cotangents[0])
         rows = [  # the last pass frees what was recorded
-            pull_batched(outputs, inputs, [c[k : k + 1] for c in cotangents], retain=retain or k + 1 < count)
+            pull_batched(outputs, inputs, [c[k : k + 1] for c in cotangents], retain=k + 1 < count)
             for k in range(count)
         ]
         return rows[0] if len(rows) == 1 else [torch.cat(column) for column in zip(*rows, strict=True)]

@@ -46,6 +46,7 @@ UNIT = "unit of the target loss"
 METHODS = {
     "hessian": "exact (Hessian-vector products)",
     "ggn": "Gauss-Newton (curvature of the loss in the model's outputs)",
+    "kinks": "Hessian with kinks spread out (curvature kinks)",
     "none": "Hessian-free (HYDRA)",
 }
 
