@@ -7,7 +7,9 @@ own code. `train` is also the function that finite differences are taken of.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.func import functional_call
@@ -36,13 +38,60 @@ class Plan:
 
 
 def copies(model):
-    """Clones of the buffers: training must not change the running statistics that the targets use."""
+    """Clones of the buffers: training must not change those of the model."""
     return {name: value.clone() for name, value in model.named_buffers()}
 
 
+class Statistics:
+    """The running statistics of a model's BatchNorms as functions of the weights, by the name of their buffers."""
+
+    def __init__(self, model):
+        self.norms = {n: m for n, m in model.named_modules() if getattr(m, "running_mean", None) is not None}
+        self.values = {}
+        for name, module in self.norms.items():
+            self.values[f"{name}.running_mean"] = torch.zeros_like(module.running_mean)
+            self.values[f"{name}.running_var"] = torch.ones_like(module.running_var)
+
+    @contextmanager
+    def moving(self):
+        """Inside, batches in training mode move them."""
+        hooks = [m.register_forward_pre_hook(partial(self._move, n)) for n, m in self.norms.items()]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def _move(self, name, module, args):
+        (x,) = args
+        dims = [d for d in range(x.dim()) if d != 1]
+        for kind, stat in (("running_mean", x.mean(dims)), ("running_var", x.var(dims))):
+            key = f"{name}.{kind}"
+            self.values[key] = (1 - module.momentum) * self.values[key] + module.momentum * stat
+
+    @contextmanager
+    def in_place(self):
+        """Inside, normalisations in eval mode can be differentiated by them: torch's cannot."""
+        hooks = [module.register_forward_hook(self._normalise) for module in self.norms.values()]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    @staticmethod
+    def _normalise(module, args, _):
+        shape = [-1] + [1] * (args[0].dim() - 2)
+        mean, var, weight, bias = (
+            v if v is None else v.view(shape)
+            for v in (module.running_mean, module.running_var, module.weight, module.bias)
+        )
+        found = (args[0] - mean) / (var + module.eps).sqrt()
+        return found if weight is None else found * weight + bias
+
+
 def train(model, params, data, losses, plan, eps, hessian=True):
-    """w_T by name, as a function of eps [N]. Without `hessian`, gradients do not depend on the weights."""
-    n = len(eps)
+    """w_T by name, as a function of eps [N], and the running statistics by the names of their buffers.
+
+    Without `hessian`, neither gradients nor statistics depend on the weights.
+    """
+    n, statistics = len(eps), Statistics(model)
     state = dict.fromkeys(params)
     for t, ids in enumerate(plan.batches):
         batch = [x[ids] for x in data]
@@ -50,7 +99,8 @@ def train(model, params, data, losses, plan, eps, hessian=True):
         at = params if hessian else {k: v.detach().requires_grad_() for k, v in params.items()}
         if plan.dropout_states:
             torch.set_rng_state(plan.dropout_states[t])
-        per_sample = losses(lambda *a, at=at: functional_call(model, at | copies(model), a), batch)
+        with statistics.moving():
+            per_sample = losses(lambda *a, at=at: functional_call(model, at | copies(model), a), batch)
         total = (share * (1 + n * eps[ids]) * per_sample).sum()
         grads = torch.autograd.grad(total, list(at.values()), create_graph=eps.requires_grad)
         grads = dict(zip(at, grads, strict=True))
@@ -58,7 +108,7 @@ def train(model, params, data, losses, plan, eps, hessian=True):
         for names, options in zip(plan.groups, plan.options[t], strict=True):
             for name in names:
                 params[name], state[name] = plan.step(params[name], state[name], grads[name], options)
-    return params
+    return params | statistics.values
 
 
 def contributions(model, params, data, losses, plan, n, target, hessian=True):

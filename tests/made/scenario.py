@@ -36,10 +36,11 @@ class Scenario:
         return nn.functional.cross_entropy(f(batch[0]), batch[1], reduction="none")
 
     def target(self, params):
-        """The test losses [M] of weights, in eval mode with the buffers as training left them."""
+        """The test losses [M] of weights and running statistics, in eval mode."""
         self.model.eval()
         try:
-            return self.losses(lambda x: functional_call(self.model, params, (x,)), self.test)
+            with reference.Statistics(self.model).in_place():
+                return self.losses(lambda x: functional_call(self.model, params, (x,)), self.test)
         finally:
             self.model.train()
 
