@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trajrec.replay.losses.batches import Samples
+from trajrec.replay.losses.buffers import Moved, check_targets, check_training, find_moved, losses_of
 from trajrec.replay.losses.function import LossFunction, users_code
 from trajrec.replay.losses.gradient import gradient_of
+from trajrec.replay.losses.noise import NOTE, Noise
 from trajrec.replay.losses.reduction import found_reduction
 from trajrec.replay.losses.targets import Targets, target_gradients
 from trajrec.replay.losses.watching import watch
@@ -35,6 +38,7 @@ from trajrec.rules.selftest import self_test
 from trajrec.task.task import Task
 
 T = TypeVar("T")
+_BLOCK = 64  # test samples whose losses tell what they depend on
 
 
 class Session:
@@ -77,6 +81,8 @@ class Session:
         fit.check_trainable(run, self.layout, allow_drift)
         self.train.check_ids(fit.largest_id(run), "training")
         watch(self.function, self.train, self.step_at_start())
+        self._targets_are_checked = False
+        self.moved = self._find_moved()
         self.reduction = found_reduction(run, self.function, self.train)
         self.checks = self.new_checks(allow_drift)
         self.trajectory = trajectory_of(self, self.checks)
@@ -109,6 +115,18 @@ class Session:
         """Step 1, with the weights before it on both sides."""
         before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
         return make_step(self.run, 1, before, before)
+
+    def _find_moved(self) -> tuple[Moved, ...]:
+        """What moves in forward passes, or in the run; no training loss depends on it.
+
+        Raises:
+            DerivativeError: if one does.
+        """
+        losses = losses_of(self.function, self.train, self.step_at_start())
+        moved = find_moved(self.function, losses)
+        if not self.allow_drift:
+            check_training(self.function, losses, moved)
+        return moved
 
     def _test_rule(self) -> None:
         """Lets the rule prove itself at the first step."""
@@ -185,6 +203,43 @@ class Session:
         """Does the work; what it fails at for a reason that is known becomes an explained refusal."""
         return guarded(self, work)
 
+    def _check_targets(self, targets: Targets) -> None:
+        """Checks, once, that the target losses do not depend on what forward passes move."""
+        if not self.moved or self.allow_drift or self._targets_are_checked:
+            return
+        self.function.eval_mode()
+        try:
+            check_targets(self.function, self._first_targets(targets), self.moved)
+        finally:
+            self.function.train_mode()
+        self._targets_are_checked = True
+
+    def _first_targets(self, targets: Targets) -> Callable[[], Tensor]:
+        """Computes the target losses of some test samples."""
+        weights = self.trajectory.weights(self.run.steps)
+        ids, batch = next(self.test.batches(np.concatenate(targets.groups), _BLOCK))
+
+        def losses() -> Tensor:
+            with torch.no_grad():
+                return self.function.measures(weights, batch, len(ids))
+
+        return losses
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know of the losses they are about, in sentences."""
+        function, found = self.function, []
+        if function.has_further:
+            found.append(f"The loss has several values a sample: their {function.within} was taken.")
+        if function.target_noise is not None and function.target_noise is not Noise.NONE:
+            found.append(NOTE)
+        return tuple(found)
+
     def target_gradients(self, targets: Targets) -> Tensor:
-        """Grad l_j(w_T) of every target, [M, P']."""
+        """Grad l_j(w_T) of every target, [M, P'].
+
+        Raises:
+            DerivativeError: if they depend on what forward passes move. NonFiniteError: if one is none.
+        """
+        self._check_targets(targets)
         return target_gradients(targets, self.function, self.test, self.trajectory.weights(self.run.steps))

@@ -51,6 +51,7 @@ class LossFunction:
     Attributes:
         takes_derivatives: whether the Task's loss takes derivatives itself (`replay.losses.watching`).
         within: "mean" or "sum", what is made of several values of one sample's loss.
+        target_noise: what the target losses draw (`replay.losses.noise`); None as long as nobody has asked.
         has_further: whether the training loss has given several values a sample.
 
     Args:
@@ -70,6 +71,7 @@ class LossFunction:
     ) -> None:
         self.takes_derivatives = False
         self.within, self.has_further = "mean", False
+        self.target_noise: Any = None
         self._is_no_broadcast: set[str] = set()
         self.task = task
         self.layout = layout
@@ -128,6 +130,10 @@ class LossFunction:
     def has_buffers(self) -> bool:
         """Whether the model has buffers at all."""
         return bool(self._final_buffers)
+
+    def buffers_at_ends(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The recorded buffers by name, as training began with them and as it left them."""
+        return self._train_buffers, self._final_buffers
 
     @contextmanager
     def keeping_final_buffers(self) -> Iterator[None]:

@@ -60,6 +60,7 @@ class Contributions:
             grows by, so do rounding errors of the late steps.
         window: first and last step whose contributions were summed.
         curvature: "hessian", "ggn" or "none".
+        notes: what else should be known of the losses that the numbers are about, in sentences.
     """
 
     values: FloatArray
@@ -74,6 +75,7 @@ class Contributions:
     growth: FloatArray | None = field(default=None, repr=False)
     window: tuple[int, int] | None = None
     curvature: str = "none"
+    notes: tuple[str, ...] = ()
 
     def frame(self) -> polars.LazyFrame:
         """Columns sample, target, contribution, and epoch if asked for: one row for each."""
@@ -195,4 +197,5 @@ def _contributions(session: Session, scope: Scope, values: FloatArray) -> Contri
         target_kind=scope.targets.kind,
         window=scope.window,
         curvature=scope.curvature,
+        notes=session.notes,
     )
