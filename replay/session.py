@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.buffers import Moved, check_targets, check_training, find_moved, losses_of
+from trajrec.replay.losses.finite import check_gradients
 from trajrec.replay.losses.function import LossFunction, users_code
 from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.losses.noise import NOTE, Noise
@@ -242,4 +243,6 @@ class Session:
             DerivativeError: if they depend on what forward passes move. NonFiniteError: if one is none.
         """
         self._check_targets(targets)
-        return target_gradients(targets, self.function, self.test, self.trajectory.weights(self.run.steps))
+        found = target_gradients(targets, self.function, self.test, self.trajectory.weights(self.run.steps))
+        check_gradients(found, targets.names)
+        return found

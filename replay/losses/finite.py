@@ -47,3 +47,20 @@ def _not_finite(finite: Tensor, noun: str, ids: IntArray | None, shares: Tensor 
             "there NaN in its data?"
         )
     return which, ""
+
+
+def check_gradients(gradients: Tensor, names: IntArray) -> None:
+    """Checks the gradients [M, P'] of targets of these names [M].
+
+    Raises:
+        NonFiniteError: naming the target, and what its finite loss must be doing.
+    """
+    bad = ~torch.isfinite(gradients).all(dim=1)
+    if bool(bad.any()):
+        name = int(names[int(bad.int().argmax())])
+        which = "the mean target" if name < 0 else f"target {name}"
+        raise NonFiniteError(
+            f"The loss of {which} is finite at the final weights, and its gradient is not: a root, a power or a "
+            "logarithm of zero, as in a distance of equal points. Add a small number inside, in Task(measure=...): "
+            "(x + eps).sqrt()."
+        )
