@@ -1,4 +1,4 @@
-"""Why a replay drifted: found by trying.
+"""Why a replay drifted: found by trying. Imports no method, no HDF5, no Polars.
 
 A drifted step is made again under one suspicion after the other, and what comes out is compared with the recording. A
 suspicion that brings the drift down to rounding is the cause, for a step has far more weights than a suspicion has free
