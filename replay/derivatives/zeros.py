@@ -88,12 +88,16 @@ def zeros_error(function: LossFunction, samples: Samples, step: Step) -> Derivat
 
 
 def _is_finite(function: LossFunction, samples: Samples, step: Step) -> bool:
-    """Whether the Hessian times some direction is finite."""
+    """Whether second derivatives of a step are finite: the Hessian, and those of single losses, along a direction."""
     weights = step.before.detach().requires_grad_()
     with torch.enable_grad():
-        total = function.objective(weights, samples, step).total
-        (gradient,) = torch.autograd.grad(total, weights, create_graph=True)
-        if not gradient.requires_grad:
-            return True
-        (product,) = torch.autograd.grad(gradient.sum(), weights, materialize_grads=True)
-    return bool(torch.isfinite(product).all())
+        objective = function.objective(weights, samples, step)
+        (gradient,) = torch.autograd.grad(objective.total, weights, create_graph=True)
+        ones = torch.ones_like(objective.losses, requires_grad=True)
+        (pulled,) = torch.autograd.grad(objective.losses, weights, ones, create_graph=True, materialize_grads=True)
+        found = [
+            torch.autograd.grad(value.sum(), by, retain_graph=True, materialize_grads=True)[0]
+            for value, by in ((gradient, weights), (pulled, ones))
+            if value.requires_grad
+        ]
+    return all(bool(torch.isfinite(value).all()) for value in found)

@@ -52,7 +52,7 @@ class Moved:
         after: their values after a pass (or at the end of the run).
         nudged: the names of those that had a value before.
         are_buffers: whether all are buffers.
-        by_loop: whether the training loop has changed them, and no pass.
+        by_loop: whether they changed during the run, and not in the pass that was tried: by the loop, as a rule.
     """
 
     module: str
@@ -253,7 +253,7 @@ def _is_spectral(module: nn.Module) -> bool:
 
 def _mover(moved: Moved) -> str:
     if moved.by_loop:
-        return "the training loop has changed on the way"
+        return "changed on the way, in forward passes or by the training loop"
     return "every forward pass in train mode changes"
 
 

@@ -208,7 +208,7 @@ def test_buffers_that_the_loop_changes_are_named():
         model.temperature.mul_(0.95)
 
     made = loops.train(Loop(build=Tempered, after_step=anneal))
-    with pytest.raises(DerivativeError, match="temperature of the Tempered, which the training loop has changed"):
+    with pytest.raises(DerivativeError, match="temperature of the Tempered, which changed on the way"):
         contributions(made.run, made.task, exact=True)
 
 

@@ -1,5 +1,7 @@
 """Target losses that draw random numbers are one function of the weights: seeded, and said."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,13 @@ from torch.nn import functional as F
 from tests.made import loops
 from tests.made.loops import Loop
 from trajrec.replay import contributions
+from trajrec.replay.folder.format import Settings
 from trajrec.replay.losses.noise import Noise
 from trajrec.replay.losses.targets import choose_targets
 from trajrec.replay.methods.blocks import Execution
 from trajrec.replay.methods.contributions import solve
 from trajrec.replay.question import Question
+from trajrec.replay.report.sections.head import Head, chapter
 from trajrec.replay.session import Session
 from trajrec.replay.validation.taylor import taylor_check
 from trajrec.task.task import Task
@@ -78,6 +82,13 @@ def test_it_is_said(made):
     found = contributions(made.run, made.task, exact=True)
     assert any("draws random numbers" in note and "seeded" in note for note in found.notes)
     assert contributions(loops.train(Loop()).run, loops.train(Loop()).task, exact=True).notes == ()
+
+
+def test_the_folder_and_the_head_of_a_report_keep_what_is_said():
+    settings = Settings.read(Settings(notes=("It is seeded.",)).to_json())
+    head = Head(Path(), settings, None, 1, 1, 0.0, 0.0)
+    facts = [fact for part in chapter(head).parts for block in part.blocks for group in block.groups for fact in group]
+    assert ("note", "It is seeded.") in [(fact.label, fact.text) for fact in facts]
 
 
 def noise_of(measure, build=loops.mlp):
