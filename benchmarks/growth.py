@@ -105,7 +105,12 @@ def replay(series, point, steps, run):
     """Asks the series' question and prints what it took."""
     task, marks = task_of(series, point), Marks()
     options = {
-        "samples": lambda: {"samples": np.arange(int(point)), "mode": "tangent", "targets": np.array([0])},
+        "samples": lambda: {
+            "samples": np.arange(int(point)),
+            "mode": "tangent",
+            "targets": np.array([0]),
+            "curvature": "none",
+        },
         "targets": lambda: {"targets": np.arange(int(point)), "mode": "adjoint", "curvature": "hessian"},
     }.get(series, lambda: {"targets": np.array([0]), "mode": "adjoint", "curvature": "hessian"})()
     before, began = peak(), time.process_time()

@@ -13,6 +13,7 @@ import typer
 
 from trajrec.cli.options import ForceOption
 from trajrec.cli.say import say
+from trajrec.replay.label import APPROXIMATION
 
 if TYPE_CHECKING:
     from trajrec.replay.report.cleaning import Cleaning
@@ -65,6 +66,8 @@ def clean(
 def _say(found: Cleaning, meanwhile: str, folder: Path) -> None:
     dropped = len(found.drop)
     typer.echo(f"{dropped:,} samples to drop, {len(found.keep):,} to keep; {found.harming:,} of the dropped harm.")
+    if found.label == APPROXIMATION:
+        typer.echo(f"They are chosen by an {APPROXIMATION}.")
     if found.wrong is not None:
         typer.echo(f"{found.wrong_dropped:,} of the {found.wrong:,} known wrong labels are dropped.")
     say(f"{meanwhile}Wrote keep.npy, drop.npy, samples.csv and clean.json into {folder}")

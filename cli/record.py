@@ -264,4 +264,4 @@ def _say(recorder: Recorder, name: str, reference: str | None, start: Path) -> N
     beside = f" Steps of other models were made, and are not recorded: {others}." if others else ""
     steps = f"{summary.steps:,} step{'s' * (summary.steps != 1)}"
     about = f"{size_text(summary.size)}{gaps}{cost}"
-    say(f"Recorded {steps} of {name} into {path} ({about}).{beside} Next: {command} --exact", err=True)
+    say(f"Recorded {steps} of {name} into {path} ({about}).{beside} Next: {command}", err=True)

@@ -31,13 +31,17 @@ def replay(
     steps: Annotated[str | None, choice("A:B", "Only what steps A to B contribute.", QUESTION)] = None,
     task: shared.TaskOption = None,
     trust: shared.TrustOption = False,
-    exact: Annotated[bool, flag("--exact", "With Hessian-vector products, not the approximation.", METHOD)] = False,
+    exact: Annotated[bool, flag("--exact", "With Hessian-vector products: the default, said aloud.", METHOD)] = False,
+    hessian_free: Annotated[
+        bool, flag("--hessian-free", "Without them: cheaper, an approximation that may rank nothing.", METHOD)
+    ] = False,
     curvature: Annotated[
-        str | None, choice("hessian|ggn|none", "--exact is hessian; ggn the Gauss-Newton form.", METHOD)
+        str | None,
+        choice("hessian|ggn|kinks|none", "By name: hessian is --exact, none --hessian-free; ggn Gauss-Newton.", METHOD),
     ] = None,
     mode: Annotated[str, choice("auto|adjoint|tangent", "Direction; auto takes the cheaper.", METHOD)] = "auto",
     certify: Annotated[
-        str | None, choice("all|sampled", "Steps to make again (default: all if exact, else sampled).", METHOD)
+        str | None, choice("all|sampled", "Steps to make again (default: all; sampled if Hessian-free).", METHOD)
     ] = None,
     allow_drift: Annotated[bool, flag("--allow-drift", "Go on where the Task differs.", METHOD)] = False,
     taylor: Annotated[int, choice("K", "Train again without K of the samples, as a check.", METHOD, minimum=0)] = 0,
@@ -55,7 +59,7 @@ def replay(
 ) -> None:
     """Ask a run which training samples made the model do what it does. A replay that was cut off goes on.
 
-    Example: [bold]trajrec replay --samples idx.npy --exact[/bold]
+    Example: [bold]trajrec replay --samples idx.npy[/bold]
     """
     from trajrec.cli.runs import find_run, replay_folder
     from trajrec.replay.folder.identity import identity_of
@@ -74,7 +78,7 @@ def replay(
     question = Question(
         targets=ids_in(Path(targets), "--targets") if targets.endswith(".npy") else targets,  # type: ignore[arg-type]
         samples=None if samples is None else ids_in(samples, "--samples"),
-        curvature=curvature_of(exact, curvature),  # type: ignore[arg-type]
+        curvature=curvature_of(True, _curvature(exact, hessian_free, curvature)),  # type: ignore[arg-type]
         by_epoch=by_epoch,
         steps=steps_of(steps),
         shard=shard_of(shard),
@@ -103,6 +107,22 @@ def replay(
     for reason in left_out:
         say(f"Not written: {reason}", err=True)
     say(f"{place.said}Written to {place.shown}/. Next: trajrec report {shlex.quote(str(place.shown))}", err=True)
+
+
+def _curvature(exact: bool, hessian_free: bool, curvature: str | None) -> str | None:
+    """The curvature that options ask for; None where none of them does.
+
+    Raises:
+        TrajrecError: they ask for two.
+    """
+    from trajrec.errors import TrajrecError
+
+    asked = {"--exact": "hessian" if exact else None, "--hessian-free": "none" if hessian_free else None}
+    asked[f"--curvature {curvature}"] = curvature
+    found = {option: name for option, name in asked.items() if name is not None}
+    if len(set(found.values())) > 1:
+        raise TrajrecError(f"{' and '.join(found)} contradict each other: ask for one form.")
+    return next(iter(found.values()), None)
 
 
 def _used(run: Path, samples: Path | None, targets: str, task: str | None) -> list[tuple[str, Path | None]]:

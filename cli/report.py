@@ -57,7 +57,8 @@ def report(
     from trajrec.replay.report.report import Ask, build
 
     folder = answers_of(source)
-    outputs = {kind: path for kind, path in _outputs(csv, parquet, json, html).items() if path}
+    header = tables.header_of(csv) if csv else None
+    outputs = {kind: path for kind, path in _outputs(csv, header, parquet, json, html).items() if path}
     _check(outputs, force)
     ask = Ask(
         by=by,
@@ -98,8 +99,10 @@ def _write_full(folder: Path, ask: object, rows: int, json: Path | None, html: P
         page.write_html(full, html, force)
 
 
-def _outputs(csv: Path | None, parquet: Path | None, json: Path | None, html: Path | None) -> dict[str, Path | None]:
-    return {"--csv": csv, "--parquet": parquet, "--json": json, "--html": html}
+def _outputs(
+    csv: Path | None, header: Path | None, parquet: Path | None, json: Path | None, html: Path | None
+) -> dict[str, Path | None]:
+    return {"--csv": csv, "What --csv writes beside it": header, "--parquet": parquet, "--json": json, "--html": html}
 
 
 def _check(outputs: dict[str, Path], force: bool) -> None:

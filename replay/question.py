@@ -22,7 +22,7 @@ from trajrec.records import IntArray, Json
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.targets import NO_TARGETS, Targets, check_ids, choose_targets
 
-Curvature: TypeAlias = Literal["hessian", "ggn", "none"]
+Curvature: TypeAlias = Literal["hessian", "ggn", "kinks", "none"]
 Mode: TypeAlias = Literal["auto", "adjoint", "tangent"]
 Certify: TypeAlias = Literal["all", "sampled"]
 TargetChoice: TypeAlias = Literal["mean", "each", "class"] | IntArray
@@ -32,15 +32,15 @@ _SAMPLED = 32
 
 
 def curvature_of(exact: bool, curvature: Curvature | None) -> Curvature:
-    """The curvature that was asked for, by one name or the other.
+    """The curvature that was asked for: by its name, or by `exact`, which is the default and gives way to a name.
 
     Raises:
-        ReplayError: if there is none of that name, or the two contradict each other.
+        ReplayError: if there is none of that name, or it is exact and the answer should not be.
     """
     if curvature not in (None, *get_args(Curvature)):
         raise ReplayError(f"curvature must be one of {', '.join(get_args(Curvature))}, not {curvature!r}.")
-    if exact and curvature not in (None, "hessian"):
-        raise ReplayError(f'exact stands for curvature "hessian"; ask for one of the two, not also for {curvature!r}.')
+    if curvature == "hessian" and not exact:
+        raise ReplayError('curvature "hessian" is the exact form: leave out exact=False, or ask for another curvature.')
     return ("hessian" if exact else "none") if curvature is None else curvature
 
 
@@ -51,7 +51,8 @@ class Question:
     Attributes:
         targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), or [M] test ids.
         samples: [S] training sample ids; None for all N.
-        curvature: "hessian" (exact), "ggn" (its Gauss-Newton form), or "none" (the paper's approximation).
+        curvature: "hessian" (exact), or an approximation: "ggn" (its Gauss-Newton form), "kinks" (kinks with a second
+            derivative), "none" (the paper's).
         mode: "adjoint" (all samples at once, cost by targets), "tangent" (cost by samples), or "auto".
         by_epoch: the part of each epoch, too (adjoint only).
         steps: (a, b): only what steps a to b contribute; None for all.
@@ -67,7 +68,7 @@ class Question:
 
     targets: TargetChoice = "mean"
     samples: IntArray | None = None
-    curvature: Curvature = "none"
+    curvature: Curvature = "hessian"
     mode: Mode = "auto"
     by_epoch: bool = False
     steps: tuple[int, int] | None = None
@@ -80,7 +81,7 @@ class Question:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ReplayError(f'mode must be "auto", "adjoint" or "tangent", not {self.mode!r}.')
-        curvature_of(False, self.curvature)
+        curvature_of(True, self.curvature)
         if self.certify not in (None, *get_args(Certify)):
             raise ReplayError(f'certify must be "sampled" or "all", not {self.certify!r}.')
         if self.by_epoch and self.mode == "tangent":

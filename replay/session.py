@@ -7,13 +7,18 @@ what must agree, `proof.refusal` what is said where a replay does not reproduce 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trajrec.replay.losses.batches import Samples
+from trajrec.replay.derivatives.difference import Differences
+from trajrec.replay.derivatives.pieces import Cutting
+from trajrec.replay.derivatives.through import differentiating, hidden_parts
+from trajrec.replay.losses.batches import LIMIT, Samples
 from trajrec.replay.losses.buffers import Moved, check_targets, check_training, find_moved, losses_of
 from trajrec.replay.losses.finite import check_gradients
 from trajrec.replay.losses.function import LossFunction, users_code
@@ -21,11 +26,12 @@ from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.losses.noise import NOTE, Noise
 from trajrec.replay.losses.reduction import found_reduction
 from trajrec.replay.losses.targets import Targets, target_gradients
-from trajrec.replay.losses.watching import watch
+from trajrec.replay.losses.watching import watch, watch_targets
 from trajrec.replay.machine.memory import budget
 from trajrec.replay.progress import Progress
 from trajrec.replay.proof import fit
 from trajrec.replay.proof.certificate import Certificate, StepChecks
+from trajrec.replay.proof.derivative import DerivativeProof, prove
 from trajrec.replay.proof.keyframes import KeyframeChecks
 from trajrec.replay.proof.refusal import Drifted, guarded
 from trajrec.replay.proof.stepwise import StepwiseChecks
@@ -81,7 +87,9 @@ class Session:
         self._test: Samples | None = None
         fit.check_trainable(run, self.layout, allow_drift)
         self.train.check_ids(fit.largest_id(run), "training")
-        watch(self.function, self.train, self.step_at_start())
+        self.derivative: DerivativeProof | None = None
+        self.pieces: dict[str, int] = {}
+        self._watch()
         self._targets_are_checked = False
         self.moved = self._find_moved()
         self.reduction = found_reduction(run, self.function, self.train)
@@ -99,11 +107,11 @@ class Session:
         q = question
         return cls(run, task, dtype=q.dtype, device=q.device, allow_drift=q.allow_drift, memory=memory)
 
-    def training_samples(self, dtype: torch.dtype) -> Samples:
-        """The training set, in a floating type."""
+    def training_samples(self, dtype: torch.dtype, limit: int = LIMIT) -> Samples:
+        """The training set, in a floating type; up to so many bytes of it are held."""
         first_pass = int(self.run.spec.data.get("seeded_from", 0))
         stored, task = self.run.inputs, self.task
-        return Samples(task.train, task.collate, dtype, self.device, first_pass=first_pass, stored=stored)
+        return Samples(task.train, task.collate, dtype, self.device, first_pass=first_pass, limit=limit, stored=stored)
 
     @property
     def test(self) -> Samples:
@@ -128,6 +136,39 @@ class Session:
         if not self.allow_drift:
             check_training(self.function, losses, moved)
         return moved
+
+    def _watch(self) -> None:
+        """Sees what the loss does, at both ends of the run."""
+        watch(self.function, self.train, self.step_at_start())
+        run = self.run
+        last = run.steps if run.stored(run.steps - 1) else run.keyframe_steps[-1]
+        if last > 1 and run.stored(last - 1):
+            before = vector_of(run.row(last - 1), last - 1, self.layout).to(self.device, self.dtype)
+            watch(self.function, self.train, make_step(run, last, before, before))
+
+    @property
+    def cutting(self) -> Cutting:
+        """How many samples of a batch are differentiated at once."""
+        whole = budget(self.memory, self.device)
+        return Cutting(whole if self.memory is None else whole // 4, self.memory)
+
+    @cached_property
+    def differences(self) -> Differences:
+        """The gradient in float64, and its differences."""
+        if self.dtype == torch.float64:
+            return Differences(self.function, self.train)
+        function = LossFunction(self.task, self.run, self.layout, torch.float64, self.device)
+        function.reduction, function.within = self.reduction, self.function.within
+        function.seen = self.function.seen
+        return Differences(function, self.training_samples(torch.float64, limit=0))
+
+    def prove_derivative(self, *, forwards: bool) -> None:
+        """Makes the second proof, of a replay that takes the derivative of the gradient.
+
+        Raises:
+            DerivativeError: if no way of taking it is right.
+        """
+        self.derivative = prove(self, forwards=forwards)
 
     def _test_rule(self) -> None:
         """Lets the rule prove itself at the first step."""
@@ -191,7 +232,7 @@ class Session:
 
     def certificate(self) -> Certificate:
         """What has been proved so far."""
-        return self.checks.found.certificate(self.run.steps, self.checks.tolerance)
+        return replace(self.checks.found.certificate(self.run.steps, self.checks.tolerance), derivative=self.derivative)
 
     def _certify(self, checks: StepChecks, trajectory: Trajectory, advance: Callable[[int], None]) -> None:
         state = initial_state(trajectory, self.rule)
@@ -236,13 +277,17 @@ class Session:
             found.append(NOTE)
         return tuple(found)
 
-    def target_gradients(self, targets: Targets) -> Tensor:
-        """Grad l_j(w_T) of every target, [M, P'].
+    def target_gradients(self, targets: Targets) -> tuple[Tensor, Tensor | None]:
+        """Grad l_j(w_T) of every target, [M, P'], and that by the running statistics [M, Q] where these move.
 
         Raises:
             DerivativeError: if they depend on what forward passes move. NonFiniteError: if one is none.
         """
         self._check_targets(targets)
-        found = target_gradients(targets, self.function, self.test, self.trajectory.weights(self.run.steps))
+        weights = self.trajectory.weights(self.run.steps)
+        watch_targets(targets, self.function, self.test, weights)
+        with hidden_parts(self.function), differentiating(self.function.seen.hides):
+            found = target_gradients(targets, self.function, self.test, weights)
         check_gradients(found, targets.names)
-        return found
+        size = self.layout.size
+        return found[:, :size], found[:, size:] if self.function.statistics is not None else None

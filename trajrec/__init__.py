@@ -4,7 +4,7 @@
         ...                                      # the training loop, unchanged
 
     with trajrec.open("run.h5") as run:
-        c = trajrec.replay.contributions(run, task, exact=True)
+        c = trajrec.replay.contributions(run, task)
 
 Public names are imported on first use, so that `import trajrec` and the command line start at once.
 """

@@ -2,7 +2,7 @@
 
 python train.py                       trains
 trajrec record train.py               trains and records
-trajrec replay --exact                asks which images made the model what it is
+trajrec replay                        asks which images made the model what it is
 
 A list of images to train on can be given in the environment: TRAJREC_KEEP=keep.npy (see `trajrec clean --help`).
 """

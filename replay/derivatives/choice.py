@@ -21,28 +21,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from trajrec.replay.derivatives.derivatives import Derivatives, ForcedPoint, Point
+from trajrec.replay.derivatives.derivatives import CarryingPoint, Derivatives, ForcedPoint, Point
 from trajrec.replay.derivatives.forward import ForwardPoint
 from trajrec.replay.derivatives.gauss_newton import GaussNewtonPoint
 from trajrec.replay.derivatives.operators import operator_without
 from trajrec.replay.derivatives.per_sample import LayersPoint, PushedPoint, SamplesPoint, SinglesPoint, SlicesPoint
 from trajrec.replay.derivatives.pieces import CutPoint, Cutting, Form, cut
 from trajrec.replay.derivatives.reverse import ReversePoint, saved_bytes
+from trajrec.replay.derivatives.statistics import StatisticsPoint
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
-from trajrec.replay.step import Step, Trajectory
+from trajrec.replay.losses.statistics import Carried, RunningStatistics
+from trajrec.replay.step import Step, Trajectory, make_step
 from trajrec.rules import Rule
 
 REFERENCE = "reverse"
 SINGLES = "singles"
 FIRST_ORDER = ("pushed", "layers", "samples", "slices", SINGLES)
 GAUSS_NEWTON = "gauss-newton"
+DIFFERENCE = "difference/"
+CARRYING = ("forward", REFERENCE)
 FORMS: Mapping[str, Form] = {
     "forward": ForwardPoint,
     "reverse": ReversePoint,
@@ -110,7 +114,7 @@ def kind_of(step: Step, directions: int, *, hessian: bool) -> str:
 
 def reference_of(candidates: Sequence[str]) -> str:
     """What forms are held against."""
-    return SINGLES if SINGLES in candidates else REFERENCE
+    return next((name for name in candidates if name.endswith(SINGLES)), REFERENCE)
 
 
 def fastest(candidates: Sequence[str], trial: Trial) -> str:
@@ -198,7 +202,8 @@ class Problem:
     def forced(self, step: Step, samples: int) -> At:
         """A step, ready for what the gradient changes by: for the tangents of so many samples."""
         kind = kind_of(step, samples, hessian=self.plan.exact)
-        first = GAUSS_NEWTON if self.plan.curvature == "ggn" else REFERENCE
+        differences = self._differences()
+        first = GAUSS_NEWTON if self.plan.curvature == "ggn" else reference_of(differences or (REFERENCE,))
         stages = ((first,), () if self.plan.exact else (SINGLES,))
         return At(self, step, kind, stages, True, _Need(samples, True, True))
 
@@ -206,14 +211,22 @@ class Problem:
         """The forms that may serve."""
         if self.plan.curvature == "ggn":
             return (GAUSS_NEWTON,)
-        if self.function.takes_derivatives:
-            # What the others make of derivatives within need not show at the step where they are tried.
+        if differences := self._differences():
+            return differences
+        seen = self.function.seen
+        if seen.derivatives or seen.functions or seen.hooks:
+            # What the others make of derivatives within need not show at the step where they are tried; and they know
+            # no backward pass but that of the loss.
             return (REFERENCE,)
         if directions == 1:
             return ("forward", REFERENCE)
         if self.plan.exact:
             return (REFERENCE, "forward")
         return (REFERENCE, "layers", *(("samples",) if self._fits(step) else ()), "forward")
+
+    def _differences(self) -> tuple[str, ...]:
+        """The forms that difference the gradient, where the plan has them: no other is right then."""
+        return tuple(name for name in self.plan.forms if name.startswith(DIFFERENCE))
 
     def _first_order(self, step: Step) -> tuple[str, ...]:
         """The forms that may serve where only first derivatives are to be had."""
@@ -236,6 +249,40 @@ class Problem:
             self.chosen.chunk = max(1, min(_MOST_TOGETHER, self.plan.memory // needed))
         given = self.function, self.samples, step, self.chosen.chunk
         return form(*given) if size == len(step.ids) else CutPoint(form, *given, size)
+
+
+def carried_of(problem: Problem, values: Tensor | None) -> Carried | None:
+    """Cotangents [K, Q] of the running statistics at the end; None without them, or without a curvature."""
+    statistics = problem.function.statistics
+    if statistics is None or values is None or not problem.plan.exact:
+        return None
+    return Carried(statistics, values, problem.function.counts())
+
+
+def carried_from_start(problem: Problem, tangents: int) -> Carried | None:
+    """The tangents [K, Q] of the running statistics at the beginning, zero; None as above.
+
+    A recording may begin after the first forward pass: how many there were before follows from those at the end.
+    """
+    statistics, trajectory = problem.function.statistics, problem.trajectory
+    if statistics is None or not problem.plan.exact:
+        return None
+    values = torch.zeros(tangents, statistics.size, dtype=trajectory.dtype, device=trajectory.device)
+    counts = problem.function.counts()
+    if None in statistics.momenta:
+        steps = [make_step(trajectory.run, t, values, values) for t in range(1, trajectory.run.steps + 1)]
+        first = next(step for step in steps if statistics.moved_in(step.conditions.eval_modules))
+        weights = trajectory.weights(first.t - 1)
+        seen = StatisticsPoint(problem.function, problem.samples, replace(first, before=weights)).passes
+        moving = [steps_of_norm(statistics, place, steps) for place in range(len(counts))]
+        counts = tuple(n - seen[k] * moving[k] // len(first.parts) for k, n in enumerate(counts))
+    return Carried(statistics, values, counts)
+
+
+def steps_of_norm(statistics: RunningStatistics, place: int, steps: Sequence[Step]) -> int:
+    """Through how many micro-batches of these steps a normalisation went in training mode."""
+    name = statistics.names[place]
+    return sum(len(s.parts) for s in steps if not {"", name} & set(s.conditions.eval_modules))
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +317,27 @@ class At:
         """g_t [P']."""
         return self._computed(lambda point: point.gradient())
 
-    def along(self, directions: Tensor) -> Derivatives:
-        """Derivatives along directions [K, P']."""
+    def along(self, directions: Tensor, carried: Carried | None = None) -> Derivatives:
+        """Derivatives along directions [K, P'], with what is carried of the running statistics."""
         exact, gradient = self._problem.plan.exact, self._gradient
-        return self._computed(lambda point: point.along(directions, hessian=exact, gradient=gradient))
+
+        def found(point: Point) -> Derivatives:
+            if carried is not None and self._form() in CARRYING and not isinstance(point, CutPoint):
+                return cast(CarryingPoint, point).carrying(directions, carried, gradient=gradient)
+            return point.along(directions, hessian=exact, gradient=gradient)
+
+        made = self._computed(found)
+        if carried is None or made.carried is not None:
+            return made
+        lam, before = self._statistics().pull(directions, carried)
+        return replace(made, hvp=None if made.hvp is None else made.hvp + lam, carried=before)
+
+    def push_statistics(self, directions: Tensor, carried: Carried) -> tuple[Tensor | None, Carried]:
+        """What the running statistics change the gradient by, [K, P'] or None, and what is carried on."""
+        return self._statistics().push(directions, carried)
+
+    def _statistics(self) -> StatisticsPoint:
+        return StatisticsPoint(self._problem.function, self._problem.samples, self._step)
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""

@@ -31,6 +31,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from trajrec.replay.losses.statistics import Carried
+
 
 @dataclass(frozen=True, slots=True)
 class Derivatives:
@@ -41,12 +43,14 @@ class Derivatives:
         shares: the c[t,i], [B].
         hvp: H direction, [K, P']; None without the Hessian.
         gradient: g_t [P']; None where it was neither asked for nor at hand.
+        carried: of the running statistics, to the step before; what they add to lam is in `hvp`. None without them.
     """
 
     inner: Tensor
     shares: Tensor
     hvp: Tensor | None
     gradient: Tensor | None
+    carried: Carried | None = None
 
 
 class Point(Protocol):
@@ -57,6 +61,13 @@ class Point(Protocol):
 
     def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']; `gradient`: g_t is wanted, too."""
+
+
+class CarryingPoint(Point, Protocol):
+    """A step that takes the way through the running statistics along."""
+
+    def carrying(self, directions: Tensor, carried: Carried, *, gradient: bool) -> Derivatives:
+        """Derivatives along directions [K, P'], with the Hessian and the statistics."""
 
 
 class ForcedPoint(Protocol):

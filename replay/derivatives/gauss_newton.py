@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import ReplayError
-from trajrec.replay.derivatives.composed import composed_norms
+from trajrec.replay.derivatives.composed import composed
 from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.reverse import ReversePoint
 from trajrec.replay.losses.batches import Samples
@@ -56,9 +56,9 @@ class GaussNewton:
 
     def __init__(self, function: LossFunction, samples: Samples, step: Step) -> None:
         self._weights = step.before.detach().requires_grad_()
-        inner = function.takes_derivatives
-        cutting = _shifted(function.model) if inner else _cut(function.model)
-        with torch.enable_grad(), composed_norms(inner), cutting as cuts:
+        seen = function.seen
+        cutting = _shifted(function.model) if seen.derivatives else _cut(function.model)
+        with torch.enable_grad(), composed(seen), cutting as cuts:
             objective = function.objective(self._weights, samples, step)
             if not cuts:
                 raise ReplayError("curvature='ggn' needs a Task.loss that calls the model: its outputs were not seen.")

@@ -67,12 +67,12 @@ def derivative_error(error: BaseException, model: nn.Module) -> DerivativeError 
     if operator is None:
         return None
     return DerivativeError(
-        f"This replay needs the second derivative of {_shown(operator, model)}, and torch has none. Without the "
+        f"This replay needs the second derivative of {shown(operator, model)}, and torch has none. Without the "
         'Hessian first derivatives are enough: ask with --curvature none (in Python curvature="none").'
     )
 
 
-def _shown(operator: str, model: nn.Module) -> str:
+def shown(operator: str, model: nn.Module) -> str:
     """An operator in the words of torch.nn, with the modules of a model that are made of it."""
     key = operator.replace("_", "").lower()
     users = [repr(name) for name, module in model.named_modules() if type(module).__name__.lower() == key and name]

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trajrec.replay.derivatives.composed import composed_norms
 from trajrec.replay.derivatives.derivatives import Derivatives
 from trajrec.replay.derivatives.operators import cuts_told, operator_without
+from trajrec.replay.derivatives.through import differentiating, hidden_parts
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.objective import Objective
+from trajrec.replay.losses.statistics import Carried
 from trajrec.replay.step import Step
 from trajrec.rules.step import pull_batched
 
@@ -22,8 +23,9 @@ class ReversePoint:
     """Reverse over reverse mode; one recorded pass for all directions, taken one after the other."""
 
     def __init__(self, function: LossFunction, samples: Samples, step: Step, chunk: int = 0) -> None:
+        self._hides = function.seen.hides
         self._weights = step.before.detach().requires_grad_()
-        with torch.enable_grad(), composed_norms(function.takes_derivatives):
+        with torch.enable_grad(), hidden_parts(function), function.noting() as self._noted:
             objective = function.objective(self._weights, samples, step)
             self._losses = objective.losses
             # A tensor of its own: shares may be kept from one step to the next.
@@ -44,16 +46,42 @@ class ReversePoint:
     def along(self, directions: Tensor, *, hessian: bool, gradient: bool) -> Derivatives:
         """Derivatives along directions [K, P']."""
         inputs = [self._shares, self._weights] if hessian else [self._shares]
-        found = self._pull([self._gradient], inputs, [directions])
+        with differentiating(self._hides):
+            found = self._pull([self._gradient], inputs, [directions])
         return Derivatives(found[0], self.shares, found[1] if hessian else None, self.gradient())
+
+    def carrying(self, directions: Tensor, carried: Carried, *, gradient: bool) -> Derivatives:
+        """Derivatives along directions [K, P'], with the Hessian and the running statistics, in one pass."""
+        assert self._noted is not None
+        bars, before = carried.pulled(self._noted.updates)
+        inputs = [self._shares, self._weights, *([] if self._noted.b is None else [self._noted.b])]
+        outputs = [self._gradient, *(stat for _, stat in self._noted.updates)]
+        with differentiating(self._hides):
+            found = self._pull(outputs, inputs, [directions, *bars])
+        before = before.plus(found[2]) if len(found) > 2 else before
+        return Derivatives(found[0], self.shares, found[1], self.gradient(), before)
 
     def forced(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
         """H directions + sum_i multipliers[k, i] grad l_i: [K, P'] from [K, P'] and [K, B]; None drops the Hessian."""
+        if self._hides:
+            return self._pushed(directions, multipliers)
         if directions is None:
             return self._pull([self._losses], [self._weights], [multipliers])[0]
         if not multipliers.any():
             return self._pull([self._gradient], [self._weights], [directions])[0]
         return self._pull([self._losses, self._gradient], [self._weights], [multipliers, directions])[0]
+
+    def _pushed(self, directions: Tensor | None, multipliers: Tensor) -> Tensor:
+        """The same where J = dg/dw is not symmetric, and g not linear in the shares c[t,i]: (dg/dw, dg/dc) along both.
+
+        A vjp of g is linear in its cotangent v, so its derivative by v along a direction is g's own along it.
+        """
+        v = torch.zeros_like(self._gradient, requires_grad=True)
+        inputs = [self._shares] if directions is None else [self._shares, self._weights]
+        along = [multipliers] if directions is None else [multipliers, directions]
+        with differentiating():
+            pulled = torch.autograd.grad(self._gradient, inputs, v, create_graph=True, materialize_grads=True)
+            return self._pull(list(pulled), [v], along)[0]
 
     def _pull(self, outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
         count = len(cotangents[0])

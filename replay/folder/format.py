@@ -7,6 +7,7 @@
     thumbnails.parquet      set, sample, png, text: where the data set yields pictures or text
     replay.json             everything else about the replay (`Settings`)
     top.csv                 the tables that `trajrec replay` printed
+    top.csv.meta.json       what stands in the header of a CSV file that has none: label, form, certificate, sign, unit
 
 Writer, reader and merge take names from here. Everything but contributions.parquet may be missing, and every key of
 replay.json too: it is read as far as it can be understood, so that folders of older and newer versions are read.
@@ -26,6 +27,7 @@ from typing import Any
 import polars as pl
 
 from trajrec.records import Json
+from trajrec.replay.label import APPROXIMATION, label_of
 
 CONTRIBUTIONS = "contributions.parquet"
 SAMPLES = "samples.parquet"
@@ -33,6 +35,7 @@ TARGETS = "targets.parquet"
 THUMBNAILS = "thumbnails.parquet"
 REPLAY = "replay.json"
 TOP = "top.csv"
+HEADER = ".meta.json"  # behind the name of a CSV file
 
 SIGN = "positive = helpful"
 VERDICTS = {"drifted": False, "unchecked": None, "within rounding": True, "bit-exact": True}  # the weakest first
@@ -114,6 +117,13 @@ def _read(read: Callable[[Any], Any], default: Any = None, always: bool = True) 
     return field(default=default, metadata={"read": read, "always": always})
 
 
+def _label(exact: bool | None, curvature: str | None) -> str | None:
+    """What the numbers are called; None where nothing says how they were made."""
+    if exact is None and curvature is None:
+        return None
+    return label_of("none" if exact is False else curvature or "hessian")
+
+
 def _known(kind: Any, facts: Mapping[str, Any]) -> Json:
     """The fields of a dataclass, as far as the facts say them."""
     found = {each.name: each.metadata["read"](facts.get(each.name)) for each in fields(kind)}
@@ -166,11 +176,13 @@ class Settings:
     """How a replay was asked and made: the fields are the keys of replay.json, in the order of the file.
 
     Attributes:
-        curvature: "hessian", "ggn" or "none"; mode: "adjoint" or "tangent"; unit: of a contribution.
+        exact, curvature: "hessian" is exact, everything else an approximation; label: says so in words, and is made
+            of these two wherever a folder is read.
+        mode: "adjoint" or "tangent"; unit: of a contribution.
         targets: "mean", "each", "class" or "chosen".
         target_set: "test", or "train" when targets are training samples (then a target's id is a sample's id).
         samples, samples_total, steps: S, N, T; window: first and last step that were replayed, where not all were.
-        growth: of the adjoint (`trajrec.replay.report.sensitivity`), or None.
+        growth: of the adjoint (`trajrec.replay.report.sensitivity`), or None: without the Hessian it means nothing.
         classes: names of the classes, by number.
         trajrec: the version that wrote it; run: the recording's path.
         question: its identity (`trajrec.replay.folder.identity`); shard: which piece of how many, or None.
@@ -181,6 +193,7 @@ class Settings:
     method: str | None = _read(text)
     exact: bool | None = _read(_truth)
     curvature: str | None = _read(text)
+    label: str | None = _read(text)
     mode: str | None = _read(text)
     sign: str = _read(text, SIGN)
     unit: str | None = _read(text)
@@ -219,6 +232,9 @@ class Settings:
         # "auto" is what was asked for; then `method` says what was done
         ways = (text(facts.get(key)) for key in ("mode", "method"))
         named["mode"] = next((way for way in ways if way in ("adjoint", "tangent")), None)
+        named["label"] = _label(_truth(facts.get("exact")), text(facts.get("curvature")))
+        if named["label"] == APPROXIMATION:
+            named["growth"] = None
         return cls(**_known(cls, named))
 
     def to_json(self) -> Json:

@@ -3,6 +3,7 @@
 /sample            (S,)      int64   sample ids
 /hypergradient     (S, P')           d w_T / d eps_i, trainable weights only
 attribute params   JSON      name, shape and offset of every parameter in a vector
+attributes exact, curvature, label: whether they are exact, or an approximation
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from trajrec.errors import OutputExistsError
 from trajrec.records import Array, IntArray, ParamSpec
+from trajrec.replay.label import label_of
 
 
 class VectorFile:
@@ -26,7 +28,9 @@ class VectorFile:
         self._vectors = file["hypergradient"]
 
     @classmethod
-    def create(cls, path: Path, samples: IntArray, params: Sequence[ParamSpec], dtype: str) -> VectorFile:
+    def create(
+        cls, path: Path, samples: IntArray, params: Sequence[ParamSpec], dtype: str, curvature: str
+    ) -> VectorFile:
         """A new file for the vectors of these samples.
 
         Raises:
@@ -37,7 +41,8 @@ class VectorFile:
         file = h5py.File(path, "x")
         offsets = np.cumsum([0, *(p.size for p in params)]).tolist()
         table = [{"name": p.name, "shape": p.shape, "offset": o} for p, o in zip(params, offsets[:-1], strict=True)]
-        file.attrs["params"] = json.dumps(table)
+        facts = {"exact": curvature == "hessian", "curvature": curvature, "label": label_of(curvature)}
+        file.attrs.update({"params": json.dumps(table), **facts})
         file["sample"] = samples
         file.create_dataset("hypergradient", (len(samples), offsets[-1]), dtype=dtype)
         return cls(file)

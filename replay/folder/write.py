@@ -23,6 +23,7 @@ from trajrec.records import IntArray, Json
 from trajrec.replay.folder.format import (
     CONTRIBUTIONS,
     EXTRAS,
+    HEADER,
     REPLAY,
     SAMPLES,
     TARGETS,
@@ -45,6 +46,7 @@ UNIT = "unit of the target loss"
 METHODS = {
     "hessian": "exact (Hessian-vector products)",
     "ggn": "Gauss-Newton (curvature of the loss in the model's outputs)",
+    "kinks": "Hessian with kinks spread out (curvature kinks)",
     "none": "Hessian-free (HYDRA)",
 }
 
@@ -53,7 +55,7 @@ OUTPUT = Kind(
     facts=REPLAY,
     keys=frozenset({"run_id", "method", "sign", "certificate"}),
     whole=frozenset({CONTRIBUTIONS}),
-    others=frozenset({*EXTRAS, TOP}),
+    others=frozenset({*EXTRAS, TOP, TOP + HEADER}),
     has_progress=True,
 )
 
@@ -90,10 +92,12 @@ def _write_extras(folder: Path, result: Contributions, session: Session) -> Iter
 
 def _describe(result: Contributions, session: Session) -> Settings:
     spec, steps, window = session.run.spec, session.run.steps, result.window
+    growth = result.growth if result.exact else None  # an approximation's says nothing about the training
     return Settings(
         method=METHODS[result.curvature],
         exact=result.exact,
         curvature=result.curvature,
+        label=result.label,
         mode=result.mode,
         unit=UNIT,
         run_id=spec.run_id,
@@ -104,7 +108,7 @@ def _describe(result: Contributions, session: Session) -> Settings:
         samples_total=session.samples,
         steps=steps,
         window=None if window in (None, (1, steps)) else window,
-        growth=None if result.growth is None or not len(result.growth) else float(result.growth.max()),
+        growth=None if growth is None or not len(growth) else float(growth.max()),
         epochs=len(np.unique(session.run.epochs)),
         by_epoch=result.by_epoch is not None,
         reduction=session.reduction,

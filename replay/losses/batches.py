@@ -28,7 +28,7 @@ from trajrec.task.seeding import find_seeded
 from trajrec.task.task import Batch, Collate
 
 _BLOCK = 512
-_LIMIT = 2 << 30
+LIMIT = 2 << 30
 _CHECK_EVERY = 16
 
 
@@ -61,7 +61,7 @@ class Samples:
         device: torch.device,
         *,
         first_pass: int = 0,
-        limit: int = _LIMIT,
+        limit: int = LIMIT,
         stored: Callable[[int], list[Batch] | None] | None = None,
     ) -> None:
         self.dataset = dataset

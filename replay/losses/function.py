@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ from trajrec.replay.losses.batches import OtherInputs, Samples
 from trajrec.replay.losses.finite import check_finite
 from trajrec.replay.losses.lazy import initialise
 from trajrec.replay.losses.objective import Objective, reduced
+from trajrec.replay.losses.seen import Seen
 from trajrec.replay.losses.shapes import broadcast_error, has_further, has_pairs, per_sample, without_last
+from trajrec.replay.losses.statistics import Noted, RunningStatistics
 from trajrec.replay.machine.torch_switches import PlainCheckpoints
 from trajrec.replay.step import RecordedRun, Step
 from trajrec.rules import FlatLayout
@@ -49,7 +51,9 @@ class LossFunction:
     """Per-sample losses of a task as a function of the trainable weights [P'].
 
     Attributes:
-        takes_derivatives: whether the Task's loss takes derivatives itself (`replay.losses.watching`).
+        seen: what the Task's loss was seen to do (`replay.losses.watching`).
+        statistics: the running statistics of its normalisations, or None if none moves in the training.
+        smoothing: whether kinks are given a second derivative (`replay.derivatives.kinks`).
         within: "mean" or "sum", what is made of several values of one sample's loss.
         target_noise: what the target losses draw (`replay.losses.noise`); None as long as nobody has asked.
         has_further: whether the training loss has given several values a sample.
@@ -69,7 +73,9 @@ class LossFunction:
     def __init__(
         self, task: Task, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.takes_derivatives = False
+        self.seen = Seen()
+        self.smoothing = False
+        self._within: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.within, self.has_further = "mean", False
         self.target_noise: Any = None
         self._is_no_broadcast: set[str] = set()
@@ -94,6 +100,9 @@ class LossFunction:
         self._run = run
         self._modes_change = any(c.eval_modules != self.spec.eval_modules for c in run.changes.values())
         self._buffers_of: int | None = None
+        statistics = RunningStatistics(self.model)
+        modes = (self.spec.eval_modules, *(c.eval_modules for c in run.changes.values()))
+        self.statistics = statistics if any(map(statistics.moved_in, modes)) else None
         self.train_mode()
 
     def _load(self, model: nn.Module, run: RecordedRun) -> None:
@@ -156,6 +165,46 @@ class LossFunction:
         finally:
             self.model, self._module, self._modes, self._buffers_of = kept
 
+    @contextmanager
+    def evaluated(self, within: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Inside, the user's code runs within what is given."""
+        before = self._within
+
+        @contextmanager
+        def both() -> Iterator[None]:
+            with before(), within():
+                yield
+
+        self._within = both
+        try:
+            yield
+        finally:
+            self._within = before
+
+    @contextmanager
+    def noting(self, b: Tensor | None = None) -> Iterator[Noted | None]:
+        """Inside, what running statistics do is noted, with b [Q] in their places in eval mode; None if none moves."""
+        if self.statistics is None:
+            yield None
+            return
+        noted = self.statistics.noted(self.model, b)
+        with self.evaluated(lambda: noted):
+            yield noted
+
+    def counts(self) -> tuple[int, ...]:
+        """How many forward passes each normalisation has seen at the end of the run."""
+        assert self.statistics is not None
+        return self.statistics.counts(self._final_buffers)
+
+    def final_statistics(self) -> Tensor:
+        """The running statistics b [Q] at the end of the run; Q is 0 where none moves."""
+        if self.statistics is None:
+            return torch.zeros(0)
+        self.eval_mode()
+        found = self.statistics.vector(self.model).detach().clone()
+        self.train_mode()
+        return found
+
     def _use_buffers_before(self, t: int) -> None:
         """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""
         if not (self._modes_change and self.has_buffers):
@@ -187,8 +236,9 @@ class LossFunction:
 
     def value(self, weights: Tensor, samples: Samples, step: Step) -> float:
         """The scalar that the gradient of a recorded step is of, at weights [P']."""
-        with torch.no_grad(), users_code("Task.loss", step.t):
-            return float(self.objective(weights, samples, step).total.detach())
+        # Weights with a gradient, as in the training: a loss may register hooks.
+        with users_code("Task.loss", step.t):
+            return float(self.objective(weights.detach().requires_grad_(), samples, step).total.detach())
 
     def parts(self, weights: Tensor | dict[str, Tensor], samples: Samples, step: Step) -> Iterator[Objective]:
         """The objective of one micro-batch after the other, at weights [P'] or by name; they add up to `objective`."""
@@ -260,8 +310,14 @@ class LossFunction:
         return self._evaluate(lambda model, _: penalty(model), named, None) / divisor
 
     def measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
-        """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before."""
-        return self._call(self.task.measure, "measure", self.layout.split(weights), batch, count)
+        """Target losses [B] of a batch at weights [P'], differentiable. Call `eval_mode` before.
+
+        Weights may be followed by running statistics [P' + Q].
+        """
+        b = weights[self.layout.size :] if len(weights) > self.layout.size else None
+        named = self.layout.split(weights[: self.layout.size])
+        with nullcontext() if b is None else self.noting(b):
+            return self._call(self.task.measure, "measure", named, batch, count)
 
     def scores(self, weights: Tensor, batch: Batch) -> Tensor:
         """What `Task.predict` gives for a batch at weights [P']. Call `eval_mode` before.
@@ -277,7 +333,7 @@ class LossFunction:
         named = {f"model.{name}": value for name, value in parameters.items()}
         # The fused attention kernels have no second derivative; the plain one has. A loss may take derivatives itself
         # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active(), self._within():
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
@@ -287,7 +343,9 @@ class LossFunction:
         # A measure of its own need not be reduced as the training loss is.
         is_training = loss is self.task.loss
         self.has_further |= is_training and isinstance(values, Tensor) and has_further(values, count)
-        return per_sample(values, count, what, self.within if is_training else "mean")
+        losses = per_sample(values, count, what, self.within if is_training else "mean")
+        # Of mixed precision: what it gives in half of the bits is summed up in the weights' own type.
+        return losses.to(next(iter(parameters.values())).dtype)
 
     def _check_broadcast(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> None:
         """Tells a loss of pairs from one with as many further values as samples, by asking for a sample less.

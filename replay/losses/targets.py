@@ -102,11 +102,12 @@ def check_ids(ids: Any, length: int, what: str) -> IntArray:
 
 
 def target_gradients(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
-    """Grad l_j(w_T) of every target, [M, P'].
+    """Grad l_j(w_T) of every target, [M, P'], followed by that of the running statistics that move [M, P' + Q].
 
     Raises:
         NonFiniteError: if a target loss is NaN or infinite.
     """
+    weights = torch.cat([weights, function.final_statistics().to(weights)])
     function.eval_mode()
     try:
         if all(len(group) == 1 for group in targets.groups):

@@ -6,17 +6,26 @@ weights that a replay was given would change under it. The pass shows, on copies
 `.data` is given another value, also where that happens to change nothing at the first step.
 
 It may take derivatives itself (`torch.autograd.grad`: physics, gradient penalties). Then the forms of derivative that
-see through it are fewer (`replay.methods.adjoint`), and normalisations are composed (`replay.derivatives.composed`).
+see through it are fewer (`replay.derivatives.choice`), and normalisations are composed (`replay.derivatives.composed`).
+
+It may hide a part of itself from its own gradient (`replay.derivatives.through`), and values may leave the graph
+(`.item()`, numpy), which nothing sees through: where they did is kept for the refusal (`replay.proof.derivative`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import _SingleLevelFunction
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,9 +34,24 @@ from trajrec.errors import DerivativeError
 from trajrec.records import Json
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
+from trajrec.replay.losses.seen import Seen
+from trajrec.replay.losses.targets import Targets
 from trajrec.replay.step import Step
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+# What cuts a value off from its graph.
+CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+# What makes a value a number, or an array, that is in no graph.
+LEAVING = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__float__)
+_EXITS = {
+    Tensor.item: ".item()",
+    Tensor.tolist: ".tolist()",
+    Tensor.numpy: ".numpy()",
+    Tensor.__array__: "numpy",
+    Tensor.__float__: "float()",
+    torch.tensor: "torch.tensor()",
+}
+_OURS, _TORCH = str(Path(__file__).parent.parent.parent), str(Path(torch.__file__).parent)
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -58,42 +82,147 @@ def _place(value: Tensor) -> int:
     return value.untyped_storage().data_ptr()
 
 
+Apply: TypeAlias = Callable[..., Any]
+
+
+@contextmanager
+def functions_applied(by: Callable[[type[Function], Apply], Apply]) -> Iterator[None]:
+    """Inside, the user's own autograd functions are applied as `by` says, of a function and its own way.
+
+    Also those whose bound `apply` somebody kept: what is replaced is what it calls.
+    """
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        own = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
+        # Neither torch's nor ours.
+        theirs = not cls.__module__.startswith(("torch.", "trajrec."))
+        return (by(cls, own) if theirs else own)(*args, **kwargs)
+
+    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+
+
 class _Calls(TorchFunctionMode):
-    """Notes the names of the tensors whose `.data` is assigned to inside, and whether derivatives are taken."""
+    """Notes what the user's code calls inside: assignments to `.data` of tensors, derivatives, stops, ways out."""
 
     def __init__(self, named: dict[str, Tensor]) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self.derivatives = False
+        self.called: set[Any] = set()
+        self.exits: list[str] = []
+        self.functions: list[str] = []
+        self.stops = False
         self._names = {id(value): name for name, value in named.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the function."""
-        self.derivatives |= func is torch.autograd.grad
+        kwargs = kwargs or {}
+        self.called.add(func)
         if func == _SET_DATA and id(args[0]) in self._names:
             self.names.add(self._names[id(args[0])])
-        return func(*args, **(kwargs or {}))
+        if func in CUTS:
+            self.stops |= args[0].requires_grad
+        elif func is functional.gumbel_softmax:
+            self.stops = True
+        elif func in _EXITS:
+            self._exit(func, args)
+        elif not torch.is_grad_enabled():
+            self.stops |= any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves((args, kwargs)))
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def of(self, function: LossFunction) -> Iterator[None]:
+        """Inside, what the losses of a function call is noted."""
+
+        @contextmanager
+        def within() -> Iterator[None]:
+            with self, functions_applied(self._function):
+                yield
+
+        with function.evaluated(within):
+            yield
+
+    def _function(self, cls: type[Function], own: Apply) -> Apply:
+        self.functions.append(cls.__name__)
+        return own
+
+    def tell(self, function: LossFunction) -> None:
+        """Adds what was noted to what is known of a function."""
+        function.seen |= Seen(
+            derivatives=torch.autograd.grad in self.called,
+            stops=self.stops,
+            functions=tuple(dict.fromkeys(self.functions)),
+            hooks=Tensor.register_hook in self.called or _has_backward_hooks(function.model),
+            called=frozenset(self.called),
+            exits=tuple(dict.fromkeys(self.exits)),
+        )
+
+    def _exit(self, func: Any, args: Any) -> None:
+        if isinstance(args[0], Tensor) and args[0].is_floating_point():
+            self.exits.append(f"{_EXITS[func]} in {_line_of_the_user()}")
+
+
+def _line_of_the_user() -> str:
+    """FILE, line N of the user's code that is running."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, _TORCH)):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
+
+
+def writes_to(func: Any, args: Any, kwargs: Json) -> Tensor | None:
+    """The tensor that a function of torch changes in place, or None."""
+    if isinstance(kwargs.get("out"), Tensor):
+        return kwargs["out"]  # type: ignore[no-any-return]
+    name = getattr(func, "__name__", "")
+    changes = name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in ("__int__", "__index__"))
+    changes |= name.endswith("_") and not name.endswith("__")
+    return args[0] if changes and args and isinstance(args[0], Tensor) else None
 
 
 def watch(function: LossFunction, samples: Samples, step: Step) -> None:
-    """Watches the loss of a step: tells the function whether it takes derivatives itself.
+    """Watches the loss of a step, and tells the function what was seen.
 
     Raises:
         DerivativeError: if it changes parameters in place; names them, and the module.
     """
-    named = {name: value.clone() for name, value in function.layout.split(step.before).items()}
+    named = {name: value.clone().requires_grad_() for name, value in function.layout.split(step.before).items()}
     writes, calls = _Writes(named), _Calls(named)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), function.on_a_copy():
-            # Data are fetched before: they may take many operators, all watched.
-            parts = tuple(replace(part, batch=samples.part(step, part)) for part in step.parts)
-            with calls, writes:
-                list(function.parts(named, samples, replace(step, parts=parts)))
-    except Exception:  # what a model raises it raises again, where it is told
-        pass
-    function.takes_derivatives = calls.derivatives
+    # Data are fetched before: they may take many operators, all watched.
+    with suppress(Exception):  # what a model raises it raises again, where it is told
+        parts = tuple(replace(part, batch=samples.part(step, part)) for part in step.parts)
+        with _unharmed(function), calls.of(function), writes:
+            list(function.parts(named, samples, replace(step, parts=parts)))
+    calls.tell(function)
     if changed := [name for name in named if name in writes.names | calls.names]:
         raise _refusal(function.model, changed)
+
+
+@contextmanager
+def _unharmed(function: LossFunction) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), function.on_a_copy():
+        yield
+
+
+def watch_targets(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> None:
+    """Watches a target's loss, if it is another than the training's."""
+    if function.task.measure is function.task.loss:
+        return
+    calls, ids = _Calls({}), targets.groups[0][:1]
+    function.eval_mode()
+    with suppress(Exception):
+        batch = samples.batch(ids)
+        with _unharmed(function), calls.of(function):
+            function.measures(weights.detach().requires_grad_(), batch, len(ids))
+    function.train_mode()
+    calls.tell(function)
+
+
+def _has_backward_hooks(model: nn.Module) -> bool:
+    return any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
 
 
 def _refusal(model: nn.Module, names: list[str]) -> DerivativeError:

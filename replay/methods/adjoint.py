@@ -6,6 +6,8 @@ lam_T = grad l_j(w_T), sigma_T = 0; for t = T..1:
     C(i, j)  -= c[t,i] <grad l_i(w_{t-1}), gamma>        for every i in the batch
     lam_{t-1} = lam' + H_t gamma;   sigma_{t-1} = sigma'
 
+Running statistics of normalisations are state, too (`replay.derivatives.statistics`).
+
 Hessian-free drops H_t gamma and nothing else. This is the paper's hypergradient (supplement, (30) to (34)) in reverse
 mode; the factor N of its sample weights cancels against the 1/N of its contribution (7).
 
@@ -23,7 +25,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trajrec.records import IntArray
-from trajrec.replay.derivatives.choice import Problem
+from trajrec.replay.derivatives.choice import Problem, carried_of
+from trajrec.replay.losses.statistics import Carried
 from trajrec.replay.methods.overflow import check_adjoint
 from trajrec.replay.methods.pull import NumberPuller, Puller, VectorPuller
 from trajrec.replay.proof.certificate import StepChecks
@@ -41,6 +44,7 @@ class Adjoint:
         names: of the targets [K].
         first: the next step to be done.
         until: the last step to be done, going backwards; 1 for the whole run.
+        carried: the cotangent of the running statistics; None where there are none, or without a curvature.
     """
 
     problem: Problem
@@ -48,13 +52,25 @@ class Adjoint:
     names: IntArray
     first: int
     until: int
+    carried: Carried | None = None
 
     @classmethod
-    def begin(cls, problem: Problem, targets: Tensor, names: IntArray, until: int = 1) -> Adjoint:
-        """The adjoint at the end of the run, from gradients of K target losses at w_T, [K, P'], and their names."""
+    def begin(
+        cls, problem: Problem, targets: Tensor, names: IntArray, until: int = 1, statistics: Tensor | None = None
+    ) -> Adjoint:
+        """The adjoint at the end of the run.
+
+        Args:
+            problem: what is differentiated.
+            targets: gradients of K target losses at w_T, [K, P'].
+            names: of the targets [K].
+            until: the last step to be done.
+            statistics: gradients of the target losses by the running statistics [K, Q], or None.
+        """
         numbers = problem.rule.constant and not problem.plan.exact
         puller = (NumberPuller if numbers else VectorPuller)(problem.rule, targets)
-        return cls(problem, puller, names, problem.trajectory.run.steps, until)
+        carried = carried_of(problem, statistics)
+        return cls(problem, puller, names, problem.trajectory.run.steps, until, carried)
 
     @property
     def initial(self) -> State:
@@ -83,13 +99,14 @@ class Adjoint:
             usual = wanted and checks is not None and checks.stride == 1
             at = problem.at(step, puller.count, gradient=wanted, first=puller.needs_gradient, usual=usual)
             pulled = puller.pull(step, self._state(step), free(at.gradient(), step) if puller.needs_gradient else None)
-            found = at.along(free(pulled.gamma, step))
+            found = at.along(free(pulled.gamma, step), self.carried)
             if checks is not None:
                 checks.backwards(step, None if found.gradient is None else free(found.gradient, step))
             inner = pulled.scaled(found.inner)
             check_adjoint(inner, self.names, step.t, problem.trajectory.run.steps, exact=problem.plan.exact)
             collect(step, -found.shares * inner)
             puller.accept(pulled, found.hvp)
+            self.carried = found.carried
             # Gamma and the gradient are as large as the weights: not beside those of the next step.
             del at, pulled, found
             self.first = step.t - 1

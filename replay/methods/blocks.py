@@ -14,7 +14,7 @@ Letters: E epochs, K targets or samples at once, M targets, N training samples, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from trajrec.records import FloatArray, IntArray, Json
-from trajrec.replay.derivatives.choice import FORMS, Chosen, Plan, Problem
-from trajrec.replay.derivatives.pieces import Cutting, Form
+from trajrec.replay.derivatives.choice import DIFFERENCE, FIRST_ORDER, FORMS, Chosen, Plan, Problem
+from trajrec.replay.derivatives.difference import difference
+from trajrec.replay.derivatives.pieces import Form
 from trajrec.replay.losses.targets import Targets
 from trajrec.replay.machine.memory import budget
 from trajrec.replay.methods.adjoint import Adjoint
@@ -32,6 +33,7 @@ from trajrec.replay.methods.growth import Norms
 from trajrec.replay.methods.resume import Arrays, ResumeFile
 from trajrec.replay.methods.tangent import Tangent
 from trajrec.replay.progress import Progress, Silent
+from trajrec.replay.proof.derivative import Derivation
 from trajrec.replay.question import Curvature, Scope
 from trajrec.replay.session import Session
 from trajrec.replay.step import Step
@@ -119,7 +121,8 @@ class AdjointPasses:
     def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> None:
         session, targets = self._session, self._scope.targets
         part = Targets(targets.kind, targets.names[piece], targets.groups[piece])
-        adjoint = Adjoint.begin(self._problem, session.target_gradients(part), part.names, self._scope.window[0])
+        gradients, statistics = session.target_gradients(part)
+        adjoint = Adjoint.begin(self._problem, gradients, part.names, self._scope.window[0], statistics)
         norms = Norms(adjoint, session, self._growth, keep=number == 0)
         checks = session.checks if number == 0 or not session.certifies_once else None
         if values:
@@ -144,7 +147,7 @@ class AdjointPasses:
     def _save(self, number: int, adjoint: Adjoint) -> None:
         assert self._execution.file is not None
         arrays = carried_arrays(lam=adjoint.puller.lam, sigma=adjoint.puller.sigma, sums=self._table.sums)
-        values = common_values(self._session, self._problem.chosen, arrays)
+        values = common_values(self._session, self._problem.chosen, arrays) | save_statistics(adjoint, arrays)
         values |= {"number": number, "first": adjoint.first, "growth": self._growth}
         self._execution.file.save(values, arrays)
 
@@ -160,6 +163,7 @@ class AdjointPasses:
         adjoint.puller.lam = torch.from_numpy(arrays["lam"]).to(adjoint.puller.lam.device)
         adjoint.puller.sigma = vectors_in(arrays, "sigma/", self._session.device)
         adjoint.first = values["first"]
+        restore_statistics(adjoint, values, arrays)
         resume_checks(self._session, values, arrays, backwards=True)
 
 
@@ -171,8 +175,11 @@ class TangentPasses:
         self._problem = problem_of(session, scope.curvature, execution)
         self._values: FloatArray = np.zeros(0)
 
-    def run(self, take: Callable[[slice, Tensor], None], values_so_far: FloatArray) -> None:
-        """Hands over the D_T [K, P'] of one block after the other; `values_so_far` is what progress keeps beside."""
+    def run(self, take: Callable[[slice, Tensor, Tensor | None], None], values_so_far: FloatArray) -> None:
+        """Hands over the D_T [K, P'] of one block after the other, with the tangents of the statistics [K, Q] if any.
+
+        `values_so_far` is what progress keeps beside.
+        """
         self._values, chosen = values_so_far, self._problem.chosen
         values, arrays = resumed(self._execution.file, chosen)
         chosen.block = chosen.block or self._execution.block or block_size(self._session, "tangent")
@@ -184,14 +191,15 @@ class TangentPasses:
         done = values["first"] - 1 if values else 0
         begin(self._execution.progress, "tangent", self._session.run.steps, len(pieces), start, done)
         for number in range(start, len(pieces)):
-            take(pieces[number], self._block(number, pieces[number], values if number == start else {}, arrays))
+            tangent = self._block(number, pieces[number], values if number == start else {}, arrays)
+            take(pieces[number], tangent.d, None if tangent.carried is None else tangent.carried.values)
         if start == len(pieces):
             self._session.checks.found.resume(values["checks"])
         if self._execution.file is not None:
             values = common_values(self._session, self._problem.chosen, {}) | {"number": len(pieces), "first": 1}
             self._execution.file.finish(values, {"sums": self._values})
 
-    def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> Tensor:
+    def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> Tangent:
         session, scope = self._session, self._scope
         tangent = Tangent.begin(self._problem, scope.samples[piece], session.samples, scope.window)
         if values:
@@ -199,6 +207,7 @@ class TangentPasses:
             tangent.r = vectors_in(arrays, "r/", session.device)
             tangent.state = vectors_in(arrays, "state/", session.device)
             tangent.first = values["first"]
+            restore_statistics(tangent, values, arrays)
             resume_checks(session, values, arrays, backwards=False)
 
         def after_step(count: int) -> None:
@@ -206,12 +215,13 @@ class TangentPasses:
             if self._execution.file is not None and self._execution.file.due and session.may_begin_at(tangent.first):
                 self._save(number, tangent)
 
-        return tangent.go(session.checks, after_step)
+        tangent.go(session.checks, after_step)
+        return tangent
 
     def _save(self, number: int, tangent: Tangent) -> None:
         assert self._execution.file is not None
         arrays = carried_arrays(d=tangent.d, r=tangent.r, state=tangent.state) | {"sums": self._values}
-        values = common_values(self._session, self._problem.chosen, arrays)
+        values = common_values(self._session, self._problem.chosen, arrays) | save_statistics(tangent, arrays)
         self._execution.file.save(values | {"number": number, "first": tangent.first}, arrays)
 
 
@@ -227,9 +237,13 @@ def begin(progress: Progress, what: str, steps: int, blocks: int, block: int, do
 def problem_of(session: Session, curvature: Curvature, execution: Execution) -> Problem:
     """The session as the mathematics sees it."""
     whole = budget(session.memory, session.device)
-    cutting = Cutting(whole if session.memory is None else whole // 4, session.memory)
-    plan = Plan(curvature, execution.form, whole // 4, cutting, execution.forms)
-    return Problem(session.trajectory, session.function, session.train, session.rule, plan)
+    forms = dict(execution.forms)
+    if session.derivative is not None and session.derivative.verdict is Derivation.DIFFERENCES:
+        forms |= {f"{DIFFERENCE}{name}": difference(session.differences, forms[name]) for name in FIRST_ORDER}
+    session.function.smoothing = curvature == "kinks"
+    plan = Plan(curvature, execution.form, whole // 4, session.cutting, forms)
+    chosen = Chosen(pieces=dict(session.pieces))
+    return Problem(session.trajectory, session.function, session.train, session.rule, plan, chosen)
 
 
 def resumed(file: ResumeFile | None, chosen: Chosen) -> tuple[Json, Arrays]:
@@ -256,6 +270,21 @@ def carried_arrays(**carried: Any) -> Arrays:
         named = {f"{name}/{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
         arrays |= {key: tensor.detach().cpu().numpy() for key, tensor in named.items()}
     return arrays
+
+
+def save_statistics(carrier: Adjoint | Tangent, arrays: Arrays) -> Json:
+    """What is carried of the running statistics: its values join the arrays."""
+    if carrier.carried is None:
+        return {}
+    arrays["statistics"] = carrier.carried.values.cpu().numpy()
+    return {"statistics_counts": list(carrier.carried.counts)}
+
+
+def restore_statistics(carrier: Adjoint | Tangent, values: Json, arrays: Arrays) -> None:
+    """Takes up what `save_statistics` gave."""
+    if carrier.carried is not None:
+        found = torch.from_numpy(arrays["statistics"]).to(carrier.carried.values.device)
+        carrier.carried = replace(carrier.carried, values=found, counts=tuple(values["statistics_counts"]))
 
 
 def vectors_in(arrays: Arrays, prefix: str, device: torch.device) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trajrec.records import FloatArray, IntArray
+from trajrec.replay.label import APPROXIMATION, EXACT
 from trajrec.replay.machine.memory import kept
 from trajrec.replay.methods.blocks import AdjointPasses, Execution, TangentPasses
 from trajrec.replay.positional import by_position
@@ -51,13 +52,13 @@ class Contributions:
         samples: [S] training sample ids.
         targets: [M] target names: -1 for the mean, class numbers, or test ids.
         certificate: what the replay has proved.
-        exact: with the Hessian.
+        exact: with the whole Hessian; everything else is an approximation, and `label` says so.
         mode: "adjoint" or "tangent".
         target_kind: "mean", "class", "each" or "chosen".
         epochs: [E] epochs, and by_epoch: [E, S, M] the part of each; both None unless asked for.
         growth: [n], adjoint only: the norm of the adjoint |lam_t| over that at the end of the run, at n <= 100 evenly
             spaced points from the last step back to the first, the largest over the first block of targets. What it
-            grows by, so do rounding errors of the late steps.
+            grows by, so do rounding errors of the late steps. Without the Hessian it says nothing about the training.
         window: first and last step whose contributions were summed.
         curvature: "hessian", "ggn" or "none".
         notes: what else should be known of the losses that the numbers are about, in sentences.
@@ -74,8 +75,13 @@ class Contributions:
     by_epoch: FloatArray | None = field(default=None, repr=False)
     growth: FloatArray | None = field(default=None, repr=False)
     window: tuple[int, int] | None = None
-    curvature: str = "none"
+    curvature: str = "hessian"
     notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What the numbers are: "exact", or "approximation, not checked against exact"."""
+        return EXACT if self.exact else APPROXIMATION
 
     def frame(self) -> polars.LazyFrame:
         """Columns sample, target, contribution, and epoch if asked for: one row for each."""
@@ -98,7 +104,7 @@ def contributions(
     *,
     targets: TargetChoice = "mean",
     samples: IntArray | None = None,
-    exact: bool = False,
+    exact: bool = True,
     curvature: Curvature | None = None,
     mode: Mode = "auto",
     by_epoch: bool = False,
@@ -117,9 +123,9 @@ def contributions(
         task: describes the training.
         targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), or [M] test ids.
         samples: [S] training sample ids; default all N.
-        exact: with Hessian-vector products; otherwise the paper's Hessian-free approximation.
-        curvature: "hessian" is what `exact` stands for, "none" the approximation; "ggn" is the Gauss-Newton form
-            between them (`trajrec.replay.derivatives.gauss_newton`), tamer than the Hessian on ReLU networks.
+        exact: with Hessian-vector products; exact=False is the paper's Hessian-free approximation.
+        curvature: by name: "hessian" is exact, "none" Hessian-free; "ggn" is the Gauss-Newton form between them
+            (`trajrec.replay.derivatives.gauss_newton`), tamer than the Hessian on ReLU networks, and an approximation.
         mode: "adjoint" (all samples at once, cost by targets), "tangent" (cost by samples), or "auto".
         by_epoch: also give the part of each epoch (adjoint only).
         steps: (a, b): only what steps a to b contribute; default all.
@@ -162,6 +168,8 @@ def solve(session: Session, question: Question, execution: Execution | None = No
 def answer(session: Session, scope: Scope, execution: Execution) -> Contributions:
     """The contributions of a scope, by going through the run."""
     session.checks.stride = scope.stride
+    if scope.curvature == "hessian":
+        session.prove_derivative(forwards=scope.mode == "tangent")
     with kept():
         return (_by_adjoint if scope.mode == "adjoint" else _by_tangent)(session, scope, execution)
 
@@ -176,11 +184,14 @@ def _by_adjoint(session: Session, scope: Scope, execution: Execution) -> Contrib
 
 
 def _by_tangent(session: Session, scope: Scope, execution: Execution) -> Contributions:
-    gradients = session.target_gradients(scope.targets).double()
+    gradients, statistics = session.target_gradients(scope.targets)
     values = np.zeros((len(scope.samples), len(scope.targets.names)))
 
-    def take(piece: slice, d: Tensor) -> None:
-        values[piece] = -(d.double() @ gradients.T).cpu().numpy() / session.samples
+    def take(piece: slice, d: Tensor, moved: Tensor | None) -> None:
+        changes = d.double() @ gradients.double().T
+        if moved is not None and statistics is not None:
+            changes += moved.double() @ statistics.double().T
+        values[piece] = -changes.cpu().numpy() / session.samples
 
     TangentPasses(session, scope, execution).run(take, values)
     return _contributions(session, scope, values)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trajrec.records import Array, IntArray
+from trajrec.replay.label import label_of
 from trajrec.replay.machine.memory import kept
 from trajrec.replay.methods.blocks import Execution, TangentPasses
 from trajrec.replay.positional import by_position
@@ -47,10 +48,13 @@ class Hypergradients:
         samples: [S] training sample ids.
         certificate: what the replay has proved.
         path: the HDF5 file; a temporary one (removed by `close`) unless `out` was given.
+        curvature: as in the question.
+        label: "exact", or "approximation, not checked against exact".
     """
 
-    def __init__(self, session: Session, samples: IntArray, path: Path, folder: Any, vectors: Vectors) -> None:
-        self.samples = samples
+    def __init__(self, session: Session, scope: Scope, path: Path, folder: Any, vectors: Vectors) -> None:
+        self.samples = samples = scope.samples
+        self.curvature, self.label = scope.curvature, label_of(scope.curvature)
         self.path = path
         self.certificate: Certificate | None = None
         self._layout = session.layout
@@ -71,8 +75,8 @@ class Hypergradients:
             raise KeyError(f"sample {sample} is not among the {len(self)} tracked ones")
         return self._layout.split(torch.from_numpy(self._vectors.read(self._places[int(sample)])))
 
-    def write(self, piece: slice, vectors: Tensor) -> None:
-        """Stores the hypergradients [K, P'] of a piece of the samples."""
+    def write(self, piece: slice, vectors: Tensor, _: Tensor | None = None) -> None:
+        """Stores the hypergradients [K, P'] of a piece of the samples; not those of running statistics."""
         self._vectors.write(piece, vectors.cpu().numpy())
 
     def close(self) -> None:
@@ -94,7 +98,7 @@ def hypergradients(
     task: Task,
     *,
     samples: IntArray | Sequence[int] | None = None,
-    exact: bool = False,
+    exact: bool = True,
     curvature: Curvature | None = None,
     steps: tuple[int, int] | None = None,
     dtype: FloatName | torch.dtype | None = None,
@@ -143,8 +147,9 @@ def hypergradients(
     scope = question.scope(session.samples, session.run.steps, None)
     folder = None if out is not None else tempfile.TemporaryDirectory(prefix="trajrec-")
     path = Path(out) if folder is None and out is not None else Path(str(folder and folder.name)) / "hypergradients.h5"
-    vectors = VectorFile.create(path, scope.samples, session.layout.params, str(session.dtype).removeprefix("torch."))
-    result = Hypergradients(session, scope.samples, path, folder, vectors)
+    dtype_name = str(session.dtype).removeprefix("torch.")
+    vectors = VectorFile.create(path, scope.samples, session.layout.params, dtype_name, scope.curvature)
+    result = Hypergradients(session, scope, path, folder, vectors)
     try:
         session.guarded(lambda: _fill(session, scope, result, progress or Silent()))
     except BaseException:
@@ -155,6 +160,8 @@ def hypergradients(
 
 
 def _fill(session: Session, scope: Scope, result: Hypergradients, progress: Progress) -> None:
+    if scope.curvature == "hessian":
+        session.prove_derivative(forwards=True)
     with kept():
         TangentPasses(session, scope, Execution(progress)).run(result.write, np.zeros(0))
     result.certificate = session.certificate()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from trajrec.records import IntArray
-from trajrec.replay.derivatives.choice import At, Problem
+from trajrec.replay.derivatives.choice import At, Problem, carried_from_start
+from trajrec.replay.losses.statistics import Carried
 from trajrec.replay.methods.overflow import check_tangent
 from trajrec.replay.proof.certificate import StepChecks
 from trajrec.replay.step import Step, initial_state
@@ -38,6 +39,7 @@ class Tangent:
         d: D_t [K, P'], and r: R_t by name of the state.
         state: s_t.
         first: the next step to be done.
+        carried: the tangents of the running statistics; None where there are none, or without a curvature.
     """
 
     problem: Problem
@@ -48,13 +50,16 @@ class Tangent:
     r: State
     state: State
     first: int = 1
+    carried: Carried | None = None
 
     @classmethod
     def begin(cls, problem: Problem, tracked: IntArray, total: int, window: tuple[int, int]) -> Tangent:
         """The hypergradients before the first step: zero."""
         trajectory = problem.trajectory
         d = torch.zeros(len(tracked), trajectory.layout.size, dtype=trajectory.dtype, device=trajectory.device)
-        return cls(problem, tracked, total, window, d, State(), initial_state(trajectory, problem.rule))
+        carried = carried_from_start(problem, len(tracked))
+        start = initial_state(trajectory, problem.rule)
+        return cls(problem, tracked, total, window, d, State(), start, carried=carried)
 
     def go(self, checks: StepChecks, advance: Callable[[int], None]) -> Tensor:
         """Goes on forwards to the end. Returns D_T [K, P'].
@@ -71,6 +76,9 @@ class Tangent:
         for step in problem.trajectory.forwards(self.first):
             at = problem.forced(step, len(self.tracked))
             gradient, k = free(at.gradient(), step), free(self._force(at, step), step)
+            if self.carried is not None:
+                extra, self.carried = at.push_statistics(self.d, self.carried)
+                k = k if extra is None else k + free(extra, step)
             after = checks.forwards(step, self.state, gradient)
             self.d, self.r = problem.rule.push(step.before, self.state, gradient, step.hyper, self.d, self.r, k)
             check_tangent(self.d, self.tracked, step.t, exact=problem.plan.exact)

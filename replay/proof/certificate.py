@@ -24,6 +24,7 @@ from typing import Protocol
 from torch import Tensor
 
 from trajrec.records import Json
+from trajrec.replay.proof.derivative import DerivativeProof
 from trajrec.replay.step import Step
 from trajrec.rules.step import State
 
@@ -49,6 +50,7 @@ class Certificate:
         at_step: step of the largest drift; 0 if none was checked.
         tolerance: rtol.
         first_bad_step: first step found beyond tolerance, or None.
+        derivative: what the second proof found; None where no derivative of the gradient was taken.
     """
 
     verdict: Verdict
@@ -58,6 +60,7 @@ class Certificate:
     at_step: int
     tolerance: float
     first_bad_step: int | None = None
+    derivative: DerivativeProof | None = None
 
     @property
     def sentence(self) -> str:
@@ -73,8 +76,11 @@ class Certificate:
         return f"{checked} and agree with the recording within rounding ({drift})."
 
     def to_json(self) -> Json:
-        """JSON-ready values, with the sentence."""
-        return asdict(self) | {"sentence": self.sentence}
+        """JSON-ready values, with the sentences."""
+        values = asdict(self) | {"sentence": self.sentence, "derivative": None}
+        if self.derivative is not None:
+            values["derivative"] = asdict(self.derivative) | {"sentence": self.derivative.sentence}
+        return values
 
 
 @dataclass(slots=True)

@@ -117,9 +117,21 @@ def _explained_on_drift(session: Session, work: Callable[[], T]) -> T:
             return _derivable(session, work)
     except Drifted as drifted:
         raise explained(session, drifted) from None
+    except DerivativeError:
+        # A loss that is another each time has no derivative either, and that it drifts is the matter.
+        first = None if session.allow_drift or _comes_back(session) else session.find_drift()
+        if first is None:
+            raise
+        raise explained(session, first) from None
     except OtherState as other:
         first = session.find_drift()
         raise (DriftError(str(other)) if first is None else explained(session, first)) from None
+
+
+def _comes_back(session: Session) -> bool:
+    """Whether the loss of the first step is the same when it is computed again."""
+    step = session.step_at_start()
+    return session.loss(step) == session.loss(step)
 
 
 def _derivable(session: Session, work: Callable[[], T]) -> T:

@@ -61,6 +61,7 @@ class Cleaning:
         wrong: known wrong labels among all tracked samples, None if the truth is not known.
         wrong_dropped: known wrong labels among the dropped.
         table: sample, label, name, contribution, drop; [S] rows, most harmful first.
+        label: whether the contributions are exact (`trajrec.replay.label`), None if that is not known.
     """
 
     rule: str
@@ -70,6 +71,7 @@ class Cleaning:
     wrong: int | None
     wrong_dropped: int | None
     table: pl.DataFrame
+    label: str | None = None
 
 
 def clean(inputs: Inputs, rule: str) -> Cleaning:
@@ -102,6 +104,7 @@ def clean(inputs: Inputs, rule: str) -> Cleaning:
         wrong=wrong.height if known.height else None,
         wrong_dropped=wrong.filter("drop").height if known.height else None,
         table=table.select("sample", "label", "name", "contribution", "drop"),
+        label=inputs.settings.label,
     )
 
 
@@ -156,6 +159,7 @@ def _fill(cleaning: Cleaning, folder: Path) -> None:
     spreadsheet.write_csv(cleaning.table, folder / "samples.csv")
     facts: Json = {
         "rule": cleaning.rule,
+        "label": cleaning.label,
         "kept": len(cleaning.keep),
         "dropped": len(cleaning.drop),
         "dropped_that_harm": cleaning.harming,

@@ -49,7 +49,7 @@ def the_run(folder):
 def test_record_names_the_run_and_says_what_to_do_next(project):
     said = (project / "recorded.txt").read_text()
     assert "Recorded 12 steps of train.py into runs/train-" in said
-    assert "Next: trajrec replay --exact" in said
+    assert "Next: trajrec replay\n" in said
     with trajrec.open(the_run(project)) as run:
         assert run.steps == 12
         assert run.state == "complete"
@@ -70,7 +70,7 @@ def test_the_recorded_training_is_the_unrecorded_one(project, tmp_path):
 
 def test_replay_gives_the_numbers_of_the_python_api(here):
     np.save(here / "idx.npy", np.array([7, 3, 29]))
-    done = call("replay", "--samples", "idx.npy", "--exact", cwd=here)
+    done = call("replay", "--samples", "idx.npy", cwd=here)
     assert done.returncode == 0, done.stderr
     folder = here / "runs" / f"{the_run(here).stem}-replay"
     names = {path.name for path in folder.iterdir()}
@@ -79,7 +79,7 @@ def test_replay_gives_the_numbers_of_the_python_api(here):
     assert frame.schema == {"sample": pl.Int64, "target": pl.Int64, "contribution": pl.Float64}
     torch.set_num_threads(1)
     with trajrec.open(the_run(here)) as run:
-        c = contributions(run, load_task(f"{here / 'task.py'}"), samples=[7, 3, 29], exact=True)
+        c = contributions(run, load_task(f"{here / 'task.py'}"), samples=[7, 3, 29])
     assert frame["sample"].to_list() == [7, 3, 29]
     assert frame["target"].to_list() == [-1, -1, -1]
     # Which form computes the derivatives is chosen by speed; two replays may differ by rounding.
@@ -185,6 +185,10 @@ BAD = [
     (["record", "--strict", "--budget", "1", "--out", "k.h5", "train.py"], 2, "budget"),
     (["pack", "task.py"], 4, "task.py"),
     (["replay", "--no-such-option"], 2, "No such option"),
+    (["replay", "RUN", "--exact", "--hessian-free"], 2, "--exact and --hessian-free contradict each other"),
+    (["replay", "RUN", "--exact", "--curvature", "ggn"], 2, "--exact and --curvature ggn contradict each other"),
+    (["replay", "RUN", "--hessian-free", "--curvature", "hessian"], 2, "--hessian-free and --curvature hessian"),
+    (["replay", "RUN", "--curvature", "fisher"], 2, "curvature must be one of hessian"),
 ]
 
 
@@ -400,9 +404,30 @@ def test_gauss_newton_and_taylor_check_are_in_the_folder_and_on_the_terminal(her
     done = call("replay", "--curvature", "ggn", "--taylor", "2", cwd=here)
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stdout.split())
-    assert "Gauss-Newton form of the Hessian" in shown
+    assert "Gauss-Newton approximation" in shown
+    assert "certificate approximation, not checked against exact. 12 of 12 steps were made again" in shown
     assert "Removing each of 2 samples on the recorded schedule did" in shown
-    assert "going back through the run the adjoint grew to at most" in shown
+    assert "sensitivity" not in shown
     facts = json.loads((the_run(here).with_name(f"{the_run(here).stem}-replay") / "replay.json").read_text())
     assert (facts["curvature"], facts["exact"], facts["reduction"]) == ("ggn", False, "mean")
-    assert call("replay", "--exact", "--curvature", "none", cwd=here).returncode == 2
+
+
+OTHER_FORMS = [(["--hessian-free"], "none"), (["--curvature", "none"], "none"), (["--curvature", "ggn"], "ggn")]
+
+
+@pytest.mark.parametrize(("options", "curvature"), [([], "hessian"), (["--exact"], "hessian"), *OTHER_FORMS])
+def test_an_approximation_is_asked_for_by_name_and_labelled(here, options, curvature):
+    done = call("replay", *options, cwd=here)
+    assert done.returncode == 0, done.stderr
+    folder = the_run(here).with_name(f"{the_run(here).stem}-replay")
+    label = "exact" if curvature == "hessian" else "approximation, not checked against exact"
+    written = json.loads((folder / "replay.json").read_text())
+    found = (written["exact"], written["curvature"], written["label"])
+    assert found == (curvature == "hessian", curvature, label)
+    assert (written["growth"] is not None) == (curvature == "hessian")
+    metadata = pl.read_parquet_metadata(folder / "contributions.parquet")
+    assert (metadata["exact"], metadata["curvature"], metadata["label"]) == (json.dumps(found[0]), curvature, label)
+    assert json.loads((folder / "top.csv.meta.json").read_text())["label"] == label
+    said = " ".join(done.stdout.split())
+    assert ("approximation, not checked against exact" in said) == (curvature != "hessian")
+    assert ("adjoint grew" in said) == (curvature == "hessian")

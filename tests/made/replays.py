@@ -13,7 +13,7 @@ EXECUTION = ("progress", "file", "block", "form")
 
 
 def solved(
-    session: Session, targets: Any = "mean", *, exact: bool = False, curvature: Any = None, **options: Any
+    session: Session, targets: Any = "mean", *, exact: bool = True, curvature: Any = None, **options: Any
 ) -> Contributions:
     """The answer of a session to a question."""
     execution = Execution(**{name: options.pop(name) for name in EXECUTION if name in options})

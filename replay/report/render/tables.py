@@ -17,7 +17,9 @@ from typing import Any
 import polars as pl
 
 from trajrec.errors import OutputExistsError
+from trajrec.records import Json
 from trajrec.replay.folder import spreadsheet
+from trajrec.replay.folder.format import HEADER, metadata
 from trajrec.replay.report.blocks import Table
 from trajrec.replay.report.report import Report
 
@@ -26,7 +28,8 @@ def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
     """Write the top tables: rank, side, sample, label, target (-1 for the mean), contribution, share.
 
     Several tables follow each other, told apart by target; those by class by a last column, table. Text that begins
-    like a formula has an apostrophe before it.
+    like a formula has an apostrophe before it. What the file itself cannot say lies beside it (`header_of`), and is
+    there first: whether the numbers are exact, what is certified, sign and unit.
 
     Args:
         report: the report.
@@ -38,17 +41,23 @@ def write_csv(report: Report, path: str | Path, force: bool = False) -> Path:
     """
     rows = frame(report)
     rows = rows if len(_written(report)) > 1 else rows.drop("table", strict=False)
+    path, header = claim(path, force), json.dumps(_facts(report), indent=1) + "\n"
+    save(header_of(path), lambda file: file.write_text(header, encoding="utf-8"), force)
     return save(path, lambda file: spreadsheet.write_csv(rows, file), force)
 
 
+def header_of(path: Path) -> Path:
+    """Where what stands in the header of other files is written for a CSV file."""
+    return path.with_name(path.name + HEADER)
+
+
 def write_parquet(report: Report, path: str | Path, force: bool = False) -> Path:
-    """Write the top tables as `write_csv` does, with the column table always, and sign and unit in the metadata.
+    """Write the top tables as `write_csv` does, with the column table always; what its header says in the metadata.
 
     Raises:
         OutputExistsError: the file exists and `force` is False.
     """
-    settings = report.head.settings
-    facts = {"sign": settings.sign, "unit": settings.unit or "", "run_id": settings.run_id or ""}
+    facts = metadata(_facts(report))
     return save(path, lambda file: frame(report).write_parquet(file, metadata=facts), force)
 
 
@@ -60,6 +69,13 @@ def write_json(report: Report, path: str | Path, force: bool = False) -> Path:
     """
     text = json.dumps(plain(report.values()), indent=1, allow_nan=False, ensure_ascii=False)
     return save(path, lambda file: file.write_text(text + "\n", encoding="utf-8"), force)
+
+
+def _facts(report: Report) -> Json:
+    """What must be known of numbers that leave the report."""
+    settings, proof = report.head.settings, report.head.certificate
+    names = ("label", "exact", "curvature", "method", "sign", "unit", "run_id")
+    return {name: getattr(settings, name) for name in names} | {"certificate": proof and proof.sentence}
 
 
 def frame(report: Report) -> pl.DataFrame:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from trajrec.errors import printable
-from trajrec.replay.report.blocks import Block, Chapter, Chart, Facts, Grid, Heat, Kind, Note, Table
+from trajrec.replay.report.blocks import Block, Chapter, Chart, Fact, Facts, Grid, Heat, Kind, Note, Table
 from trajrec.replay.report.render import draw
 from trajrec.replay.report.report import Report
 
@@ -65,12 +65,14 @@ def _print(block: Block, console: Console) -> None:
 
 def _facts(facts: Facts, console: Console) -> None:
     for group in facts.groups:
-        rows = []
-        for fact in group:
-            text = f"{fact.verdict.upper()}. {fact.text}" if fact.tone == "bad" else fact.text
-            if not fact.aside:
-                rows.append((fact.label, draw.plain(text, STYLES[fact.tone])))
-        console.print(draw.facts(rows))
+        shown = [fact for fact in group if not fact.aside]
+        console.print(draw.facts([(fact.label, draw.plain(_said(fact), STYLES[fact.tone])) for fact in shown]))
+
+
+def _said(fact: Fact) -> str:
+    """The text, after its verdict where all is not well."""
+    verdict = {"bad": fact.verdict.upper(), "open": fact.verdict}.get(fact.tone)
+    return f"{verdict}. {fact.text}" if verdict else fact.text
 
 
 def _table(table: Table, console: Console) -> None:

@@ -10,6 +10,7 @@ import polars as pl
 from trajrec.errors import ReplayError
 from trajrec.replay.folder.format import CONTRIBUTIONS
 from trajrec.replay.folder.read import Inputs, reading
+from trajrec.replay.label import name_of
 from trajrec.replay.report import scores, words
 from trajrec.replay.report.agreement import Agreement, agree, joined, known_mean, sign_error, spearman
 from trajrec.replay.report.blocks import Chapter, Chart, Kind, Part, Table
@@ -76,8 +77,10 @@ def _agreement_by_target(inputs: Inputs, other: Inputs, samples: int) -> tuple[i
 
 
 def _what(inputs: Inputs) -> str:
-    form = {True: "exact", False: "Hessian-free", None: "replay"}[inputs.settings.exact]
-    return f"{form} ({inputs.folder.name})"
+    settings = inputs.settings
+    older = {True: "hessian", False: "none", None: None}[settings.exact]  # they do not name the curvature
+    curvature = settings.curvature or older
+    return f"{name_of(curvature) if curvature else 'replay'} ({inputs.folder.name})"
 
 
 def chapter(found: Comparison) -> Chapter:

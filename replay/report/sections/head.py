@@ -10,13 +10,15 @@ import polars as pl
 from trajrec.records import Json
 from trajrec.replay.folder.format import Certificate, Settings
 from trajrec.replay.folder.read import Inputs
+from trajrec.replay.label import EXACT, name_of
 from trajrec.replay.report import words
 from trajrec.replay.report.blocks import Chapter, Fact, Facts, Part
 from trajrec.replay.report.sensitivity import Sensitivity
 
 SIGN = "positive = helpful: removing the sample would raise the loss"
 SHARE = "of the sum of |contribution| over all tracked samples"
-NO_CERTIFICATE = "none: nothing proves that this replay repeated the recorded run"
+NO_CERTIFICATE = "Nothing proves that this replay repeated the recorded run."
+UNKNOWN = "nothing says whether the numbers are exact"
 # names that JSON has had since the first version
 SETTINGS = (
     *("run", "run_id", "mode", "exact", "targets", "target_set", "sign", "unit", "samples_total", "steps", "epochs"),
@@ -51,7 +53,7 @@ def values(head: Head) -> Json:
     settings, proof = head.settings, head.certificate
     said = {name: getattr(settings, name) for name in SETTINGS}
     said |= {"version": settings.trajrec, "command": settings.command, "details": settings.details}
-    said |= {"curvature": settings.curvature, "growth": settings.growth, "taylor": settings.taylor}
+    said |= {name: getattr(settings, name) for name in ("curvature", "label", "growth", "taylor")}
     said |= {"notes": settings.notes} if settings.notes else {}
     proved = proof and {name: getattr(proof, name) for name in PROVED}
     return {each.name: getattr(head, each.name) for each in fields(head)} | {"settings": said, "certificate": proved}
@@ -78,7 +80,7 @@ def chapter(head: Head) -> Chapter:
         Fact("number", _unit(settings)),
         Fact("sign", SIGN),
         Fact("share", SHARE),
-        _certificate(head.certificate),
+        _certificate(head.certificate, settings.label),
         _sensitivity(settings),
         Fact("check", settings.taylor or ""),
         *(Fact("note", note) for note in settings.notes),
@@ -121,8 +123,8 @@ def _unit(settings: Settings) -> str:
 
 
 def _method(settings: Settings) -> str:
-    forms = {True: "exact (with the Hessian)", False: "Hessian-free approximation", None: "unknown form"}
-    form = "Gauss-Newton form of the Hessian" if settings.curvature == "ggn" else forms[settings.exact]
+    name = name_of(settings.curvature or "none")
+    form = {EXACT: "exact (with the Hessian)", None: "unknown form"}.get(settings.label, f"{name} approximation")
     way = {"adjoint": "backwards through training (adjoint)", "tangent": "forwards through training (tangent)"}
     return ", ".join(filter(None, [form, way.get(settings.mode or "")]))
 
@@ -133,11 +135,14 @@ def _training(settings: Settings) -> str:
     return " in ".join(filter(None, [made, words.counted(settings.epochs, "epoch")]))
 
 
-def _certificate(proof: Certificate | None) -> Fact:
-    if proof is None:
-        return Fact("certificate", NO_CERTIFICATE, "open", "No proof")
-    tone, verdict = {True: ("good", "Certified"), False: ("bad", "Not proved"), None: ("open", "No proof")}[proof.good]
-    return Fact("certificate", proof.sentence, tone, verdict)
+def _certificate(proof: Certificate | None, label: str | None) -> Fact:
+    """What was proved of the run; "Certified" if the numbers are exact, too, otherwise what they are stands there."""
+    text, good = (NO_CERTIFICATE, None) if proof is None else (proof.sentence, proof.good)
+    if good is False:
+        return Fact("certificate", text if label == EXACT else f"{label or UNKNOWN}. {text}", "bad", "Not proved")
+    if label != EXACT:
+        return Fact("certificate", text, "open", label or UNKNOWN)
+    return Fact("certificate", text, *(("good", "Certified") if good else ("open", "No proof")))
 
 
 def _sensitivity(settings: Settings) -> Fact:

@@ -119,7 +119,7 @@ def test_both_directions_give_the_recurrence_with_dense_matrices(name):
             own += n * objective.shares[place] * torch.autograd.grad(objective.losses[place], w)[0]
         v = 0.8 * v + dense(loop, made, session, step) @ d + own + 0.01 * d
         d = d - 0.2 * v
-    gradients = session.target_gradients(choose_targets("each", session.test))
+    gradients = session.target_gradients(choose_targets("each", session.test))[0]
     expected = -(gradients @ d).detach().numpy() / n
     for mode in ("adjoint", "tangent"):
         c = contributions(made.run, made.task, targets="each", samples=[sample], curvature="ggn", mode=mode)
@@ -129,7 +129,7 @@ def test_both_directions_give_the_recurrence_with_dense_matrices(name):
 
 def test_contradictory_questions_are_refused():
     made = loops.train(Loop())
-    with pytest.raises(ReplayError, match="exact stands for curvature"):
-        contributions(made.run, made.task, exact=True, curvature="ggn")
-    with pytest.raises(ReplayError, match="curvature must be one of hessian, ggn, none"):
+    with pytest.raises(ReplayError, match='curvature "hessian" is the exact form'):
+        contributions(made.run, made.task, exact=False, curvature="hessian")
+    with pytest.raises(ReplayError, match="curvature must be one of hessian, ggn, kinks, none"):
         contributions(made.run, made.task, curvature="fisher")

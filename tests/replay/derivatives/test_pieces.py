@@ -91,7 +91,7 @@ def test_a_loss_that_looks_at_the_whole_batch_is_not_cut():
     inner = s.task.loss
     s.task.loss = lambda model, batch: inner(model, batch) * batch[0].mean()
     with pytest.raises(ReplayError, match="loss of a sample depends on the others of its batch"):
-        contributions(s.run, s.task, memory=1, allow_drift=True)
+        contributions(s.run, s.task, exact=False, memory=1, allow_drift=True)
 
 
 BIG = """

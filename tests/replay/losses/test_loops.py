@@ -50,7 +50,10 @@ def check(loop, tolerance=1e-6):
         assert c.certificate.verdict in ("bit-exact", "within rounding")
         assert c.certificate.steps_checked == made.run.steps
         assert relative(c.values, expected) < tolerance
-    fast = [contributions(made.run, made.task, targets="each", mode=mode).values for mode in ("adjoint", "tangent")]
+    fast = [
+        contributions(made.run, made.task, targets="each", exact=False, mode=mode).values
+        for mode in ("adjoint", "tangent")
+    ]
     assert relative(fast[0], fast[1]) < 1e-9
     assert relative(fast[0][list(SAMPLES)], expected) > 1e-3, "the Hessian would not matter here"
     return made

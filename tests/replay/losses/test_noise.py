@@ -1,5 +1,6 @@
 """Target losses that draw random numbers are one function of the weights: seeded, and said."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_it_is_said(made):
 
 
 def test_the_folder_and_the_head_of_a_report_keep_what_is_said():
-    settings = Settings.read(Settings(notes=("It is seeded.",)).to_json())
+    settings = Settings.read(json.loads(json.dumps(Settings(notes=("It is seeded.",)).to_json())))
     head = Head(Path(), settings, None, 1, 1, 0.0, 0.0)
     facts = [fact for part in chapter(head).parts for block in part.blocks for group in block.groups for fact in group]
     assert ("note", "It is seeded.") in [(fact.label, fact.text) for fact in facts]

@@ -253,7 +253,7 @@ def test_a_sparse_folder_makes_a_page_too(visit: Any, tmp_path: Path) -> None:
     (path / "replay.json").unlink()
     page = visit(write_html(build(path, 5, Ask(everything=True)), tmp_path / "x.html"))
     assert "How much did each of 1 training sample" in page.inner_text("h1")
-    assert "nothing proves" in page.inner_text(".proof.open")
+    assert "Nothing proves" in page.inner_text(".proof.open")
     assert "Not shown: This replay cannot answer the timeline" in page.inner_text("#reading")
 
 

@@ -117,7 +117,7 @@ def test_no_color_is_respected(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_certificate_is_said(tmp_path: Path) -> None:
     path = replay_folder.write(tmp_path / "r", VALUES, certificate=None)
-    assert "none: nothing proves that this replay repeated the recorded run" in " ".join(
+    assert "No proof. Nothing proves that this replay repeated the recorded run." in " ".join(
         drawn(report.build(path)).split()
     )
 
@@ -155,7 +155,7 @@ def test_csv_has_the_columns_and_rows(folder: Path, tmp_path: Path) -> None:
     assert got["sample"].to_list() == [0, 1]
     assert got["target"].to_list() == [-1, -1]
     assert got["contribution"].to_list() == [4e-5, -3e-5]
-    assert sorted(p.name for p in path.parent.iterdir()) == ["top.csv"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["top.csv", "top.csv.meta.json"]
 
 
 def test_agreement_with_another_replay(folder: Path, tmp_path: Path) -> None:
@@ -261,3 +261,6 @@ def test_outputs_are_not_overwritten_without_force(folder: Path, tmp_path: Path)
     assert path.read_text() == "mine"
     assert run(folder, "--csv", path, "--force")[0] == 0
     assert path.read_text().startswith("rank,")
+    path.unlink()
+    assert "top.csv.meta.json exists already" in str(run(folder, "--csv", path)[2])
+    assert not path.exists()
