@@ -150,6 +150,25 @@ def test_spectral_normalisation_with_fixed_vectors_replays():
     np.testing.assert_allclose(found[0].values, found[1].values, rtol=1e-9, atol=1e-14)
 
 
+class Last(nn.Module):
+    """Compares with the batch before, which may be of another size in test; the state fits to no other batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = None
+
+    def forward(self, x):
+        out = x if self.last is None else x + 0.1 * self.last[: len(x)]
+        self.last = x.detach() if self.training else self.last
+        return out
+
+
+def test_a_state_that_targets_would_see_is_named_by_the_training_loss():
+    made = loops.train(Loop(build=lambda: Around(Last())))
+    with pytest.raises(DerivativeError, match="training loss depends on the attribute last of the Last 'front'"):
+        contributions(made.run, made.task, exact=True)
+
+
 class Seen(nn.Module):
     """Counts, logs and caches: nothing that a loss depends on."""
 
