@@ -126,6 +126,21 @@ def sensitivity():
     )
 
 
+def coupled():
+    result = json.loads((RESULTS / "coupled.json").read_text())
+    rows = [
+        [r["training"], *(f"{r[how][key]:g}" for how in ("term", "sample") for key in ("slope", "spearman"))]
+        for r in result["rows"]
+    ]
+    head = ["training", "loss term out: slope", "Spearman", "sample out of its batches: slope", "Spearman"]
+    return (
+        f"Exact contributions of {result['samples']} samples to the mean test loss, batches of {result['batch']}, "
+        f"{result['epochs']} epochs. What happened when the training was made again without the sample's loss term, "
+        "and with the sample out of its batches, against the contribution: slope through zero (ideal 1), and rank "
+        "correlation.\n\n" + table(head, rows)
+    )
+
+
 MODELS = {"lenet": "LeNet-5", "densenet": "DenseNet-40", "mobilenet": "MobileNetV2", "transformer": "transformer"}
 
 
@@ -297,6 +312,7 @@ SECTIONS = (
     ("Hessian-free against exact", agreement, "agreement"),
     ("The paper's MNIST run at full size", full_size, "full_mnist"),
     ("When first-order numbers come true", sensitivity, "sensitivity"),
+    ("Where samples touch each other", coupled, "coupled"),
 )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,11 @@ from trajrec.replay.derivatives.difference import Differences
 from trajrec.replay.derivatives.pieces import Cutting
 from trajrec.replay.derivatives.through import differentiating, hidden_parts
 from trajrec.replay.losses.batches import LIMIT, Samples
+from trajrec.replay.losses.buffers import Moved, check_targets, check_training, find_moved, losses_of
+from trajrec.replay.losses.finite import check_gradients
 from trajrec.replay.losses.function import LossFunction, users_code
 from trajrec.replay.losses.gradient import gradient_of
+from trajrec.replay.losses.noise import NOTE, Noise
 from trajrec.replay.losses.reduction import found_reduction
 from trajrec.replay.losses.targets import Targets, target_gradients
 from trajrec.replay.losses.watching import watch, watch_targets
@@ -41,6 +45,7 @@ from trajrec.rules.selftest import self_test
 from trajrec.task.task import Task
 
 T = TypeVar("T")
+_BLOCK = 64  # test samples whose losses tell what they depend on
 
 
 class Session:
@@ -85,6 +90,8 @@ class Session:
         self.derivative: DerivativeProof | None = None
         self.pieces: dict[str, int] = {}
         self._watch()
+        self._targets_are_checked = False
+        self.moved = self._find_moved()
         self.reduction = found_reduction(run, self.function, self.train)
         self.checks = self.new_checks(allow_drift)
         self.trajectory = trajectory_of(self, self.checks)
@@ -118,6 +125,18 @@ class Session:
         before = vector_of(self.run.row(0), 0, self.layout).to(self.device, self.dtype)
         return make_step(self.run, 1, before, before)
 
+    def _find_moved(self) -> tuple[Moved, ...]:
+        """What moves in forward passes, or in the run; no training loss depends on it.
+
+        Raises:
+            DerivativeError: if one does.
+        """
+        losses = losses_of(self.function, self.train, self.step_at_start())
+        moved = find_moved(self.function, losses)
+        if not self.allow_drift:
+            check_training(self.function, losses, moved)
+        return moved
+
     def _watch(self) -> None:
         """Sees what the loss does, at both ends of the run."""
         watch(self.function, self.train, self.step_at_start())
@@ -139,7 +158,8 @@ class Session:
         if self.dtype == torch.float64:
             return Differences(self.function, self.train)
         function = LossFunction(self.task, self.run, self.layout, torch.float64, self.device)
-        function.reduction, function.seen = self.reduction, self.function.seen
+        function.reduction, function.within = self.reduction, self.function.within
+        function.seen = self.function.seen
         return Differences(function, self.training_samples(torch.float64, limit=0))
 
     def prove_derivative(self, *, forwards: bool) -> None:
@@ -225,11 +245,49 @@ class Session:
         """Does the work; what it fails at for a reason that is known becomes an explained refusal."""
         return guarded(self, work)
 
+    def _check_targets(self, targets: Targets) -> None:
+        """Checks, once, that the target losses do not depend on what forward passes move."""
+        if not self.moved or self.allow_drift or self._targets_are_checked:
+            return
+        self.function.eval_mode()
+        try:
+            check_targets(self.function, self._first_targets(targets), self.moved)
+        finally:
+            self.function.train_mode()
+        self._targets_are_checked = True
+
+    def _first_targets(self, targets: Targets) -> Callable[[], Tensor]:
+        """Computes the target losses of some test samples."""
+        weights = self.trajectory.weights(self.run.steps)
+        ids, batch = next(self.test.batches(np.concatenate(targets.groups), _BLOCK))
+
+        def losses() -> Tensor:
+            with torch.no_grad():
+                return self.function.measures(weights, batch, len(ids))
+
+        return losses
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know of the losses they are about, in sentences."""
+        function, found = self.function, []
+        if function.has_further:
+            found.append(f"The loss has several values a sample: their {function.within} was taken.")
+        if function.target_noise is not None and function.target_noise is not Noise.NONE:
+            found.append(NOTE)
+        return tuple(found)
+
     def target_gradients(self, targets: Targets) -> tuple[Tensor, Tensor | None]:
-        """Grad l_j(w_T) of every target, [M, P'], and that by the running statistics [M, Q] where these move."""
+        """Grad l_j(w_T) of every target, [M, P'], and that by the running statistics [M, Q] where these move.
+
+        Raises:
+            DerivativeError: if they depend on what forward passes move. NonFiniteError: if one is none.
+        """
+        self._check_targets(targets)
         weights = self.trajectory.weights(self.run.steps)
         watch_targets(targets, self.function, self.test, weights)
         with hidden_parts(self.function), differentiating(self.function.seen.hides):
             found = target_gradients(targets, self.function, self.test, weights)
+        check_gradients(found, targets.names)
         size = self.layout.size
         return found[:, :size], found[:, size:] if self.function.statistics is not None else None

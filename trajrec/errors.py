@@ -100,7 +100,15 @@ class ReplayError(TrajrecError):
 
 
 class NonFiniteError(ReplayError):
-    """A loss, weight or adjoint became NaN or infinite; the message names the step."""
+    """A loss, weight or adjoint became NaN or infinite; the message names the step.
+
+    Attributes:
+        step: at which a derivative did; None where the message alone says it.
+    """
+
+    def __init__(self, message: str, step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class DerivativeError(ReplayError):

@@ -186,6 +186,7 @@ class Settings:
         classes: names of the classes, by number.
         trajrec: the version that wrote it; run: the recording's path.
         question: its identity (`trajrec.replay.folder.identity`); shard: which piece of how many, or None.
+        notes: what should be known of the losses, a sentence each;
         taylor: what the Taylor check said; left_out: what could not be written, a sentence for each file.
     """
 
@@ -221,6 +222,7 @@ class Settings:
     shard: tuple[int, int] | None = _read(_pair, always=False)
     taylor: str | None = _read(text, always=False)
     drift_allowed: str | None = _read(text, always=False)
+    notes: tuple[str, ...] = _read(_texts, (), always=False)
     left_out: tuple[str, ...] = _read(_texts, (), always=False)
 
     @classmethod

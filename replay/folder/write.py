@@ -116,6 +116,7 @@ def _describe(result: Contributions, session: Session) -> Settings:
         dtype=str(session.dtype).removeprefix("torch."),
         device=str(session.device),
         classes=tuple(classes(session.train) or ()),
+        notes=result.notes,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         trajrec=trajrec.__version__,
     )

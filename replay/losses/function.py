@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trajrec.errors import ModelMismatchError, NonFiniteError, ReplayError, TaskError, TrajrecError
+from trajrec.errors import ModelMismatchError, ReplayError, TaskError, TrajrecError
 from trajrec.records import Keyframe, RunSpec
 from trajrec.replay.losses.batches import OtherInputs, Samples
+from trajrec.replay.losses.finite import check_finite
 from trajrec.replay.losses.lazy import initialise
 from trajrec.replay.losses.objective import Objective, reduced
 from trajrec.replay.losses.seen import Seen
+from trajrec.replay.losses.shapes import broadcast_error, has_further, has_pairs, per_sample, without_last
 from trajrec.replay.losses.statistics import Noted, RunningStatistics
 from trajrec.replay.machine.torch_switches import PlainCheckpoints
 from trajrec.replay.step import RecordedRun, Step
@@ -52,6 +54,9 @@ class LossFunction:
         seen: what the Task's loss was seen to do (`replay.losses.watching`).
         statistics: the running statistics of its normalisations, or None if none moves in the training.
         smoothing: whether kinks are given a second derivative (`replay.derivatives.kinks`).
+        within: "mean" or "sum", what is made of several values of one sample's loss.
+        target_noise: what the target losses draw (`replay.losses.noise`); None as long as nobody has asked.
+        has_further: whether the training loss has given several values a sample.
 
     Args:
         task: the user's task.
@@ -71,6 +76,9 @@ class LossFunction:
         self.seen = Seen()
         self.smoothing = False
         self._within: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.within, self.has_further = "mean", False
+        self.target_noise: Any = None
+        self._is_no_broadcast: set[str] = set()
         self.task = task
         self.layout = layout
         self.spec = run.spec
@@ -131,6 +139,10 @@ class LossFunction:
     def has_buffers(self) -> bool:
         """Whether the model has buffers at all."""
         return bool(self._final_buffers)
+
+    def buffers_at_ends(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The recorded buffers by name, as training began with them and as it left them."""
+        return self._train_buffers, self._final_buffers
 
     @contextmanager
     def keeping_final_buffers(self) -> Iterator[None]:
@@ -238,7 +250,7 @@ class LossFunction:
         for part, batch, share in zip(step.parts, batches, shares, strict=True):
             with self._random_state(part.rng):
                 losses = self._call(self.task.loss, "loss", named, batch, part.span.stop - part.span.start)
-            check_finite(losses.detach(), "The training loss", step.t)
+            check_finite(losses.detach(), "The training loss", step.t, step.ids[part.span], share)
             divisor = self.penalty_divisor(len(batches)) if part.penalty is None else part.penalty
             yield Objective(losses, share, self._penalty(named, divisor))
 
@@ -265,21 +277,25 @@ class LossFunction:
         sizes = [part.span.stop - part.span.start for part in step.parts]
         if step.shares is not None:
             return torch.split(step.shares, sizes)
-        if self.task.weight is not None:
-            counts = [self._weights(batch, size, like) for batch, size in zip(batches, sizes, strict=True)]
+        counts = self._counts(batches, sizes, like)
+        if counts is not None:
             return reduced(counts, self.reduction, self.usual_parts)
         key = (*sizes, self.reduction)
         if key not in self._even:
             self._even = {key: reduced([like.new_ones(size) for size in sizes], self.reduction, self.usual_parts)}
         return [share.detach() for share in self._even[key]]
 
-    def _weights(self, batch: Batch, size: int, like: Tensor) -> Tensor:
-        assert self.task.weight is not None
-        values = self.task.weight(batch)
-        if not isinstance(values, Tensor) or values.shape != (size,):
-            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise TaskError(f"Task.weight must return one value a sample, shape ({size},), but returned {found}.")
-        return values.detach().to(like.device, like.dtype)
+    def _counts(self, batches: Sequence[Batch], sizes: Sequence[int], like: Tensor) -> list[Tensor] | None:
+        """What the samples of every micro-batch count; None where that is the same for all."""
+        if self.task.weight is None:
+            return None
+        given = [self.task.weight(batch) for batch in batches]
+        if all(values is None for values in given):
+            return None
+        return [
+            like.new_ones(size) if values is None else _checked_weights(values, size, like)
+            for values, size in zip(given, sizes, strict=True)
+        ]
 
     def penalty_divisor(self, parts: int) -> int:
         """By what the Task's penalty is divided in each of so many micro-batches."""
@@ -322,14 +338,27 @@ class LossFunction:
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
         values = self._evaluate(loss, parameters, batch)
-        if not isinstance(values, Tensor) or values.shape != (count,):
-            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise TaskError(
-                f"Task.{what} must return one value for each of the {count} samples of a batch, shape ({count},), but "
-                f"returned {found}. Use reduction='none' in the criterion."
-            )
+        if has_pairs(values, count) and what not in self._is_no_broadcast:
+            self._check_broadcast(loss, what, parameters, batch, count)
+        # A measure of its own need not be reduced as the training loss is.
+        is_training = loss is self.task.loss
+        self.has_further |= is_training and isinstance(values, Tensor) and has_further(values, count)
+        losses = per_sample(values, count, what, self.within if is_training else "mean")
         # Of mixed precision: what it gives in half of the bits is summed up in the weights' own type.
-        return values.to(next(iter(parameters.values())).dtype)
+        return losses.to(next(iter(parameters.values())).dtype)
+
+    def _check_broadcast(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> None:
+        """Tells a loss of pairs from one with as many further values as samples, by asking for a sample less.
+
+        Raises:
+            TaskError: if it is one of pairs.
+        """
+        found: Any = None
+        with torch.random.fork_rng(devices=[]), suppress(Exception):  # what a batch of one fails at, say
+            found = self._evaluate(loss, parameters, without_last(batch, count))
+        if isinstance(found, Tensor) and tuple(found.shape[:2]) == (count - 1, count - 1):
+            raise broadcast_error(what, count)
+        self._is_no_broadcast.add(what)
 
     @contextmanager
     def _random_state(self, rng: bytes) -> Iterator[None]:
@@ -346,6 +375,13 @@ class LossFunction:
             except (RuntimeError, TypeError) as error:
                 raise ReplayError(f"The recorded states of random generators are none ({error}).") from error
             yield
+
+
+def _checked_weights(values: object, size: int, like: Tensor) -> Tensor:
+    if not isinstance(values, Tensor) or values.shape != (size,):
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise TaskError(f"Task.weight must return one value a sample, shape ({size},), but returned {found}.")
+    return values.detach().to(like.device, like.dtype)
 
 
 @contextmanager
@@ -411,16 +447,3 @@ def _keyframe_buffers(keyframe: Keyframe, model: nn.Module) -> dict[str, Tensor]
         if array is not None:
             found[name] = torch.from_numpy(np.array(array)).to(buffer.device, buffer.dtype)
     return found
-
-
-def check_finite(values: Tensor, what: str, t: int | None) -> None:
-    """Checks values of step t, or of the final weights.
-
-    Raises:
-        NonFiniteError: naming the step.
-    """
-    if bool(torch.isfinite(values).all()):
-        return
-    if t is None:
-        raise NonFiniteError(f"{what} at the final weights is NaN or infinite: it has no contributions.")
-    raise NonFiniteError(f"{what} at step {t} became NaN or infinite; the replay cannot go on past that step.")

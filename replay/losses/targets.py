@@ -24,8 +24,10 @@ from torch import Tensor
 from trajrec.errors import SampleRangeError, TaskError
 from trajrec.records import FloatArray, IntArray
 from trajrec.replay.losses.batches import Samples
-from trajrec.replay.losses.function import LossFunction, check_finite
+from trajrec.replay.losses.finite import check_finite
+from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.gradient import rows_of
+from trajrec.replay.losses.noise import Noise, noise_of, seeded_by
 from trajrec.rules.step import pull_batched
 from trajrec.task.task import Batch
 
@@ -167,13 +169,19 @@ def _are_scores(outputs: object, count: int, largest: int) -> bool:
 
 def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Iterator[Tensor]:
     """The target losses of these samples, one batch after the other; differentiable where gradients are enabled."""
-    for block, batch in samples.batches(ids, _BLOCK):
-        yield _checked(function, weights, batch, len(block))
+    for block, batch in samples.batches(ids, _most(function, weights, samples, ids)):
+        yield _checked(function, weights, batch, block)
 
 
-def _checked(function: LossFunction, weights: Tensor, batch: Batch, count: int) -> Tensor:
-    losses = function.measures(weights, batch, count)
-    check_finite(losses.detach(), "A target loss", None)
+def _most(function: LossFunction, weights: Tensor, samples: Samples, ids: IntArray) -> int:
+    """How many test samples are computed at once."""
+    return 1 if noise_of(function, weights, samples, ids) is Noise.OF_SAMPLES else _BLOCK
+
+
+def _checked(function: LossFunction, weights: Tensor, batch: Batch, ids: IntArray) -> Tensor:
+    with seeded_by(ids, function):
+        losses = function.measures(weights, batch, len(ids))
+    check_finite(losses.detach(), "A target loss", None, ids)
     return losses
 
 
@@ -189,8 +197,8 @@ def _mean_gradient(ids: IntArray, function: LossFunction, samples: Samples, weig
 def _single_gradients(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
     w = weights.detach().requires_grad_()
     with torch.enable_grad():
-        batches = samples.batches(ids, _BLOCK)
-        return torch.cat([_rows(partial(_checked, function, w, batch, len(block)), w) for block, batch in batches])
+        batches = samples.batches(ids, _most(function, w, samples, ids))
+        return torch.cat([_rows(partial(_checked, function, w, batch, block), w) for block, batch in batches])
 
 
 def _rows(losses: Callable[[], Tensor], w: Tensor) -> Tensor:

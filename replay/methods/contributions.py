@@ -61,6 +61,7 @@ class Contributions:
             grows by, so do rounding errors of the late steps. Without the Hessian it says nothing about the training.
         window: first and last step whose contributions were summed.
         curvature: "hessian", "ggn" or "none".
+        notes: what else should be known of the losses that the numbers are about, in sentences.
     """
 
     values: FloatArray
@@ -75,6 +76,7 @@ class Contributions:
     growth: FloatArray | None = field(default=None, repr=False)
     window: tuple[int, int] | None = None
     curvature: str = "hessian"
+    notes: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -206,4 +208,5 @@ def _contributions(session: Session, scope: Scope, values: FloatArray) -> Contri
         target_kind=scope.targets.kind,
         window=scope.window,
         curvature=scope.curvature,
+        notes=session.notes,
     )

@@ -27,7 +27,8 @@ def check_adjoint(inner: Tensor, names: IntArray, t: int, last: int, *, exact: b
     target = "the mean target" if name == MEAN else f"target {name}"
     later = f" Or ask about the steps after it: --steps {t + 1}:{last}." if t < last else ""
     raise NonFiniteError(
-        f"Going backwards, the adjoint of {target} became NaN or infinite at step {t}{_advice(inner, exact)}{later}"
+        f"Going backwards, the adjoint of {target} became NaN or infinite at step {t}{_advice(inner, exact)}{later}",
+        step=t,
     )
 
 
@@ -41,7 +42,8 @@ def check_tangent(d: Tensor, tracked: IntArray, t: int, *, exact: bool) -> None:
         return
     raise NonFiniteError(
         f"Going forwards, the hypergradient of sample {_first(d, tracked)} became NaN or infinite at step "
-        f"{t}{_advice(d, exact)}"
+        f"{t}{_advice(d, exact)}",
+        step=t,
     )
 
 

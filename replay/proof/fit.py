@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trajrec.digest import digest
 from trajrec.errors import DataMismatchError, DriftError, ReplayError
+from trajrec.records import ParamSpec
 from trajrec.replay.step import RecordedRun
 from trajrec.rules import FlatLayout
 from trajrec.task.seeding import find_seeded
@@ -58,12 +61,33 @@ def check_trainable(run: RecordedRun, layout: FlatLayout, allow_drift: bool) -> 
         raise ReplayError("No parameter ever had a gradient in this recording: there is nothing to replay.")
     last = run.steps if run.stored(run.steps) else run.keyframe_steps[-1]
     first_row, last_row = run.row(0), run.row(last)
-    moved = [p.name for p in run.spec.params if not p.trainable and (first_row[p.span] != last_row[p.span]).any()]
+    moved = [p for p in run.spec.params if not p.trainable and (first_row[p.span] != last_row[p.span]).any()]
     if moved and not allow_drift:
         raise DriftError(
-            f"Parameter {moved[0]} is not in the optimizer and was changed by step {last}. Weights that change "
-            "outside the optimizer are not replayed: an exponential average of weights, say, belongs into a copy."
+            f"Parameter {moved[0].name} is not in the optimizer and was changed by step {last}"
+            f"{_followed(run, moved[0])}. Weights that change outside the optimizer are not replayed: a mean teacher "
+            "that a loss compares with, or an exponential average of weights. An average that no loss depends on "
+            "belongs into a copy beside the model."
         )
+
+
+def _followed(run: RecordedRun, moved: ParamSpec) -> str:
+    """Whose exponential average a parameter is, in words; "" if none is found in the rows of the first steps."""
+    t = next((t for t in range(run.steps) if run.stored(t) and run.stored(t + 1) and _moves(run, moved, t)), None)
+    if t is None:
+        return ""
+    old, new = (run.row(k)[moved.span].astype(np.float64) for k in (t, t + 1))
+    for p in (p for p in run.spec.params if p.trainable and p.shape == moved.shape):
+        for k in (t, t + 1):  # the average may be made before the row is recorded, or after
+            way = run.row(k)[p.span].astype(np.float64) - old
+            share = float(way @ (new - old)) / max(float(way @ way), 1e-300)
+            if 0 < share <= 1 and np.abs(old + share * way - new).max() <= 1e-4 * np.abs(new - old).max():
+                return f": it is the exponential average of {p.name}, with a decay of {1 - share:.4g}"
+    return ""
+
+
+def _moves(run: RecordedRun, moved: ParamSpec, t: int) -> bool:
+    return bool((run.row(t)[moved.span] != run.row(t + 1)[moved.span]).any())
 
 
 def data_changed(session: Session) -> bool:

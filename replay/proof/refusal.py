@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from trajrec.errors import DriftError
+from trajrec.errors import DerivativeError, DriftError, NonFiniteError
 from trajrec.replay.derivatives.operators import derivative_error
+from trajrec.replay.derivatives.zeros import zeros_error
 from trajrec.replay.losses.batches import OtherInputs
 from trajrec.replay.machine.torch_switches import full_single_precision
 from trajrec.replay.proof.fit import about_augmentation
@@ -62,15 +63,20 @@ class Drifted(Exception):  # noqa: N818
         self.recorded = recorded
 
 
-def drift_error(first: Drifted, recorded_loss: float, computed_loss: float, tolerance: float, cause: str) -> DriftError:
-    """The refusal, with the first bad step and its cause, or what the losses tell about it where none was found."""
+def drift_error(
+    first: Drifted, recorded_loss: float, computed_loss: float, tolerance: float, cause: str, more: str = ""
+) -> DriftError:
+    """The refusal, with the first bad step and its cause, or what the losses tell about it where none was found.
+
+    `more` is what else there is to look at.
+    """
     where = "" if first.seen_at == first.t else f" (measured at the keyframe of step {first.seen_at})"
     if not cause:
         cause = _cause(recorded_loss, computed_loss) + _COMPILED * any(part.rng for part in first.probe.parts)
     return DriftError(
         f"Replay drifted at step {first.t}: the recomputed weights differ from the recorded ones by "
         f"{first.drift:.1e} of what they moved{where}, tolerance {tolerance:.0e}. "
-        f"{cause} Mend the Task, or go on with --allow-drift."
+        f"{' '.join(filter(None, (cause, more.strip())))} Mend the Task, or go on with --allow-drift."
     )
 
 
@@ -111,14 +117,28 @@ def _explained_on_drift(session: Session, work: Callable[[], T]) -> T:
             return _derivable(session, work)
     except Drifted as drifted:
         raise explained(session, drifted) from None
+    except DerivativeError:
+        # A loss that is another each time has no derivative either, and that it drifts is the matter.
+        first = None if session.allow_drift or _comes_back(session) else session.find_drift()
+        if first is None:
+            raise
+        raise explained(session, first) from None
     except OtherState as other:
         first = session.find_drift()
         raise (DriftError(str(other)) if first is None else explained(session, first)) from None
 
 
+def _comes_back(session: Session) -> bool:
+    """Whether the loss of the first step is the same when it is computed again."""
+    step = session.step_at_start()
+    return session.loss(step) == session.loss(step)
+
+
 def _derivable(session: Session, work: Callable[[], T]) -> T:
     try:
         return work()
+    except NonFiniteError as error:
+        raise _zeros(session, error) or error from None
     except RuntimeError as error:
         refusal = derivative_error(error, session.function.model)
         if refusal is None:
@@ -126,17 +146,34 @@ def _derivable(session: Session, work: Callable[[], T]) -> T:
         raise refusal from error
 
 
+def _zeros(session: Session, error: NonFiniteError) -> DerivativeError | None:
+    """The refusal of a derivative that became NaN at a step for 0/0 in its loss, or in that of the step after it."""
+    if error.step is None:
+        return None
+    run = session.run
+    for t in (error.step, error.step + 1):
+        if t <= run.steps:
+            before = session.trajectory.weights(t - 1).to(session.dtype)
+            found = zeros_error(session.function, session.train, make_step(run, t, before, before))
+            if found is not None:
+                return found
+    return None
+
+
 def explained(session: Session, drifted: Drifted) -> DriftError:
     """The refusal to raise for a drift: names the first bad step and the likely cause."""
-    from trajrec.replay.proof.diagnosis import Diagnosis
+    from trajrec.replay.proof.diagnosis import Trial, cause_of, what_to_look_at
 
     first = session.find_drift() or drifted
-    found = Diagnosis(session.run, session.function, session.train, session.rule, first).cause()
+    trial = Trial(session.run, session.function, session.train, session.rule, first)
+    found = cause_of(trial)
     cause = found.sentence if found else ""
+    more = "" if found else what_to_look_at(trial)
     if session.data_changed:
-        cause += " The first batch also differs from the recorded one."
+        more += " The first batch also differs from the recorded one."
     probe = first.probe
-    return drift_error(first, session.run.loss(probe.t), session.loss(probe), session.checks.tolerance, cause)
+    losses = session.run.loss(probe.t), session.loss(probe)
+    return drift_error(first, *losses, session.checks.tolerance, cause, more)
 
 
 def _first_other_inputs(session: Session, seen_at: int) -> int:

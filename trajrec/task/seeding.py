@@ -50,7 +50,7 @@ class Seeded(Dataset[Any]):
         epoch = self.epoch
         if epoch < 0:
             return self.dataset[index]
-        with _seeded_generators(self.seed, epoch, int(index)):
+        with seeded_generators(self.seed, epoch, int(index)):
             return self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
@@ -84,7 +84,8 @@ def find_seeded(dataset: Any) -> Seeded | None:
 
 
 @contextmanager
-def _seeded_generators(*numbers: int) -> Iterator[None]:
+def seeded_generators(*numbers: int) -> Iterator[None]:
+    """Inside, the generators of Python, numpy and torch (on the CPU) are seeded from these numbers; put back after."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(3)
     random.seed(int(words[0]))

@@ -6,7 +6,8 @@ and supplies what replay has to differentiate:
     model     () -> nn.Module                     the architecture; its initial values do not matter
     train     map-style data set                  item i is the sample with id i in the recording
     test      map-style data set                  what contributions are measured on
-    loss      (model, batch) -> Tensor [B]        the training loss of every sample, no reduction
+    loss      (model, batch) -> Tensor [B]        the training loss of every sample, no reduction; of several values
+                                                  a sample (tokens, outputs), [B, ...], the mean is taken
     measure   (model, batch) -> Tensor [B]        the same for targets; default: loss
     collate   [item] -> batch                     default: torch's default_collate
     predict   (model, batch) -> Tensor [B, classes]   scores of the classes; only so that reports can name predictions
@@ -35,6 +36,7 @@ from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from trajrec.errors import TaskError, first_line
+from trajrec.task.criterion import cross_entropies, label_counts
 from trajrec.task.gradients import Gradients
 
 Batch = Any
@@ -50,11 +52,12 @@ class Task:
         model: builds the model; called once a replay. A module instance is copied.
         train: the training set, with `__getitem__` and `__len__`, or a function that returns it.
         test: the same for the test set; only needed for questions about test losses.
-        loss: training loss of every sample: (model, batch) -> [B], without reduction.
+        loss: training loss of every sample: (model, batch) -> [B], without reduction; or [B, ...], whose mean over
+            the further dimensions is taken (their sum, where that gives the recorded loss).
         measure: loss of every test sample, [B]; default: `loss`.
         collate: makes a batch of a list of items; default: torch's.
         predict: scores of the classes for every sample, [B, classes]; reports show the highest as the prediction.
-        weight: what each sample of a batch counts in the mean, [B] (a_i below); default ones.
+        weight: what each sample of a batch counts in the mean, [B] (a_i below); default ones, which None stands for.
         reduction: how the loop makes one number of the losses of a step, over all of its samples ("mean":
             c_i = a_i / sum a; "sum": c_i = a_i) or over its micro-batches, each of which is averaged by itself:
             "mean-of-means" divides by how many there are, "scaled-means" by how many there usually are (an
@@ -74,7 +77,7 @@ class Task:
         measure: Loss | None = None,
         collate: Collate | None = None,
         predict: Loss | None = None,
-        weight: Callable[[Batch], Tensor] | None = None,
+        weight: Callable[[Batch], Tensor | None] | None = None,
         reduction: str | None = None,
         penalty: Callable[[nn.Module], Tensor] | None = None,
         gradient: Callable[[Gradients], Gradients] | None = None,
@@ -110,10 +113,12 @@ class Task:
     ) -> Task:
         """A task whose batches are pairs (x, y), with criterion(model(x), y) -> [B] as loss and measure.
 
-        The default criterion is cross entropy without reduction. Outputs of shape [B, classes] beside integer labels
-        are taken for scores of the classes. `options` are those of `Task`.
+        The default criterion is cross entropy without reduction: of scores [B, classes] beside labels [B], or of
+        scores [B, T, classes] (or [B, classes, T], as torch takes them) beside labels [B, T] the mean over a sample's
+        labels that are not -100. In a batch every label then counts the same, as in torch's mean. Outputs of shape
+        [B, classes] beside integer labels are taken for scores of the classes. `options` are those of `Task`.
         """
-        score = criterion or nn.CrossEntropyLoss(reduction="none")
+        score = criterion or cross_entropies
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             inputs, labels = batch
@@ -123,6 +128,8 @@ class Task:
             outputs: Tensor = model(batch[0])
             return outputs
 
+        if criterion is None and options.get("weight") is None:
+            options["weight"] = label_counts
         return cls(model, train, test, loss=loss, collate=collate, predict=predict, **options)
 
     def build_model(self) -> nn.Module:

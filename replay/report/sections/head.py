@@ -54,6 +54,7 @@ def values(head: Head) -> Json:
     said = {name: getattr(settings, name) for name in SETTINGS}
     said |= {"version": settings.trajrec, "command": settings.command, "details": settings.details}
     said |= {name: getattr(settings, name) for name in ("curvature", "label", "growth", "taylor")}
+    said |= {"notes": settings.notes} if settings.notes else {}
     proved = proof and {name: getattr(proof, name) for name in PROVED}
     return {each.name: getattr(head, each.name) for each in fields(head)} | {"settings": said, "certificate": proved}
 
@@ -82,6 +83,7 @@ def chapter(head: Head) -> Chapter:
         _certificate(head.certificate, settings.label),
         _sensitivity(settings),
         Fact("check", settings.taylor or ""),
+        *(Fact("note", note) for note in settings.notes),
         *details,
         Fact("command", settings.command or "", aside=True),
         Fact("replayed", " ".join(filter(None, made)), aside=True),

@@ -1,0 +1,42 @@
+"""What may have caused a drift, and cannot be tried: listed, never asserted."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+from trajrec.replay.proof.diagnosis.outside import weights_outside
+from trajrec.replay.proof.diagnosis.randomness import drawn_outside
+from trajrec.replay.proof.diagnosis.trial import Trial
+
+_STATES = ("h", "hx", "hidden", "hidden_state", "state", "states", "memory", "mems", "past", "cache", "carry")
+
+
+def hints(trial: Trial) -> str:
+    """Sentences; "" for nothing."""
+    found = [drawn_outside(trial.run), weights_outside(trial), _carried(trial)]
+    return " ".join(sentence for sentence in found if sentence)
+
+
+def _carried(trial: Trial) -> str:
+    """What may stay from step to step, where the steps before agree."""
+    if trial.first.t == 1:
+        return ""
+    agree = f"Step{'s' * (trial.first.t > 2)} {'1' if trial.first.t == 2 else f'1 to {trial.first.t - 1}'} agree"
+    agree += "s" * (trial.first.t == 2)
+    if _has_state(trial.function.model):
+        return (
+            f"{agree}: does the loop carry a hidden state from batch to batch? Each step is made again from its own "
+            "batch: begin every batch with a new state."
+        )
+    return (
+        f"{agree}: look at what came to be on the way: a state that the loop carries from batch to batch, weights or "
+        "buffers that it changes, a teacher that follows the weights, a schedule of the loss."
+    )
+
+
+def _has_state(model: nn.Module) -> bool:
+    """Whether a model may take and give a state."""
+    recurrent = any(isinstance(module, nn.RNNBase | nn.RNNCellBase) for module in model.modules())
+    return recurrent or any(name in _STATES for name in inspect.signature(model.forward).parameters)
