@@ -10,6 +10,7 @@ finds   small trainings in float64 that hide something from their gradient: by h
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import tempfile
@@ -170,10 +171,8 @@ def off(session, forwards):
     worst = 0.0
     for t in proved_steps(session):
         trial = _Trial(session.differences, _beside(session, t, 0), forwards)
-        try:
+        with contextlib.suppress(Exception):
             trial.error()
-        except Exception:
-            pass
         worst = max(worst, trial.least)
     return worst
 
