@@ -138,14 +138,11 @@ def _check(session: Session, result: Contributions, count: int, file: ResumeFile
 
 
 def _train_again(session: Session, result: Contributions, count: int) -> str:
-    import numpy as np
-
     from trajrec.cli.progress import ReplayProgress
     from trajrec.replay.losses.targets import choose_targets
-    from trajrec.replay.validation.taylor import taylor_check, taylor_steps
+    from trajrec.replay.validation.taylor import spread, taylor_check, taylor_steps
 
-    ranks = np.argsort(-np.abs(result.values).sum(axis=1))
-    places = ranks[np.linspace(0, (len(ranks) - 1) // 2, min(count, len(ranks))).astype(int)]
+    places = spread(result.values, count)
     samples = result.samples[places]
     targets = choose_targets(result.targets if result.target_kind == "chosen" else result.target_kind, session.test)
     with ReplayProgress() as progress:

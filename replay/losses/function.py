@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -48,6 +48,7 @@ class LossFunction:
 
     Attributes:
         takes_derivatives: whether the Task's loss takes derivatives itself (`replay.losses.watching`).
+        kinks: operators in it whose derivative jumps, by name (`replay.losses.kinks`); None if that is not known.
 
     Args:
         task: the user's task.
@@ -65,6 +66,8 @@ class LossFunction:
         self, task: Task, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.takes_derivatives = False
+        self.kinks: tuple[str, ...] | None = None
+        self._runs = False
         self.task = task
         self.layout = layout
         self.spec = run.spec
@@ -97,9 +100,10 @@ class LossFunction:
                 parameter.requires_grad_(False)
 
     def train_mode(self) -> None:
-        """The modes and buffers that training began with."""
+        """The modes and buffers that training began with; inside of `running` the buffers stay."""
         self._set_modes(self.spec.eval_modules)
-        self._set_buffers(self._train_buffers)
+        if not self._runs:
+            self._set_buffers(self._train_buffers)
         self._buffers_of = None
 
     def _set_modes(self, eval_modules: tuple[str, ...]) -> None:
@@ -113,9 +117,10 @@ class LossFunction:
                 module.training = False
 
     def eval_mode(self) -> None:
-        """Eval mode, with the buffers at the end of the run."""
+        """Eval mode, with the buffers at the end of the run; inside of `running` with what they have become."""
         self._set_modes(("",))
-        self._set_buffers(self._final_buffers)
+        if not self._runs:
+            self._set_buffers(self._final_buffers)
         self._buffers_of = None
 
     @property
@@ -133,6 +138,26 @@ class LossFunction:
         self.train_mode()
 
     @contextmanager
+    def running(self) -> Iterator[Callable[[], None]]:
+        """The buffers run on from the beginning of the run, through the training losses that are computed inside.
+
+        So running statistics become what they would in another training, and targets are evaluated with those. The
+        recorder reads the first buffers before the first step, that is after its forward pass: whoever has computed
+        the losses of step 1 calls what this yields, and they are put there again.
+        """
+
+        def begin() -> None:
+            self._set_buffers(self._train_buffers)
+
+        begin()
+        self._runs = True
+        try:
+            yield begin
+        finally:
+            self._runs = False
+            self.train_mode()
+
+    @contextmanager
     def on_a_copy(self) -> Iterator[None]:
         """Losses computed inside leave the model, its buffers and generators as they were, if it can be copied."""
         kept = self.model, self._module, self._modes, self._buffers_of
@@ -146,7 +171,7 @@ class LossFunction:
 
     def _use_buffers_before(self, t: int) -> None:
         """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""
-        if not (self._modes_change and self.has_buffers):
+        if self._runs or not (self._modes_change and self.has_buffers):
             return
         steps = self._run.keyframe_steps
         keyframe = steps[bisect_right(steps, t - 1) - 1]

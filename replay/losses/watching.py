@@ -7,6 +7,8 @@ weights that a replay was given would change under it. The pass shows, on copies
 
 It may take derivatives itself (`torch.autograd.grad`: physics, gradient penalties). Then the forms of derivative that
 see through it are fewer (`replay.methods.adjoint`), and normalisations are composed (`replay.derivatives.composed`).
+
+It may have kinks (`replay.losses.kinks`), which no derivative sees.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from trajrec.errors import DerivativeError
 from trajrec.records import Json
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
+from trajrec.replay.losses.kinks import Kinks
 from trajrec.replay.step import Step
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -76,19 +79,20 @@ class _Calls(TorchFunctionMode):
 
 
 def watch(function: LossFunction, samples: Samples, step: Step) -> None:
-    """Watches the loss of a step: tells the function whether it takes derivatives itself.
+    """Watches the loss of a step: tells the function whether it takes derivatives itself, and its kinks.
 
     Raises:
         DerivativeError: if it changes parameters in place; names them, and the module.
     """
     named = {name: value.clone() for name, value in function.layout.split(step.before).items()}
-    writes, calls = _Writes(named), _Calls(named)
+    writes, calls, kinks = _Writes(named), _Calls(named), Kinks(named.values())
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), function.on_a_copy():
             # Data are fetched before: they may take many operators, all watched.
             parts = tuple(replace(part, batch=samples.part(step, part)) for part in step.parts)
-            with calls, writes:
+            with calls, writes, kinks:
                 list(function.parts(named, samples, replace(step, parts=parts)))
+        function.kinks = tuple(sorted(kinks.names))
     except Exception:  # what a model raises it raises again, where it is told
         pass
     function.takes_derivatives = calls.derivatives
