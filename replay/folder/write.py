@@ -28,6 +28,7 @@ from trajrec.replay.folder.format import (
     TARGETS,
     THUMBNAILS,
     TOP,
+    VALIDATION,
     Settings,
     metadata,
     write_facts,
@@ -53,7 +54,7 @@ OUTPUT = Kind(
     facts=REPLAY,
     keys=frozenset({"run_id", "method", "sign", "certificate"}),
     whole=frozenset({CONTRIBUTIONS}),
-    others=frozenset({*EXTRAS, TOP}),
+    others=frozenset({*EXTRAS, TOP, VALIDATION, f"{VALIDATION}.tmp"}),  # the last while it is being written
     has_progress=True,
 )
 
@@ -90,6 +91,7 @@ def _write_extras(folder: Path, result: Contributions, session: Session) -> Iter
 
 def _describe(result: Contributions, session: Session) -> Settings:
     spec, steps, window = session.run.spec, session.run.steps, result.window
+    kinks = session.function.kinks
     return Settings(
         method=METHODS[result.curvature],
         exact=result.exact,
@@ -105,6 +107,8 @@ def _describe(result: Contributions, session: Session) -> Settings:
         steps=steps,
         window=None if window in (None, (1, steps)) else window,
         growth=None if result.growth is None or not len(result.growth) else float(result.growth.max()),
+        smooth=None if kinks is None else not kinks,
+        kinks=kinks or (),
         epochs=len(np.unique(session.run.epochs)),
         by_epoch=result.by_epoch is not None,
         reduction=session.reduction,

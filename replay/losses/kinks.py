@@ -5,36 +5,37 @@ a kink. So a report must know whether there are any. One forward pass is watched
 wrote has become ATen operators: relu, max_pool2d, clamp, abs, the L1 and Huber losses, a comparison of floating numbers
 that something is chosen by. Only what depends on the weights counts; a batch may be clamped as it likes.
 
-Not counted: functions that are smooth but for their second derivative (ELU with alpha 1), and lower bounds that guard a
-division and bound nothing here (`x / x.norm().clamp_min(1e-12)`). Not seen: what an operator of another library does;
-one that is given something that depends on the weights is named as what it is. The optimizer's own kinks (clipping) are
-none of the model's.
+Not counted: functions that are smooth but for their second derivative (ELU with alpha 1, softsign), and lower bounds
+that guard a division and bound nothing here (`x / x.norm().clamp_min(1e-12)`). Not seen: what an operator of another
+library does; one that is given something that depends on the weights is named as what it is. The optimizer's own kinks
+(clipping) are none of the model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_KINKED = frozenset(
-    """
-    relu leaky_relu prelu rrelu_with_noise threshold hardtanh hardswish hardsigmoid softshrink hardshrink
-    abs sign sgn clamp clamp_min clamp_max clip maximum minimum fmax fmin max min amax amin aminmax
-    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices
-    adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d mkldnn_max_pool2d
-    smooth_l1_loss huber_loss multi_margin_loss multilabel_margin_loss_forward
-    topk sort kthvalue median nanmedian mode argsort cummax cummin
-    round floor ceil trunc fix frac heaviside fmod remainder gt ge lt le quantize_per_tensor fake_quantize_per_tensor
-    """.split()
-)
+_ACTIVATIONS = "relu leaky_relu prelu rrelu_with_noise threshold hardtanh hardswish hardsigmoid softshrink hardshrink"
+_POOLINGS = "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d"
+_MORE_POOLINGS = "adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d"
+_LOSSES = "smooth_l1_loss huber_loss multi_margin_loss multilabel_margin_loss_forward"
+_PIECEWISE = "abs sign sgn clamp clamp_min clamp_max clip maximum minimum fmax fmin gt ge lt le fmod remainder"
+_CHOICES = "max min amax amin aminmax topk sort kthvalue median nanmedian mode argsort cummax cummin"
+_STEPS = "round floor ceil trunc fix frac heaviside quantize_per_tensor fake_quantize_per_tensor"
+_KINKED = frozenset(" ".join([_ACTIVATIONS, _POOLINGS, _MORE_POOLINGS, _LOSSES, _PIECEWISE, _CHOICES, _STEPS]).split())
 _CLAMPS = frozenset({"clamp", "clamp_min", "clip"})
 _GUARD = 1e-3  # a lower bound up to this guards a division or a logarithm
 _KNOWN = frozenset({"aten", "prim", "prims"})
+# Made of operators with kinks, and have none themselves, or only look whether numbers are in order.
+SMOOTH = frozenset({torch.isfinite, Tensor.isfinite, functional.softsign, functional.gaussian_nll_loss})
 
 
 class Kinks(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -50,6 +51,13 @@ class Kinks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Storages by their place; held, so that no other takes the place of one that was freed.
         self._depend: dict[int, Any] = {}
         self._mark(weights)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Notes no operators inside."""
+        names = self.names.copy()
+        yield
+        self.names = names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls the operator."""

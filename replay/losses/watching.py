@@ -14,6 +14,7 @@ It may have kinks (`replay.losses.kinks`), which no derivative sees.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from trajrec.errors import DerivativeError
 from trajrec.records import Json
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
-from trajrec.replay.losses.kinks import Kinks
+from trajrec.replay.losses.kinks import SMOOTH, Kinks
 from trajrec.replay.step import Step
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -64,8 +65,9 @@ def _place(value: Tensor) -> int:
 class _Calls(TorchFunctionMode):
     """Notes the names of the tensors whose `.data` is assigned to inside, and whether derivatives are taken."""
 
-    def __init__(self, named: dict[str, Tensor]) -> None:
+    def __init__(self, named: dict[str, Tensor], kinks: Kinks) -> None:
         super().__init__()
+        self._kinks = kinks
         self.names: set[str] = set()
         self.derivatives = False
         self._names = {id(value): name for name, value in named.items()}
@@ -75,7 +77,8 @@ class _Calls(TorchFunctionMode):
         self.derivatives |= func is torch.autograd.grad
         if func == _SET_DATA and id(args[0]) in self._names:
             self.names.add(self._names[id(args[0])])
-        return func(*args, **(kwargs or {}))
+        with self._kinks.resting() if func in SMOOTH else nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 def watch(function: LossFunction, samples: Samples, step: Step) -> None:
@@ -85,7 +88,8 @@ def watch(function: LossFunction, samples: Samples, step: Step) -> None:
         DerivativeError: if it changes parameters in place; names them, and the module.
     """
     named = {name: value.clone() for name, value in function.layout.split(step.before).items()}
-    writes, calls, kinks = _Writes(named), _Calls(named), Kinks(named.values())
+    writes, kinks = _Writes(named), Kinks(named.values())
+    calls = _Calls(named, kinks)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), function.on_a_copy():
             # Data are fetched before: they may take many operators, all watched.

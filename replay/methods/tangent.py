@@ -5,8 +5,8 @@ The paper's recurrence (33)-(34) for any optimizer. D_0 = 0, R_0 = 0; for t = 1.
     (D_t, R_t) = jvp of U at (w_{t-1}, s_{t-1}, g_t)
                  along (D_{t-1}, R_{t-1}, H_t D_{t-1} + N sum over places of i in the batch of c[t,i] grad l_i)
 
-Hessian-free drops H_t D_{t-1}. C(i, j) = -(1/N) <grad l_j(w_T), D_T>. All of it is linear in the sample: a set of samples
-with one eps has one D, the sum of theirs.
+Hessian-free drops H_t D_{t-1}. C(i, j) = -(1/N) <grad l_j(w_T), D_T>. All of it is linear in the sample: a set of
+samples with one eps has one D, the sum of theirs.
 
 Letters: B batch, K samples at once, N samples, P' trainable weights, T steps.
 """

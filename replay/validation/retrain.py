@@ -1,9 +1,10 @@
 """The recorded training once more, without some samples.
 
 Each sample that is left out keeps its place: batches, order, random states and denominators are those of the recording,
-its loss counts nothing (or less). It is what eps_i = -1/N says, and a gradient a step, as in the training itself; weights
-and states are those of the session's floating type. Running statistics run: a model with buffers is trained again from
-the beginning, and targets are evaluated with the buffers that it ends with, as they would be after training in earnest.
+its loss counts nothing (or less), as eps_i = -1/N says. It takes a gradient a step, as the training itself did; weights
+and states are of the session's floating type, the recording's by default. Running statistics run: a model with buffers
+is trained again from the beginning, and targets are evaluated with the buffers that it ends with, as they would be
+after training in earnest.
 
 The changes of the targets are counted from a training without any change from the same keyframe, so that neither
 rounding nor another machine is counted among them.
@@ -55,8 +56,10 @@ class Retraining:
         first = int(self._first[samples].min())
         if first > run.steps:
             return run.steps
-        # Some keyframes hold the buffers of the step before, others those after the next forward pass.
-        return 0 if self.session.function.has_buffers else run.keyframe_steps[bisect_left(run.keyframe_steps, first) - 1]
+        if self.session.function.has_buffers:
+            # Some keyframes hold the buffers after the step, others those after the next forward pass.
+            return 0
+        return run.keyframe_steps[bisect_left(run.keyframe_steps, first) - 1]
 
     def steps(self, sets: Sequence[IntArray], times: int = 1) -> int:
         """How many steps it takes to take out each of these sets so many times, on a new `Retraining`."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trajrec.records import FloatArray, IntArray
+from trajrec.records import FloatArray, IntArray, Json
 from trajrec.replay.losses.targets import Targets
 from trajrec.replay.session import Session
 from trajrec.replay.validation.retrain import Retraining
@@ -67,6 +67,12 @@ class TaylorCheck:
             return what + "."
         return what + ": first-order numbers should not be trusted for single samples of this training."
 
+    def to_json(self) -> Json:
+        """As it stands in validation.json."""
+        medians = float(np.nanmedian(self.ratios)), float(np.nanmedian(self.rates))
+        ratio, rate = (round(value, 4) if np.isfinite(value) else None for value in medians)
+        return {"samples": len(self.samples), "ratio": ratio, "rate": rate, "sentence": self.sentence}
+
 
 def taylor_check(
     session: Session, targets: Targets, samples: IntArray, predicted: FloatArray, advance: Callable[[int], None]
@@ -93,4 +99,5 @@ def sets_of(samples: IntArray | Sequence[int]) -> list[IntArray]:
 def spread(values: FloatArray, count: int) -> IntArray:
     """Rows of values [S, M]: the most influential, the median one, and others evenly between."""
     ranks = np.argsort(-np.abs(values).sum(axis=1))
-    return ranks[np.linspace(0, (len(ranks) - 1) // 2, min(count, len(ranks))).astype(int)]
+    found: IntArray = ranks[np.linspace(0, (len(ranks) - 1) // 2, min(count, len(ranks))).astype(int)]
+    return found

@@ -10,6 +10,7 @@ import polars as pl
 from trajrec.records import Json
 from trajrec.replay.folder.format import Certificate, Settings
 from trajrec.replay.folder.read import Inputs
+from trajrec.replay.folder.validated import Validated
 from trajrec.replay.report import words
 from trajrec.replay.report.blocks import Chapter, Fact, Facts, Part
 from trajrec.replay.report.sensitivity import Sensitivity
@@ -35,6 +36,7 @@ class Head:
         targets: M.
         total: sum of the samples' contributions to the mean target.
         mass: sum of their absolute values: what shares are shares of.
+        validated: what training again said, if it was done.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Head:
     targets: int
     total: float
     mass: float
+    validated: Validated | None = None
 
 
 def values(head: Head) -> Json:
@@ -52,6 +55,7 @@ def values(head: Head) -> Json:
     said = {name: getattr(settings, name) for name in SETTINGS}
     said |= {"version": settings.trajrec, "command": settings.command, "details": settings.details}
     said |= {"curvature": settings.curvature, "growth": settings.growth, "taylor": settings.taylor}
+    said |= {"smooth": settings.smooth, "kinks": settings.kinks}
     proved = proof and {name: getattr(proof, name) for name in PROVED}
     return {each.name: getattr(head, each.name) for each in fields(head)} | {"settings": said, "certificate": proved}
 
@@ -60,11 +64,11 @@ def find(inputs: Inputs, totals: pl.DataFrame, targets: int) -> Head:
     """The head of a report on these totals [S]."""
     values = totals["contribution"]
     sums = float(values.sum()), float(values.abs().sum())
-    return Head(inputs.folder, inputs.settings, inputs.certificate, totals.height, targets, *sums)
+    return Head(inputs.folder, inputs.settings, inputs.certificate, totals.height, targets, *sums, inputs.validated)
 
 
 def chapter(head: Head) -> Chapter:
-    """The question, what it was asked with, the certificate, and how sensitive the training was."""
+    """The question, what it was asked with, the certificate, and how far to trust the numbers."""
     settings = head.settings
     run = [settings.run, f"({settings.run_id[:12]})" if settings.run_id else None]
     made = [settings.created, f"by trajrec {settings.trajrec}" if settings.trajrec else None]
@@ -78,8 +82,8 @@ def chapter(head: Head) -> Chapter:
         Fact("sign", SIGN),
         Fact("share", SHARE),
         _certificate(head.certificate),
-        _sensitivity(settings),
-        Fact("check", settings.taylor or ""),
+        _trust(head),
+        *(Fact("check", text) for text in (settings.taylor or "", *(head.validated.others if head.validated else ()))),
         *details,
         Fact("command", settings.command or "", aside=True),
         Fact("replayed", " ".join(filter(None, made)), aside=True),
@@ -138,9 +142,7 @@ def _certificate(proof: Certificate | None) -> Fact:
     return Fact("certificate", proof.sentence, tone, verdict)
 
 
-def _sensitivity(settings: Settings) -> Fact:
-    """How far first-order numbers go for this training; nobody must miss that it is not calm."""
-    if settings.growth is None:
-        return Fact("sensitivity", "")
-    found = Sensitivity(settings.growth)
-    return Fact("sensitivity", found.sentence, verdict="" if found.verdict == "calm" else "Sensitive")
+def _trust(head: Head) -> Fact:
+    """How far first-order numbers go for this training; nobody must miss where they do not."""
+    found = Sensitivity.of(head.settings, head.validated)
+    return Fact("trust", found.sentence, found.tone, found.heading)

@@ -34,7 +34,9 @@ LOOPS = {
     "plain": Loop(),
     "BatchNorm": Loop(build=normalised),
     "BatchNorm, mean over all steps, dropout": Loop(build=averaged),
-    "BatchNorm, micro-batches": Loop(build=normalised, pieces=cut(2), optimizer=lambda m: torch.optim.Adam(m.parameters(), 0.01)),
+    "BatchNorm, micro-batches": Loop(
+        build=normalised, pieces=cut(2), optimizer=lambda m: torch.optim.Adam(m.parameters(), 0.01)
+    ),
     "BatchNorm that is frozen on the way": Loop(build=normalised, after_step=frozen_at_last),
 }
 
