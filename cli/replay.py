@@ -58,8 +58,10 @@ def replay(
     Example: [bold]trajrec replay --samples idx.npy --exact[/bold]
     """
     from trajrec.cli.runs import find_run, replay_folder
+    from trajrec.replay.folder.format import Settings
     from trajrec.replay.folder.identity import identity_of
     from trajrec.replay.folder.place import Place
+    from trajrec.replay.folder.validated import carry_validated
     from trajrec.replay.folder.write import OUTPUT as KIND
     from trajrec.replay.folder.write import write_replay
     from trajrec.replay.methods.resume import ResumeFile
@@ -97,6 +99,7 @@ def replay(
         facts |= {"taylor": _check(session, result, taylor, file)} if taylor else {}
         with place.filling(file.keep) as unfinished:
             left_out = write_replay(unfinished, result, session, facts)
+            carry_validated(place.path, unfinished, Settings(run_id=session.run.spec.run_id, question=identity))
             tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
         file.remove_own()
     terminal.show(report.build(place.final, top))

@@ -83,6 +83,13 @@ def write_validated(folder: Path, settings: Settings, facts: Json) -> Json:
     return whole
 
 
+def carry_validated(old: Path, new: Path, settings: Settings) -> None:
+    """Takes what was said of a replay along, where the same question is answered anew."""
+    facts = _facts(old, settings)
+    if facts is not None:
+        write_validated(new, settings, facts)
+
+
 def _facts(folder: Path, settings: Settings) -> Json | None:
     try:
         facts = json.loads((folder / VALIDATION).read_text(encoding="utf-8"))
