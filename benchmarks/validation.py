@@ -136,23 +136,22 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "validation.json")
     options = parser.parse_args()
     train, test = data()
-    rows = []
+    about = {"sets": options.sets, "targets": len(TARGETS), "torch": str(torch.__version__)}
+    known = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    # What was cut off goes on; other settings begin anew.
+    rows = known.pop("rows", [])
+    rows = rows if known == about else []
     for name, (build, optimizer) in CASES.items():
+        if any(row["training"] == name for row in rows):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run.h5"
             plain = record(path, train, build, optimizer)
             with trajrec.open(path) as run:
-                rows.append(
-                    {"training": name} | measured(run, trajrec.Task.supervised(build, train, test), options.sets, plain)
-                )
+                task = trajrec.Task.supervised(build, train, test)
+                rows.append({"training": name} | measured(run, task, options.sets, plain))
         print(json.dumps(rows[-1]), flush=True)
-    about = {
-        "sets": options.sets,
-        "targets": len(TARGETS),
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-    }
-    options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

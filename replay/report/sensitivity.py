@@ -104,12 +104,17 @@ class Sensitivity:
 
     def _advice(self) -> str:
         """What helps where the numbers do not hold."""
-        if self.smooth is False:
+        if self.curvature == "none":
+            return "These are numbers without the Hessian, an approximation: ask for the exact ones."
+        if self.smooth is False and self.verdict == "wild":
             return (
-                f"With kinks ({', '.join(self.kinks)}) nothing predicts what removals do in one such run, other forms "
-                "included; smaller learning rates and smooth activations would tame it."
+                f"Wild and with kinks ({', '.join(self.kinks)}): nothing predicts what removals do in one such run, "
+                "other forms included. Smaller learning rates and smooth activations would tame it."
             )
+        if self.smooth is False:
+            kinks = ", ".join(self.kinks)
+            return f"Kinks ({kinks}) are a likely cause: smooth activations and smaller learning rates tame them."
         tamed = "smaller learning rates" if self.smooth else "smooth activations and smaller learning rates"
         if self.curvature == "ggn":
             return f"Such a training is tamed by {tamed}."
-        return f"--curvature ggn, the Gauss-Newton form, predicts such trainings better; {tamed} tame them."
+        return f"--curvature ggn, the Gauss-Newton form, may predict such a training better; {tamed} tame it."

@@ -82,6 +82,7 @@ def test_a_folder_that_does_not_say_whether_there_are_kinks_is_not_called_calm(t
 
 def test_a_better_form_is_not_offered_to_itself():
     assert "--curvature ggn" not in Sensitivity(4e3, smooth=True, curvature="ggn").sentence
+    assert "ask for the exact ones" in Sensitivity(4e3, smooth=True, curvature="none").sentence
 
 
 # -- trained again -----------------------------------------------------------------------------------------------------
@@ -102,8 +103,13 @@ def test_what_training_again_said_is_shown(tmp_path, verdict, heading, facts):
     assert "Not checked" not in said + page
     assert "calm" not in (said + page).lower()
     assert ("--curvature ggn" in said) == (verdict != "holds" and facts["smooth"])
-    assert ("nothing predicts what removals do" in said) == (verdict != "holds" and not facts["smooth"])
+    assert ("Kinks (max_pool2d, relu) are a likely cause" in said) == (verdict != "holds" and not facts["smooth"])
     assert report.build(folder, ask=report.Ask(everything=True))["validation"].points[1] == (-1.0, -1.5)
+
+
+def test_wild_and_with_kinks_nothing_predicts(tmp_path):
+    folder = written(tmp_path / "r", growth=4e3, **KINKED)
+    assert "nothing predicts what removals do" in shown(replay_folder.validation(folder, verdict="does not hold"))[0]
 
 
 @pytest.mark.parametrize("name", ["run_id", "question"])
