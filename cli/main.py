@@ -22,6 +22,7 @@ from trajrec.cli.options import Command
 from trajrec.cli.record import RecordCommand, record
 from trajrec.cli.replay import replay
 from trajrec.cli.report import report
+from trajrec.cli.validate import validate
 from trajrec.errors import TrajrecError, printable
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ app.command(
     cls=RecordCommand,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )(guarded(record))
-for command in (replay, merge, report, clean, info, verify, pack, demo):
+for command in (replay, merge, report, validate, clean, info, verify, pack, demo):
     app.command(cls=Command)(guarded(command))
 
 

@@ -62,8 +62,10 @@ def replay(
     Example: [bold]trajrec replay --samples idx.npy[/bold]
     """
     from trajrec.cli.runs import find_run, replay_folder
+    from trajrec.replay.folder.format import Settings
     from trajrec.replay.folder.identity import identity_of
     from trajrec.replay.folder.place import Place
+    from trajrec.replay.folder.validated import carry_validated
     from trajrec.replay.folder.write import OUTPUT as KIND
     from trajrec.replay.folder.write import write_replay
     from trajrec.replay.methods.resume import ResumeFile
@@ -101,6 +103,7 @@ def replay(
         facts |= {"taylor": _check(session, result, taylor, file)} if taylor else {}
         with place.filling(file.keep) as unfinished:
             left_out = write_replay(unfinished, result, session, facts)
+            carry_validated(place.path, unfinished, Settings(run_id=session.run.spec.run_id, question=identity))
             tables.write_csv(report.build(unfinished, top), unfinished / "top.csv")
         file.remove_own()
     terminal.show(report.build(place.final, top))
@@ -158,14 +161,11 @@ def _check(session: Session, result: Contributions, count: int, file: ResumeFile
 
 
 def _train_again(session: Session, result: Contributions, count: int) -> str:
-    import numpy as np
-
     from trajrec.cli.progress import ReplayProgress
     from trajrec.replay.losses.targets import choose_targets
-    from trajrec.replay.validation.taylor import taylor_check, taylor_steps
+    from trajrec.replay.validation.taylor import spread, taylor_check, taylor_steps
 
-    ranks = np.argsort(-np.abs(result.values).sum(axis=1))
-    places = ranks[np.linspace(0, (len(ranks) - 1) // 2, min(count, len(ranks))).astype(int)]
+    places = spread(result.values, count)
     samples = result.samples[places]
     targets = choose_targets(result.targets if result.target_kind == "chosen" else result.target_kind, session.test)
     with ReplayProgress() as progress:

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "Contributions": "trajrec.replay.methods.contributions",
     "Hypergradients": "trajrec.replay.methods.hypergradients",
+    "Validation": "trajrec.replay.validation.validate",
     "contributions": "trajrec.replay.methods.contributions",
     "hypergradients": "trajrec.replay.methods.hypergradients",
+    "validate": "trajrec.replay.validation.validate",
 }
 
-__all__ = ["Contributions", "Hypergradients", "contributions", "hypergradients"]
+__all__ = ["Contributions", "Hypergradients", "Validation", "contributions", "hypergradients", "validate"]
 
 if TYPE_CHECKING:
     from trajrec.replay.methods.contributions import Contributions as Contributions
     from trajrec.replay.methods.contributions import contributions as contributions
     from trajrec.replay.methods.hypergradients import Hypergradients as Hypergradients
     from trajrec.replay.methods.hypergradients import hypergradients as hypergradients
+    from trajrec.replay.validation.validate import Validation as Validation
+    from trajrec.replay.validation.validate import validate as validate
 
 
 def __dir__() -> list[str]:

@@ -123,6 +123,7 @@ class Scope:
         by_epoch: as in the question.
         window: first and last step whose contributions count.
         stride: the certificate makes one step in so many again.
+        sets: forwards only: sets of samples that are weighed together, one for each of `samples`, which then are names.
     """
 
     targets: Targets
@@ -132,6 +133,7 @@ class Scope:
     by_epoch: bool
     window: tuple[int, int]
     stride: int
+    sets: tuple[IntArray, ...] | None = None
 
 
 def _window(steps: tuple[int, int] | None, last: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@
     targets.parquet         target, label, name, noisy; prediction of the final model for single test samples
     thumbnails.parquet      set, sample, png, text: where the data set yields pictures or text
     replay.json             everything else about the replay (`Settings`)
+    validation.json         what training again said of it (`replay.folder.validated`)
     top.csv                 the tables that `trajrec replay` printed
     top.csv.meta.json       what stands in the header of a CSV file that has none: label, form, certificate, sign, unit
 
@@ -36,6 +37,7 @@ THUMBNAILS = "thumbnails.parquet"
 REPLAY = "replay.json"
 TOP = "top.csv"
 HEADER = ".meta.json"  # behind the name of a CSV file
+VALIDATION = "validation.json"
 
 SIGN = "positive = helpful"
 VERDICTS = {"drifted": False, "unchecked": None, "within rounding": True, "bit-exact": True}  # the weakest first
@@ -100,6 +102,12 @@ def _real(value: Any) -> float | None:
 
 def _number(value: Any) -> float | None:
     return _real(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def finite(value: Any) -> float | None:
+    """A number of JSON that is neither NaN nor infinite; None for everything else."""
+    number = _number(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _whole(value: Any) -> int | None:
@@ -183,6 +191,7 @@ class Settings:
         target_set: "test", or "train" when targets are training samples (then a target's id is a sample's id).
         samples, samples_total, steps: S, N, T; window: first and last step that were replayed, where not all were.
         growth: of the adjoint (`trajrec.replay.report.sensitivity`), or None: without the Hessian it means nothing.
+        smooth: whether model and loss have no kinks (`trajrec.replay.losses.kinks`), or None; kinks: if not, what has.
         classes: names of the classes, by number.
         trajrec: the version that wrote it; run: the recording's path.
         question: its identity (`trajrec.replay.folder.identity`); shard: which piece of how many, or None.
@@ -206,6 +215,8 @@ class Settings:
     steps: int | None = _read(_whole)
     window: tuple[int, int] | None = _read(_pair)
     growth: float | None = _read(_number)
+    smooth: bool | None = _read(_truth)
+    kinks: tuple[str, ...] = _read(_texts, (), always=False)
     epochs: int | None = _read(_whole)
     by_epoch: bool | None = _read(_truth)
     reduction: str | None = _read(text)

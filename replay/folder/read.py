@@ -31,6 +31,7 @@ from trajrec.replay.folder.format import (
     Certificate,
     Settings,
 )
+from trajrec.replay.folder.validated import Validated, validated
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Inputs:
         targets: LazyFrame of target, label, prediction, name (strings); nulls where unknown.
         thumbnails: LazyFrame of set, sample, png, text, or None.
         by_epoch: whether contributions has the column epoch.
+        validated: what training again said of it, if it was done.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class Inputs:
     targets: pl.LazyFrame
     thumbnails: pl.LazyFrame | None
     by_epoch: bool
+    validated: Validated | None = None
 
     @property
     def certificate(self) -> Certificate | None:
@@ -86,6 +89,7 @@ def load(folder: str | Path) -> Inputs:
         targets=_described(folder / TARGETS, "target", settings.classes),
         thumbnails=_thumbnails(folder / THUMBNAILS),
         by_epoch="epoch" in names,
+        validated=validated(folder, settings),
     )
 
 

@@ -29,6 +29,7 @@ from trajrec.replay.folder.format import (
     TARGETS,
     THUMBNAILS,
     TOP,
+    VALIDATION,
     Settings,
     metadata,
     write_facts,
@@ -55,7 +56,8 @@ OUTPUT = Kind(
     facts=REPLAY,
     keys=frozenset({"run_id", "method", "sign", "certificate"}),
     whole=frozenset({CONTRIBUTIONS}),
-    others=frozenset({*EXTRAS, TOP, TOP + HEADER}),
+    # The last while it is being written.
+    others=frozenset({*EXTRAS, TOP, TOP + HEADER, VALIDATION, f"{VALIDATION}.tmp"}),
     has_progress=True,
 )
 
@@ -93,6 +95,7 @@ def _write_extras(folder: Path, result: Contributions, session: Session) -> Iter
 def _describe(result: Contributions, session: Session) -> Settings:
     spec, steps, window = session.run.spec, session.run.steps, result.window
     growth = result.growth if result.exact else None  # an approximation's says nothing about the training
+    kinks = session.function.kinks
     return Settings(
         method=METHODS[result.curvature],
         exact=result.exact,
@@ -109,6 +112,8 @@ def _describe(result: Contributions, session: Session) -> Settings:
         steps=steps,
         window=None if window in (None, (1, steps)) else window,
         growth=None if growth is None or not len(growth) else float(growth.max()),
+        smooth=None if kinks is None else not kinks,
+        kinks=kinks or (),
         epochs=len(np.unique(session.run.epochs)),
         by_epoch=result.by_epoch is not None,
         reduction=session.reduction,

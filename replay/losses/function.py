@@ -57,6 +57,7 @@ class LossFunction:
         within: "mean" or "sum", what is made of several values of one sample's loss.
         target_noise: what the target losses draw (`replay.losses.noise`); None as long as nobody has asked.
         has_further: whether the training loss has given several values a sample.
+        kinks: operators in it whose derivative jumps, by name (`replay.losses.kinks`); None if that is not known.
 
     Args:
         task: the user's task.
@@ -79,6 +80,8 @@ class LossFunction:
         self.within, self.has_further = "mean", False
         self.target_noise: Any = None
         self._is_no_broadcast: set[str] = set()
+        self.kinks: tuple[str, ...] | None = None
+        self._runs = False
         self.task = task
         self.layout = layout
         self.spec = run.spec
@@ -114,9 +117,10 @@ class LossFunction:
                 parameter.requires_grad_(False)
 
     def train_mode(self) -> None:
-        """The modes and buffers that training began with."""
+        """The modes and buffers that training began with; inside of `running` the buffers stay."""
         self._set_modes(self.spec.eval_modules)
-        self._set_buffers(self._train_buffers)
+        if not self._runs:
+            self._set_buffers(self._train_buffers)
         self._buffers_of = None
 
     def _set_modes(self, eval_modules: tuple[str, ...]) -> None:
@@ -130,9 +134,10 @@ class LossFunction:
                 module.training = False
 
     def eval_mode(self) -> None:
-        """Eval mode, with the buffers at the end of the run."""
+        """Eval mode, with the buffers at the end of the run; inside of `running` with what they have become."""
         self._set_modes(("",))
-        self._set_buffers(self._final_buffers)
+        if not self._runs:
+            self._set_buffers(self._final_buffers)
         self._buffers_of = None
 
     @property
@@ -152,6 +157,26 @@ class LossFunction:
         yield
         self._final_buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.train_mode()
+
+    @contextmanager
+    def running(self) -> Iterator[Callable[[], None]]:
+        """The buffers run on from the beginning of the run, through the training losses that are computed inside.
+
+        So running statistics become what they would in another training, and targets are evaluated with those. The
+        recorder reads the first buffers before the first step, that is after its forward pass: whoever has computed
+        the losses of step 1 calls what this yields, and they are put there again.
+        """
+
+        def begin() -> None:
+            self._set_buffers(self._train_buffers)
+
+        begin()
+        self._runs = True
+        try:
+            yield begin
+        finally:
+            self._runs = False
+            self.train_mode()
 
     @contextmanager
     def on_a_copy(self) -> Iterator[None]:
@@ -207,7 +232,7 @@ class LossFunction:
 
     def _use_buffers_before(self, t: int) -> None:
         """Puts the buffers in force at step t into the model; only needed where modules come into eval mode."""
-        if not (self._modes_change and self.has_buffers):
+        if self._runs or not (self._modes_change and self.has_buffers):
             return
         steps = self._run.keyframe_steps
         keyframe = steps[bisect_right(steps, t - 1) - 1]

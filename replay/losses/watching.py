@@ -10,13 +10,15 @@ see through it are fewer (`replay.derivatives.choice`), and normalisations are c
 
 It may hide a part of itself from its own gradient (`replay.derivatives.through`), and values may leave the graph
 (`.item()`, numpy), which nothing sees through: where they did is kept for the refusal (`replay.proof.derivative`).
+
+It may have kinks (`replay.losses.kinks`), which no derivative sees.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +36,7 @@ from trajrec.errors import DerivativeError
 from trajrec.records import Json
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
+from trajrec.replay.losses.kinks import SMOOTH, Kinks
 from trajrec.replay.losses.seen import Seen
 from trajrec.replay.losses.targets import Targets
 from trajrec.replay.step import Step
@@ -108,8 +111,9 @@ def functions_applied(by: Callable[[type[Function], Apply], Apply]) -> Iterator[
 class _Calls(TorchFunctionMode):
     """Notes what the user's code calls inside: assignments to `.data` of tensors, derivatives, stops, ways out."""
 
-    def __init__(self, named: dict[str, Tensor]) -> None:
+    def __init__(self, named: dict[str, Tensor], kinks: Kinks) -> None:
         super().__init__()
+        self._kinks = kinks
         self.names: set[str] = set()
         self.called: set[Any] = set()
         self.exits: list[str] = []
@@ -131,7 +135,8 @@ class _Calls(TorchFunctionMode):
             self._exit(func, args)
         elif not torch.is_grad_enabled():
             self.stops |= any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves((args, kwargs)))
-        return func(*args, **kwargs)
+        with self._kinks.resting() if func in SMOOTH else nullcontext():
+            return func(*args, **kwargs)
 
     @contextmanager
     def of(self, function: LossFunction) -> Iterator[None]:
@@ -190,12 +195,14 @@ def watch(function: LossFunction, samples: Samples, step: Step) -> None:
         DerivativeError: if it changes parameters in place; names them, and the module.
     """
     named = {name: value.clone().requires_grad_() for name, value in function.layout.split(step.before).items()}
-    writes, calls = _Writes(named), _Calls(named)
+    writes, kinks = _Writes(named), Kinks(named.values())
+    calls = _Calls(named, kinks)
     # Data are fetched before: they may take many operators, all watched.
     with suppress(Exception):  # what a model raises it raises again, where it is told
         parts = tuple(replace(part, batch=samples.part(step, part)) for part in step.parts)
-        with _unharmed(function), calls.of(function), writes:
+        with _unharmed(function), calls.of(function), writes, kinks:
             list(function.parts(named, samples, replace(step, parts=parts)))
+        function.kinks = tuple(sorted({*(function.kinks or ()), *kinks.names}))
     calls.tell(function)
     if changed := [name for name in named if name in writes.names | calls.names]:
         raise _refusal(function.model, changed)
@@ -211,7 +218,7 @@ def watch_targets(targets: Targets, function: LossFunction, samples: Samples, we
     """Watches a target's loss, if it is another than the training's."""
     if function.task.measure is function.task.loss:
         return
-    calls, ids = _Calls({}), targets.groups[0][:1]
+    calls, ids = _Calls({}, Kinks(())), targets.groups[0][:1]
     function.eval_mode()
     with suppress(Exception):
         batch = samples.batch(ids)

@@ -201,7 +201,8 @@ class TangentPasses:
 
     def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> Tangent:
         session, scope = self._session, self._scope
-        tangent = Tangent.begin(self._problem, scope.samples[piece], session.samples, scope.window)
+        sets = None if scope.sets is None else scope.sets[piece]
+        tangent = Tangent.begin(self._problem, scope.samples[piece], session.samples, scope.window, sets)
         if values:
             tangent.d = torch.from_numpy(arrays["d"]).to(session.device)
             tangent.r = vectors_in(arrays, "r/", session.device)

@@ -5,7 +5,8 @@ The paper's recurrence (33)-(34) for any optimizer. D_0 = 0, R_0 = 0; for t = 1.
     (D_t, R_t) = jvp of U at (w_{t-1}, s_{t-1}, g_t)
                  along (D_{t-1}, R_{t-1}, H_t D_{t-1} + N sum over places of i in the batch of c[t,i] grad l_i)
 
-Hessian-free drops H_t D_{t-1}. C(i, j) = -(1/N) <grad l_j(w_T), D_T>.
+Hessian-free drops H_t D_{t-1}. C(i, j) = -(1/N) <grad l_j(w_T), D_T>. All of it is linear in the sample: a set of
+samples with one eps has one D, the sum of theirs.
 
 Letters: B batch, K samples at once, N samples, P' trainable weights, T steps.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ class Tangent:
         state: s_t.
         first: the next step to be done.
         carried: the tangents of the running statistics; None where there are none, or without a curvature.
+        sets: ids of the samples that are weighed together, K sets of them; None where each is one of `tracked`.
     """
 
     problem: Problem
@@ -51,15 +54,23 @@ class Tangent:
     state: State
     first: int = 1
     carried: Carried | None = None
+    sets: tuple[IntArray, ...] | None = None
 
     @classmethod
-    def begin(cls, problem: Problem, tracked: IntArray, total: int, window: tuple[int, int]) -> Tangent:
+    def begin(
+        cls,
+        problem: Problem,
+        tracked: IntArray,
+        total: int,
+        window: tuple[int, int],
+        sets: tuple[IntArray, ...] | None = None,
+    ) -> Tangent:
         """The hypergradients before the first step: zero."""
         trajectory = problem.trajectory
         d = torch.zeros(len(tracked), trajectory.layout.size, dtype=trajectory.dtype, device=trajectory.device)
         carried = carried_from_start(problem, len(tracked))
         start = initial_state(trajectory, problem.rule)
-        return cls(problem, tracked, total, window, d, State(), start, carried=carried)
+        return cls(problem, tracked, total, window, d, State(), start, carried=carried, sets=sets)
 
     def go(self, checks: StepChecks, advance: Callable[[int], None]) -> Tensor:
         """Goes on forwards to the end. Returns D_T [K, P'].
@@ -88,9 +99,7 @@ class Tangent:
 
     def _force(self, at: At, step: Step) -> Tensor:
         """What the gradient changes by, [K, P']; without the Hessian only samples of the batch have anything."""
-        device = self.d.device
-        found = torch.as_tensor(step.ids, device=device) == torch.as_tensor(self.tracked, device=device)[:, None]
-        multipliers = found.to(self.d.dtype) * at.shares * self.total
+        multipliers = self._places(step).to(self.d.dtype) * at.shares * self.total
         if not self.window[0] <= step.t <= self.window[1]:
             multipliers = torch.zeros_like(multipliers)
         if self.problem.plan.exact:
@@ -100,3 +109,10 @@ class Tangent:
         if len(touched):
             force[touched] = at.forced(None, multipliers[touched])
         return force
+
+    def _places(self, step: Step) -> Tensor:
+        """Where in the batch the tracked samples are, or those of the sets [K, B]."""
+        if self.sets is not None:
+            return torch.as_tensor(np.stack([np.isin(step.ids, ids) for ids in self.sets]), device=self.d.device)
+        device = self.d.device
+        return torch.as_tensor(step.ids, device=device) == torch.as_tensor(self.tracked, device=device)[:, None]

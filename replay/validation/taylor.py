@@ -8,7 +8,7 @@ half (eps_i = -1/(2N)). With d(h) the change of l_j at h of the way and r(h) = d
     rate  = log2(|r(1)| / |r(1/2)|)     ideal 2: what is missing is of second order
 
 A rate far below 2 says that one sample is not small for this training: it is chaotic, or has kinks, and first-order
-numbers are not to be trusted. BatchNorm's running statistics are those of the run, as they are for the contributions.
+numbers are not to be trusted.
 
 Letters: M targets, N training samples, S samples checked.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trajrec.records import FloatArray, IntArray
+from trajrec.records import FloatArray, IntArray, Json
 from trajrec.replay.losses.targets import Targets
 from trajrec.replay.session import Session
 from trajrec.replay.validation.retrain import Retraining
@@ -67,6 +67,12 @@ class TaylorCheck:
             return what + "."
         return what + ": first-order numbers should not be trusted for single samples of this training."
 
+    def to_json(self) -> Json:
+        """As it stands in validation.json."""
+        medians = float(np.nanmedian(self.ratios)), float(np.nanmedian(self.rates))
+        ratio, rate = (round(value, 4) if np.isfinite(value) else None for value in medians)
+        return {"samples": len(self.samples), "ratio": ratio, "rate": rate, "sentence": self.sentence}
+
 
 def taylor_check(
     session: Session, targets: Targets, samples: IntArray, predicted: FloatArray, advance: Callable[[int], None]
@@ -76,14 +82,22 @@ def taylor_check(
     Costs one training for all and two for each sample, from the sample's first appearance on.
     """
     again = Retraining(session, targets, advance)
-    changes = np.array([[again.change(int(sample), part) for part in REMOVED] for sample in samples])
+    changes = np.array([[again.change(ids, part) for part in REMOVED] for ids in sets_of(samples)])
     return TaylorCheck(np.asarray(samples), predicted, changes[:, 0], changes[:, 1])
 
 
 def taylor_steps(session: Session, samples: Sequence[int]) -> int:
     """How many steps `taylor_check` makes."""
-    again = Retraining(session, None, lambda _: None)
-    starts = [again.start(sample) for sample in samples]
-    # Samples with the same start share the training that nothing is taken out of.
-    steps = [session.run.steps - start for start in (*set(starts), *starts * len(REMOVED))]
-    return sum(steps)
+    return Retraining(session, None, lambda _: None).steps(sets_of(samples), times=len(REMOVED))
+
+
+def sets_of(samples: IntArray | Sequence[int]) -> list[IntArray]:
+    """Each sample as a set of its own."""
+    return list(np.asarray(samples)[:, None])
+
+
+def spread(values: FloatArray, count: int) -> IntArray:
+    """Rows of values [S, M]: the most influential, the median one, and others evenly between."""
+    ranks = np.argsort(-np.abs(values).sum(axis=1))
+    found: IntArray = ranks[np.linspace(0, (len(ranks) - 1) // 2, min(count, len(ranks))).astype(int)]
+    return found

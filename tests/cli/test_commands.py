@@ -129,7 +129,7 @@ def test_help_is_instant_and_every_command_has_an_example():
     began = time.perf_counter()
     done = call("--help", cwd=".")
     assert time.perf_counter() - began < 1.0  # 0.3 s on an idle machine; tests share theirs
-    for command in ("record", "replay", "report", "clean", "info", "verify", "pack", "demo"):
+    for command in ("record", "replay", "report", "validate", "clean", "info", "verify", "pack", "demo"):
         assert command in done.stdout
         said = call(command, "--help", cwd=".").stdout
         assert "Example" in said
@@ -162,6 +162,13 @@ BAD = [
     (["replay", "RUN", "--samples", "far.npy"], 2, "There is no training sample 30: the training set has 30 samples"),
     (["replay", "RUN", "--samples", "floats.npy"], 2, "one-dimensional array of integers"),
     (["replay", "RUN", "--targets", "far.npy"], 2, "There is no test sample 30"),
+    (["validate", "RUN", "--task", "nowhere.py:task"], 2, "There is no task file nowhere.py"),
+    (["validate", "RUN", "--task", "summed_loss.py"], 3, "Replay drifted at step 1"),
+    (["validate", "RUN", "--subsets", "0"], 2, "Nothing is to be trained again"),
+    (["validate", "RUN", "--fraction", "2"], 2, "between 0 and 1, not 2"),
+    (["validate", "RUN", "--out", "."], 2, "exists already"),
+    (["validate", "empty.h5"], 4, "empty.h5"),
+    (["validate", "nothing.h5"], 2, "There is no run nothing.h5"),
     (["replay", "RUN", "--targets", "all"], 2, 'targets must be "mean", "each", "class"'),
     (["replay", "RUN", "--mode", "sideways"], 2, 'mode must be "auto", "adjoint" or "tangent"'),
     (["replay", "RUN", "--by-epoch", "--mode", "tangent"], 2, 'Contributions by epoch need mode="adjoint"'),

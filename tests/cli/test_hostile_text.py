@@ -110,7 +110,9 @@ def folder(tmp_path):
     facts = json.loads((folder / "replay.json").read_text())
     facts |= dict.fromkeys(("run", "run_id", "optimizer", "unit", "sign", "taylor", "command", "created"), HOSTILE)
     facts |= {"classes": [HOSTILE], "certificate": {"verdict": HOSTILE, "sentence": HOSTILE}}
+    facts |= {"smooth": False, "kinks": [HOSTILE]}
     (folder / "replay.json").write_text(json.dumps(facts))
+    replay_folder.validation(folder, sentence=HOSTILE)
     return folder
 
 

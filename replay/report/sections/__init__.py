@@ -4,7 +4,17 @@ A new section is a file with a `SECTION` (`trajrec.replay.report.section`) and i
 in this order.
 """
 
-from trajrec.replay.report.sections import comparison, groups, matrix, statistics, suspicions, timeline, top, why
+from trajrec.replay.report.sections import (
+    comparison,
+    groups,
+    matrix,
+    statistics,
+    suspicions,
+    timeline,
+    top,
+    validation,
+    why,
+)
 
 SECTIONS = (
     top.SECTION,
@@ -15,4 +25,5 @@ SECTIONS = (
     suspicions.SECTION,
     timeline.SECTION,
     comparison.SECTION,
+    validation.SECTION,
 )

@@ -10,6 +10,7 @@ import polars as pl
 from trajrec.records import Json
 from trajrec.replay.folder.format import Certificate, Settings
 from trajrec.replay.folder.read import Inputs
+from trajrec.replay.folder.validated import Validated
 from trajrec.replay.label import EXACT, name_of
 from trajrec.replay.report import words
 from trajrec.replay.report.blocks import Chapter, Fact, Facts, Part
@@ -37,6 +38,7 @@ class Head:
         targets: M.
         total: sum of the samples' contributions to the mean target.
         mass: sum of their absolute values: what shares are shares of.
+        validated: what training again said, if it was done.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Head:
     targets: int
     total: float
     mass: float
+    validated: Validated | None = None
 
 
 def values(head: Head) -> Json:
@@ -53,7 +56,7 @@ def values(head: Head) -> Json:
     settings, proof = head.settings, head.certificate
     said = {name: getattr(settings, name) for name in SETTINGS}
     said |= {"version": settings.trajrec, "command": settings.command, "details": settings.details}
-    said |= {name: getattr(settings, name) for name in ("curvature", "label", "growth", "taylor")}
+    said |= {name: getattr(settings, name) for name in ("curvature", "label", "growth", "taylor", "smooth", "kinks")}
     said |= {"notes": settings.notes} if settings.notes else {}
     proved = proof and {name: getattr(proof, name) for name in PROVED}
     return {each.name: getattr(head, each.name) for each in fields(head)} | {"settings": said, "certificate": proved}
@@ -63,11 +66,11 @@ def find(inputs: Inputs, totals: pl.DataFrame, targets: int) -> Head:
     """The head of a report on these totals [S]."""
     values = totals["contribution"]
     sums = float(values.sum()), float(values.abs().sum())
-    return Head(inputs.folder, inputs.settings, inputs.certificate, totals.height, targets, *sums)
+    return Head(inputs.folder, inputs.settings, inputs.certificate, totals.height, targets, *sums, inputs.validated)
 
 
 def chapter(head: Head) -> Chapter:
-    """The question, what it was asked with, the certificate, and how sensitive the training was."""
+    """The question, what it was asked with, the certificate, and how far to trust the numbers."""
     settings = head.settings
     run = [settings.run, f"({settings.run_id[:12]})" if settings.run_id else None]
     made = [settings.created, f"by trajrec {settings.trajrec}" if settings.trajrec else None]
@@ -81,8 +84,8 @@ def chapter(head: Head) -> Chapter:
         Fact("sign", SIGN),
         Fact("share", SHARE),
         _certificate(head.certificate, settings.label),
-        _sensitivity(settings),
-        Fact("check", settings.taylor or ""),
+        _trust(head),
+        *(Fact("check", text) for text in (settings.taylor or "", *(head.validated.others if head.validated else ()))),
         *(Fact("note", note) for note in settings.notes),
         *details,
         Fact("command", settings.command or "", aside=True),
@@ -145,9 +148,7 @@ def _certificate(proof: Certificate | None, label: str | None) -> Fact:
     return Fact("certificate", text, *(("good", "Certified") if good else ("open", "No proof")))
 
 
-def _sensitivity(settings: Settings) -> Fact:
-    """How far first-order numbers go for this training; nobody must miss that it is not calm."""
-    if settings.growth is None:
-        return Fact("sensitivity", "")
-    found = Sensitivity(settings.growth)
-    return Fact("sensitivity", found.sentence, verdict="" if found.verdict == "calm" else "Sensitive")
+def _trust(head: Head) -> Fact:
+    """How far first-order numbers go for this training; nobody must miss where they do not."""
+    found = Sensitivity.of(head.settings, head.validated)
+    return Fact("trust", found.sentence, found.tone, found.heading)

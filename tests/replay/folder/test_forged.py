@@ -58,14 +58,14 @@ def write(folder: Path, **facts: Any) -> Path:
     )
     pictures = {"set": ["train", "test"], "sample": [0, 1], "png": [b"\x89PNG", None], "text": [None, "words"]}
     pl.DataFrame(pictures).write_parquet(folder / "thumbnails.parquet")
-    return folder
+    return replay_folder.validation(folder)
 
 
 def forge(folder: Path, rng: random.Random) -> str:
     """Changes something in a folder, and says what."""
-    name = rng.choice(["replay.json", "replay.json", *FILES, *FILES])
+    name = rng.choice(["replay.json", "replay.json", "validation.json", *FILES, *FILES])
     path, kind = folder / name, rng.choice(["column", "column", "column", "missing", "renamed", "empty", "file"])
-    if name == "replay.json":
+    if name.endswith(".json"):
         if not path.read_text().startswith("{"):
             return "nothing"
         facts, said = twisted(json.loads(path.read_text()), rng)
