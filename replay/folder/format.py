@@ -149,6 +149,8 @@ class Certificate:
         at_step: where it was found.
         tolerance: largest drift accepted.
         steps_checked: how many steps were recomputed.
+        derivative: the second proof in words; None of numbers that leave the derivative of the gradient out.
+        derivative_verdict: "proved", "by differences" or "not proved"; derivative_worst: the largest difference found.
     """
 
     verdict: str | None = _read(text)
@@ -157,6 +159,9 @@ class Certificate:
     at_step: int | None = _read(_whole)
     tolerance: float | None = _read(_real)
     steps_checked: int | None = _read(_whole)
+    derivative: str | None = _read(text)
+    derivative_verdict: str | None = _read(text)
+    derivative_worst: float | None = _read(_real)
 
     @property
     def good(self) -> bool | None:

@@ -17,6 +17,7 @@ class Seen:
         hooks: backward hooks may change its gradient.
         called: the functions of torch that it called.
         exits: where values left the graph (`.item()`, numpy), each as "what in FILE, line N".
+        raised: a watched pass ended in an error: there is more than was seen.
     """
 
     derivatives: bool = False
@@ -25,6 +26,7 @@ class Seen:
     hooks: bool = False
     called: frozenset[Any] = frozenset()
     exits: tuple[str, ...] = ()
+    raised: bool = False
 
     @property
     def hides(self) -> bool:
@@ -40,4 +42,5 @@ class Seen:
             self.hooks or other.hooks,
             self.called | other.called,
             tuple(dict.fromkeys(self.exits + other.exits)),
+            self.raised or other.raised,
         )

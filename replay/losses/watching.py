@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -118,7 +118,7 @@ class _Calls(TorchFunctionMode):
         self.called: set[Any] = set()
         self.exits: list[str] = []
         self.functions: list[str] = []
-        self.stops = False
+        self.stops, self.raised = False, True
         self._names = {id(value): name for name, value in named.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,12 +139,14 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
 
     @contextmanager
-    def of(self, function: LossFunction) -> Iterator[None]:
-        """Inside, what the losses of a function call is noted."""
+    def of(self, function: LossFunction, *others: AbstractContextManager[Any]) -> Iterator[None]:
+        """Inside, what the losses of a function call is noted, by others as well."""
 
         @contextmanager
         def within() -> Iterator[None]:
-            with self, functions_applied(self._function):
+            with ExitStack() as stack:
+                for each in (self, functions_applied(self._function), *others):
+                    stack.enter_context(each)
                 yield
 
         with function.evaluated(within):
@@ -163,6 +165,7 @@ class _Calls(TorchFunctionMode):
             hooks=Tensor.register_hook in self.called or _has_backward_hooks(function.model),
             called=frozenset(self.called),
             exits=tuple(dict.fromkeys(self.exits)),
+            raised=self.raised,
         )
 
     def _exit(self, func: Any, args: Any) -> None:
@@ -200,10 +203,11 @@ def watch(function: LossFunction, samples: Samples, step: Step) -> None:
     # Data are fetched before: they may take many operators, all watched.
     with suppress(Exception):  # what a model raises it raises again, where it is told
         parts = tuple(replace(part, batch=samples.part(step, part)) for part in step.parts)
-        with _unharmed(function), calls.of(function), writes, kinks:
+        with _unharmed(function), calls.of(function, writes, kinks):
             list(function.parts(named, samples, replace(step, parts=parts)))
-        function.kinks = tuple(sorted({*(function.kinks or ()), *kinks.names}))
+        calls.raised = False
     calls.tell(function)
+    function.kinks = None if function.seen.raised else tuple(sorted({*(function.kinks or ()), *kinks.names}))
     if changed := [name for name in named if name in writes.names | calls.names]:
         raise _refusal(function.model, changed)
 
@@ -224,6 +228,7 @@ def watch_targets(targets: Targets, function: LossFunction, samples: Samples, we
         batch = samples.batch(ids)
         with _unharmed(function), calls.of(function):
             function.measures(weights.detach().requires_grad_(), batch, len(ids))
+        calls.raised = False
     function.train_mode()
     calls.tell(function)
 

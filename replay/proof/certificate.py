@@ -17,6 +17,7 @@ unchecked.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -78,9 +79,10 @@ class Certificate:
     def to_json(self) -> Json:
         """JSON-ready values, with the sentences."""
         values = asdict(self) | {"sentence": self.sentence, "derivative": None}
-        if self.derivative is not None:
-            values["derivative"] = asdict(self.derivative) | {"sentence": self.derivative.sentence}
-        return values
+        if (found := self.derivative) is None:
+            return values
+        named = {"derivative": found.sentence, "derivative_verdict": found.verdict, "derivative_steps": found.steps}
+        return values | named | {"derivative_worst": found.worst if math.isfinite(found.worst) else None}
 
 
 @dataclass(slots=True)

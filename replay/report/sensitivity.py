@@ -82,7 +82,7 @@ class Sensitivity:
         if self.validated is not None:
             verdicts = {"holds": "Comes true", "weak": "Comes true in part"}
             return verdicts.get(self.validated.verdict or "", "Does not come true")
-        return {"calm": "", "unknown": "", "kinks": "Not checked"}.get(self.verdict, "Sensitive")
+        return "Sensitive" if self.verdict in ("rough", "wild") else ""
 
     def _grown(self) -> str:
         """What growth and kinks say."""

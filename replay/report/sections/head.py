@@ -25,7 +25,7 @@ SETTINGS = (
     *("run", "run_id", "mode", "exact", "targets", "target_set", "sign", "unit", "samples_total", "steps", "epochs"),
     *("optimizer", "classes", "created"),
 )
-PROVED = ("sentence", "good", "max_drift", "at_step", "tolerance", "steps_checked")
+PROVED = ("sentence", "good", "max_drift", "at_step", "tolerance", "steps_checked", "derivative", "derivative_verdict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,7 @@ def chapter(head: Head) -> Chapter:
         Fact("sign", SIGN),
         Fact("share", SHARE),
         _certificate(head.certificate, settings.label),
+        _derivative(head.certificate),
         _trust(head),
         *(Fact("check", text) for text in (settings.taylor or "", *(head.validated.others if head.validated else ()))),
         *(Fact("note", note) for note in settings.notes),
@@ -146,6 +147,15 @@ def _certificate(proof: Certificate | None, label: str | None) -> Fact:
     if label != EXACT:
         return Fact("certificate", text, "open", label or UNKNOWN)
     return Fact("certificate", text, *(("good", "Certified") if good else ("open", "No proof")))
+
+
+def _derivative(proof: Certificate | None) -> Fact:
+    """What was proved of the derivative; nobody must miss that it was not."""
+    if proof is None or proof.derivative is None:
+        return Fact("derivative", "")
+    if proof.derivative_verdict == "not proved":
+        return Fact("derivative", proof.derivative, "open", "Derivative not proved")
+    return Fact("derivative", proof.derivative)
 
 
 def _trust(head: Head) -> Fact:
