@@ -6,7 +6,8 @@ cost    the proof's CPU time at three steps, in one thread, over that of an exac
         measured in the same run (`replay_cost.py` has its models; pictures and bytes are random here).
 finds   small trainings in float64 that hide something from their gradient: by how much a central difference is off
         automatic differentiation (autograd of autograd), and off what the replay computes, which sees through; the
-        largest of three steps. Clean ones beside them, in float32, as a user's would be.
+        largest of three steps. Clean ones beside them, in float32, as a user's would be. Of three networks with
+        BatchNorm, how far off exact contributions are where the running statistics are taken for constants.
 """
 
 import argparse
@@ -192,6 +193,39 @@ def finds(path, build, loss, dtype):
         torch.set_default_dtype(torch.float32)
 
 
+NORMS = {
+    "one BatchNorm": mlp(nn.Linear, lambda: nn.BatchNorm1d(24)),
+    "two BatchNorms": lambda: nn.Sequential(
+        nn.Linear(8, 24), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, 16), nn.BatchNorm1d(16), nn.Tanh(),
+        nn.Linear(16, 10),
+    ),
+    "BatchNorm of pictures": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 4)), nn.Conv2d(1, 6, 2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(90, 10),
+    ),
+}  # fmt: skip
+
+
+def statistics(path, build):
+    """How much of the contributions goes through the running statistics: the part without them is off by it."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(1)
+        data = TensorDataset(torch.randn(64, 8), torch.randint(0, 10, (64,)))
+        task = record(path, build, cross_entropy, data, 16, lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
+        with trajrec.open(path) as run:
+            found = []
+            for through in (True, False):
+                session = Session(run, task)
+                session.function.statistics = session.function.statistics if through else None
+                question = Question(targets="each", curvature="hessian", mode="adjoint")
+                scope = question.scope(session.samples, run.steps, lambda session=session: session.test)
+                found.append(torch.as_tensor(answer(session, scope, Execution()).values))
+        return float((found[1] - found[0]).norm() / found[0].norm())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(STEPS))
@@ -205,6 +239,7 @@ def main():
             "machine": platform.machine(),
             "cost": {name: cost(name, path) for name in options.models},
             "hidden": {name: finds(path, *made, torch.float64) for name, made in HIDDEN.items()},
+            "statistics": {name: statistics(path, build) for name, build in NORMS.items()},
             "clean": {name: finds(path, build, cross_entropy, torch.float32) for name, build in CLEAN.items()},
         }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
