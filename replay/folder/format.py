@@ -171,6 +171,7 @@ class Settings:
         target_set: "test", or "train" when targets are training samples (then a target's id is a sample's id).
         samples, samples_total, steps: S, N, T; window: first and last step that were replayed, where not all were.
         growth: of the adjoint (`trajrec.replay.report.sensitivity`), or None.
+        accuracy: what the numbers are good to, relative to the largest, or None where that was not measured.
         classes: names of the classes, by number.
         trajrec: the version that wrote it; run: the recording's path.
         question: its identity (`trajrec.replay.folder.identity`); shard: which piece of how many, or None.
@@ -192,6 +193,7 @@ class Settings:
     steps: int | None = _read(_whole)
     window: tuple[int, int] | None = _read(_pair)
     growth: float | None = _read(_number)
+    accuracy: float | None = _read(_number, always=False)
     epochs: int | None = _read(_whole)
     by_epoch: bool | None = _read(_truth)
     reduction: str | None = _read(text)

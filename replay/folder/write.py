@@ -105,6 +105,7 @@ def _describe(result: Contributions, session: Session) -> Settings:
         steps=steps,
         window=None if window in (None, (1, steps)) else window,
         growth=None if result.growth is None or not len(result.growth) else float(result.growth.max()),
+        accuracy=result.accuracy,
         epochs=len(np.unique(session.run.epochs)),
         by_epoch=result.by_epoch is not None,
         reduction=session.reduction,

@@ -60,6 +60,8 @@ class Contributions:
             grows by, so do rounding errors of the late steps.
         window: first and last step whose contributions were summed.
         curvature: "hessian", "ggn" or "none".
+        accuracy: adjoint in float32 only: what the numbers of the first block of targets are good to, relative to the
+            largest (`trajrec.replay.proof.accuracy`); None where that was not tried.
     """
 
     values: FloatArray
@@ -74,6 +76,7 @@ class Contributions:
     growth: FloatArray | None = field(default=None, repr=False)
     window: tuple[int, int] | None = None
     curvature: str = "none"
+    accuracy: float | None = None
 
     def frame(self) -> polars.LazyFrame:
         """Columns sample, target, contribution, and epoch if asked for: one row for each."""
@@ -165,12 +168,14 @@ def answer(session: Session, scope: Scope, execution: Execution) -> Contribution
 
 
 def _by_adjoint(session: Session, scope: Scope, execution: Execution) -> Contributions:
-    table, growth = AdjointPasses(session, scope, execution).run()
+    passes = AdjointPasses(session, scope, execution)
+    table, growth = passes.run()
     parts = table.values()
     found = _contributions(session, scope, parts.sum(axis=0))
     if scope.by_epoch:
         found = replace(found, epochs=table.epochs, by_epoch=parts)
-    return replace(found, growth=growth)
+    accuracy = passes.accuracy.of(found.values, scope.window[0], session.run.steps)
+    return replace(found, growth=growth, accuracy=accuracy)
 
 
 def _by_tangent(session: Session, scope: Scope, execution: Execution) -> Contributions:

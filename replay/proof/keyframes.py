@@ -21,8 +21,8 @@ from trajrec.rules.step import State
 class KeyframeChecks:
     """Which recomputed rows were bit for bit as recorded, and how far off the others were at the keyframes.
 
-    A row whose checksum differs counts as checked once the next keyframe has shown by how much. Where the last rows have
-    no keyframe behind them (a recording that was cut off), the checksum is all there is, and it tells no distance.
+    A row whose checksum differs counts as checked once the next keyframe has shown by how much. Where the last rows
+    have no keyframe behind them (a recording that was cut off), the checksum is all there is: it tells no distance.
 
     Args:
         run: the recording.

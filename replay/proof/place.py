@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from trajrec.records import RunSpec
 from trajrec.processor import processor
+from trajrec.records import RunSpec
 
 _NAMES = ("torch", "processor")
 

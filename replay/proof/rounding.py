@@ -1,8 +1,8 @@
 r"""What rounding makes of a step, weight by weight: what a right Task may be off by, and a wrong one may not.
 
-Two machines, or two orders of summation, give gradients g and g + e with |e_i| about sigma_i. What becomes of e in a step
-depends on the weight: nothing where an optimizer is linear, a whole step where it divides a gradient that is nothing
-but rounding (biases before BatchNorm, keys of attention) by its size. So the allowance of weight i is
+Two machines, or two orders of summation, give gradients g and g + e with |e_i| about sigma_i. What becomes of e in a
+step depends on the weight: nothing where an optimizer is linear, a whole step where it divides a gradient that is
+nothing but rounding (biases before BatchNorm, keys of attention) by its size. So the allowance of weight i is
 
     a_i = |U(w, s, g + d)_i - U(w, s, g - d)_i|,   d_i = K sigma_i with a sign of its own for each weight,
 
@@ -12,8 +12,10 @@ gone again, with d added and with d taken off at every step.
 
 sigma is measured: the gradient at weights a last place away differs from g by rounding of the same size. Against
 float64, that was .3 to 3.6 times the true rounding in every parameter of an MLP, two CNNs (with BatchNorm and without)
-and a transformer. It is the root mean square over a parameter, and at each weight no less than what was found there. A row
-of a parameter that is zero through and through (a token or a unit that did not take part) is not rounded at all.
+and a transformer. It is the root mean square over a parameter, and at each weight no less than what was found there.
+A row of a parameter that is zero through and through (a token or a unit that took no part) is not rounded at all. What
+differs by more than 512 last places of the largest gradient is no rounding: random numbers, or data, that do not come
+back.
 
 Letters: P' trainable weights.
 """
@@ -95,7 +97,7 @@ class Rounding:
         return (ahead.weights - behind.weights).abs(), state
 
     def measured(self, step: Step, gradient: Tensor) -> Tensor:
-        """d [P'] of a step, by its gradient [P'] and one at weights a last place away."""
+        """Finds d [P'] of a step, by its gradient [P'] and one at weights a last place away."""
         generator = torch.Generator().manual_seed(step.t)
         spread = 2 * torch.rand(gradient.shape, generator=generator, dtype=torch.float32) - 1
         moved = step.before * (1 + self._eps * spread.to(step.before))

@@ -10,7 +10,7 @@ import polars as pl
 from trajrec.records import Json
 from trajrec.replay.folder.format import Certificate, Settings
 from trajrec.replay.folder.read import Inputs
-from trajrec.replay.report import words
+from trajrec.replay.report import accuracy, words
 from trajrec.replay.report.blocks import Chapter, Fact, Facts, Part
 from trajrec.replay.report.sensitivity import Sensitivity
 
@@ -52,6 +52,7 @@ def values(head: Head) -> Json:
     said = {name: getattr(settings, name) for name in SETTINGS}
     said |= {"version": settings.trajrec, "command": settings.command, "details": settings.details}
     said |= {"curvature": settings.curvature, "growth": settings.growth, "taylor": settings.taylor}
+    said |= {} if settings.accuracy is None else {"accuracy": settings.accuracy}
     proved = proof and {name: getattr(proof, name) for name in PROVED}
     return {each.name: getattr(head, each.name) for each in fields(head)} | {"settings": said, "certificate": proved}
 
@@ -78,6 +79,7 @@ def chapter(head: Head) -> Chapter:
         Fact("sign", SIGN),
         Fact("share", SHARE),
         _certificate(head.certificate),
+        Fact("accuracy", accuracy.sentence(settings.accuracy, settings.dtype)),
         _sensitivity(settings),
         Fact("check", settings.taylor or ""),
         *details,
