@@ -33,9 +33,11 @@ from trajrec.replay.proof import fit
 from trajrec.replay.proof.certificate import Certificate, StepChecks
 from trajrec.replay.proof.derivative import DerivativeProof, prove
 from trajrec.replay.proof.keyframes import KeyframeChecks
+from trajrec.replay.proof.place import is_here
 from trajrec.replay.proof.refusal import Drifted, guarded
+from trajrec.replay.proof.rounding import GradientAt, Rounding, on_a_copy, rounding_of
 from trajrec.replay.proof.stepwise import StepwiseChecks
-from trajrec.replay.question import FloatName, Question, parse_device, parse_dtype
+from trajrec.replay.question import DTYPES, FloatName, Question, parse_device, parse_dtype
 from trajrec.replay.step import RecordedRun, Step, Trajectory, initial_state, make_step, vector_of
 from trajrec.replay.trajectory.participation import as_seen
 from trajrec.replay.trajectory.source import trajectory_of
@@ -85,6 +87,7 @@ class Session:
         self.function = LossFunction(task, run, self.layout, self.dtype, self.device)
         self.train = self.training_samples(self.dtype)
         self._test: Samples | None = None
+        self._native: GradientAt | None = None
         fit.check_trainable(run, self.layout, allow_drift)
         self.train.check_ids(fit.largest_id(run), "training")
         self.derivative: DerivativeProof | None = None
@@ -207,9 +210,25 @@ class Session:
 
     def new_checks(self, allow_drift: bool) -> StepChecks:
         """Checks that have seen no step."""
+        here = is_here(self.run.spec, self.device, self.dtype)
         if self.is_keyframed:
-            return KeyframeChecks(self.run, self.layout, self.rule, allow_drift)
-        return StepwiseChecks(self.run, self.rule, self.dtype, allow_drift)
+            return KeyframeChecks(self.run, self.layout, self.rule, allow_drift, here)
+        return StepwiseChecks(self.run, self.rule, self.dtype, allow_drift, self._rounding(), here)
+
+    def _rounding(self) -> Rounding:
+        """What rounding makes of a step, in the coarser of the recording's floating type and the replay's."""
+        native = DTYPES[self.run.spec.dtype]
+        if torch.finfo(native).eps <= torch.finfo(self.dtype).eps:
+            return Rounding(self.rule, on_a_copy(self.function, self.train), rounding_of(self.run.spec, self.dtype))
+
+        def gradient(step: Step) -> Tensor:
+            if self._native is None:
+                function = LossFunction(self.task, self.run, self.layout, native, self.device)
+                function.reduction = self.function.reduction
+                self._native = on_a_copy(function, self.training_samples(native))
+            return self._native(replace(step, before=step.before.to(native)))
+
+        return Rounding(self.rule, gradient, rounding_of(self.run.spec, native))
 
     def find_drift(self) -> Drifted | None:
         """The first step that differs from the recording, going forwards; None if none does."""

@@ -197,6 +197,7 @@ class Settings:
         samples, samples_total, steps: S, N, T; window: first and last step that were replayed, where not all were.
         growth: of the adjoint (`trajrec.replay.report.sensitivity`), or None: without the Hessian it means nothing.
         smooth: whether model and loss have no kinks (`trajrec.replay.losses.kinks`), or None; kinks: if not, what has.
+        accuracy: what the numbers are good to, relative to the largest, or None where that was not measured.
         classes: names of the classes, by number.
         trajrec: the version that wrote it; run: the recording's path.
         question: its identity (`trajrec.replay.folder.identity`); shard: which piece of how many, or None.
@@ -222,6 +223,7 @@ class Settings:
     growth: float | None = _read(_number)
     smooth: bool | None = _read(_truth)
     kinks: tuple[str, ...] = _read(_texts, (), always=False)
+    accuracy: float | None = _read(_number, always=False)
     epochs: int | None = _read(_whole)
     by_epoch: bool | None = _read(_truth)
     reduction: str | None = _read(text)

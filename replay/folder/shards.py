@@ -101,6 +101,7 @@ def join(shards: Sequence[Shard], folder: Path) -> None:
     """Writes the whole replay of complete shards (`read_shards`) into a folder."""
     contributions = _contributions([shard.folder for shard in shards])
     growths = [growth for shard in shards if (growth := shard.settings.growth) is not None]
+    accuracies = [accuracy for shard in shards if (accuracy := shard.settings.accuracy) is not None]
     facts = shards[0].facts | {
         "shard": None,
         "certificate": min(shards, key=_strength).facts["certificate"],
@@ -108,6 +109,7 @@ def join(shards: Sequence[Shard], folder: Path) -> None:
         "growth": max(growths, default=None),
         "samples": contributions["sample"].n_unique(),
     }
+    facts |= {"accuracy": max(accuracies)} if accuracies else {}
     contributions.write_parquet(folder / CONTRIBUTIONS, metadata=metadata(facts))
     for name, columns in EXTRAS.items():
         parts = [_collected(shard.folder / name) for shard in shards if (shard.folder / name).is_file()]

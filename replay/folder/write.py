@@ -114,6 +114,7 @@ def _describe(result: Contributions, session: Session) -> Settings:
         growth=None if growth is None or not len(growth) else float(growth.max()),
         smooth=None if kinks is None else not kinks,
         kinks=kinks or (),
+        accuracy=result.accuracy,
         epochs=len(np.unique(session.run.epochs)),
         by_epoch=result.by_epoch is not None,
         reduction=session.reduction,

@@ -29,6 +29,7 @@ from trajrec.replay.derivatives.choice import Problem, carried_of
 from trajrec.replay.losses.statistics import Carried
 from trajrec.replay.methods.overflow import check_adjoint
 from trajrec.replay.methods.pull import NumberPuller, Puller, VectorPuller
+from trajrec.replay.proof.accuracy import Accuracy, steps_tried, twin
 from trajrec.replay.proof.certificate import StepChecks
 from trajrec.replay.step import Step, initial_state
 from trajrec.rules.step import State
@@ -45,6 +46,7 @@ class Adjoint:
         first: the next step to be done.
         until: the last step to be done, going backwards; 1 for the whole run.
         carried: the cotangent of the running statistics; None where there are none, or without a curvature.
+        accuracy: where it is noted what the numbers are good to; None tries nothing.
     """
 
     problem: Problem
@@ -53,6 +55,7 @@ class Adjoint:
     first: int
     until: int
     carried: Carried | None = None
+    accuracy: Accuracy | None = None
 
     @classmethod
     def begin(
@@ -105,6 +108,7 @@ class Adjoint:
             inner = pulled.scaled(found.inner)
             check_adjoint(inner, self.names, step.t, problem.trajectory.run.steps, exact=problem.plan.exact)
             collect(step, -found.shares * inner)
+            self._try_accuracy(step, found.shares * inner, found.hvp)
             puller.accept(pulled, found.hvp)
             self.carried = found.carried
             # Gamma and the gradient are as large as the weights: not beside those of the next step.
@@ -113,6 +117,18 @@ class Adjoint:
             advance(1)
         if checks is not None and self.first == 0:
             checks.finish_backwards(self.initial)
+
+    def _try_accuracy(self, step: Step, added: Tensor, hvp: Tensor | None) -> None:
+        """Computes at a few steps once more what they add, as other rounding makes it."""
+        if self.accuracy is None or step.t not in steps_tried(self.until, self.problem.trajectory.run.steps):
+            return
+        problem, puller, free, other = self.problem, self.puller, self.problem.function.free, twin(step)
+        at = problem.at(other, puller.count, gradient=False, first=puller.needs_gradient)
+        gradient = free(at.gradient(), step) if puller.needs_gradient else None
+        pulled = puller.pull(step, self._state(step), gradient)
+        found = at.along(free(pulled.gamma, step), self.carried)
+        difference = found.shares * pulled.scaled(found.inner) - added
+        self.accuracy.note(step, difference, hvp, found.hvp, puller.norms())
 
     def norms(self) -> Tensor:
         """|lam| of every target, [K]."""

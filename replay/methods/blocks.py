@@ -33,6 +33,7 @@ from trajrec.replay.methods.growth import Norms
 from trajrec.replay.methods.resume import Arrays, ResumeFile
 from trajrec.replay.methods.tangent import Tangent
 from trajrec.replay.progress import Progress, Silent
+from trajrec.replay.proof.accuracy import Accuracy
 from trajrec.replay.proof.derivative import Derivation
 from trajrec.replay.question import Curvature, Scope
 from trajrec.replay.session import Session
@@ -94,6 +95,7 @@ class AdjointPasses:
         self._problem = problem_of(session, scope.curvature, execution)
         self._table = Table(session, scope.samples, len(scope.targets.names), scope.by_epoch)
         self._growth: list[float] = []
+        self.accuracy = Accuracy()
 
     def run(self) -> tuple[Table, FloatArray]:
         """The sums, and the growth of the adjoint's norm (`Contributions.growth`)."""
@@ -103,6 +105,7 @@ class AdjointPasses:
         if values:
             self._table.sums.copy_(torch.from_numpy(arrays["sums"]))
             self._growth, start = values["growth"], int(values["number"])
+            self.accuracy.resume(values.get("accuracy", {}))
         steps = self._session.run.steps - self._scope.window[0] + 1
         begin(self._execution.progress, "adjoint", steps, len(pieces), start, self._done_in_block(values))
         for number in range(start, len(pieces)):
@@ -123,6 +126,7 @@ class AdjointPasses:
         part = Targets(targets.kind, targets.names[piece], targets.groups[piece])
         gradients, statistics = session.target_gradients(part)
         adjoint = Adjoint.begin(self._problem, gradients, part.names, self._scope.window[0], statistics)
+        adjoint.accuracy = self.accuracy if number == 0 and session.dtype == torch.float32 else None
         norms = Norms(adjoint, session, self._growth, keep=number == 0)
         checks = session.checks if number == 0 or not session.certifies_once else None
         if values:
@@ -148,7 +152,7 @@ class AdjointPasses:
         assert self._execution.file is not None
         arrays = carried_arrays(lam=adjoint.puller.lam, sigma=adjoint.puller.sigma, sums=self._table.sums)
         values = common_values(self._session, self._problem.chosen, arrays) | save_statistics(adjoint, arrays)
-        values |= {"number": number, "first": adjoint.first, "growth": self._growth}
+        values |= {"number": number, "first": adjoint.first} | self._seen
         self._execution.file.save(values, arrays)
 
     def _finish(self, pieces: int) -> None:
@@ -156,8 +160,13 @@ class AdjointPasses:
         if self._execution.file is not None:
             arrays = carried_arrays(sums=self._table.sums)
             values = common_values(self._session, self._problem.chosen, {})
-            values |= {"number": pieces, "first": self._session.run.steps, "growth": self._growth}
+            values |= {"number": pieces, "first": self._session.run.steps} | self._seen
             self._execution.file.finish(values, arrays)
+
+    @property
+    def _seen(self) -> Json:
+        """What the steps so far have told beside the sums."""
+        return {"growth": self._growth, "accuracy": self.accuracy.to_json()}
 
     def _restore(self, adjoint: Adjoint, values: Json, arrays: Arrays) -> None:
         adjoint.puller.lam = torch.from_numpy(arrays["lam"]).to(adjoint.puller.lam.device)

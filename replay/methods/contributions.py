@@ -62,6 +62,8 @@ class Contributions:
         window: first and last step whose contributions were summed.
         curvature: "hessian", "ggn" or "none".
         notes: what else should be known of the losses that the numbers are about, in sentences.
+        accuracy: adjoint in float32 only: what the numbers of the first block of targets are good to, relative to the
+            largest (`trajrec.replay.proof.accuracy`); None where that was not tried.
     """
 
     values: FloatArray
@@ -77,6 +79,7 @@ class Contributions:
     window: tuple[int, int] | None = None
     curvature: str = "hessian"
     notes: tuple[str, ...] = ()
+    accuracy: float | None = None
 
     @property
     def label(self) -> str:
@@ -175,12 +178,14 @@ def answer(session: Session, scope: Scope, execution: Execution) -> Contribution
 
 
 def _by_adjoint(session: Session, scope: Scope, execution: Execution) -> Contributions:
-    table, growth = AdjointPasses(session, scope, execution).run()
+    passes = AdjointPasses(session, scope, execution)
+    table, growth = passes.run()
     parts = table.values()
     found = _contributions(session, scope, parts.sum(axis=0))
     if scope.by_epoch:
         found = replace(found, epochs=table.epochs, by_epoch=parts)
-    return replace(found, growth=growth)
+    accuracy = passes.accuracy.of(found.values, scope.window[0], session.run.steps)
+    return replace(found, growth=growth, accuracy=accuracy)
 
 
 def _by_tangent(session: Session, scope: Scope, execution: Execution) -> Contributions:

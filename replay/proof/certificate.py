@@ -2,10 +2,11 @@ r"""The certificate: proof, step by step, that a replay replays THIS run.
 
 From w_{t-1}, s_{t-1} and the recorded batch the step is made again and compared with the recorded w_t:
 
-    drift_t = max|w_t(recomputed) - w_t| / max|w_t - w_{t-1}|
+    drift_t = ||w_t(recomputed) - w_t|| / ||w_t - w_{t-1}||
 
-Rounding is allowed for: the tolerance on |dw| is rtol max|w_t - w_{t-1}| plus a few units in the last place of the
-weight; each parameter group is held against its own movement. A step that is itself no larger than rounding proves
+Rounding is allowed for, weight by weight: a few units in its last place, and what rounding of the gradient makes of it
+through the optimizer (`replay.proof.rounding`). What is left is held against what moved, by the norm of every parameter
+and by the largest weight of every group (`replay.proof.drift`). A step that is itself no larger than rounding proves
 nothing and counts as unchecked. Drift beyond the tolerance means that the Task does not describe the training. The
 replay then refuses, names the first bad step and the cause that was found by trying (`replay.proof.diagnosis`).
 
@@ -114,10 +115,10 @@ class Comparisons:
     @property
     def verdict(self) -> Verdict:
         """The verdict so far."""
-        if not self.checked:
-            return Verdict.UNCHECKED
         if self.first_bad is not None:
             return Verdict.DRIFTED
+        if not self.checked:
+            return Verdict.UNCHECKED
         return Verdict.WITHIN_ROUNDING if self.unequal else Verdict.BIT_EXACT
 
     def certificate(self, steps: int, tolerance: float) -> Certificate:

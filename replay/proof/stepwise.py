@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from trajrec.records import FloatArray
-from trajrec.replay.machine.torch_switches import tolerance_of
 from trajrec.replay.proof.certificate import Comparisons
-from trajrec.replay.proof.drift import PROVES, ROUNDING, movements, noisy, worst_group
+from trajrec.replay.proof.drift import ROUNDING, Comparison, Judged, tolerance
 from trajrec.replay.proof.refusal import Drifted
+from trajrec.replay.proof.rounding import Rounding
 from trajrec.replay.step import RecordedRun, Step
 from trajrec.rules import Rule
 from trajrec.rules.step import State
@@ -24,15 +24,20 @@ class StepwiseChecks:
         rule: steps like the run's optimizer.
         dtype: floating type of the replay.
         allow_drift: go on after drift, and say so in the certificate.
+        rounding: tells what rounding makes of a step.
+        here: whether the replay computes where the training did.
     """
 
-    def __init__(self, run: RecordedRun, rule: Rule, dtype: torch.dtype, allow_drift: bool) -> None:
+    def __init__(
+        self, run: RecordedRun, rule: Rule, dtype: torch.dtype, allow_drift: bool, rounding: Rounding, here: bool
+    ) -> None:
         self.run = run
         self.rule = rule
         self.allow_drift = allow_drift
         coarser = max(torch.finfo(dtype).eps, float(np.finfo(run.spec.dtype).eps))
-        self.tolerance = max(1e-4 if coarser > 1e-10 else 1e-9, rule.tolerance, tolerance_of(run.spec))
-        self._rounding = ROUNDING * coarser
+        self.tolerance = tolerance(rule, run.spec, coarser, here=here)
+        self._last_places = ROUNDING * coarser
+        self._rounding = rounding
         self.found = Comparisons()
         self._waiting: tuple[Step, Tensor | None] | None = None
         self.stride = 1
@@ -96,26 +101,33 @@ class StepwiseChecks:
         self._compare(step, gradient, made, growth, state)
 
     def _compare(self, step: Step, gradient: Tensor, made: Tensor, growth: float, state: State) -> None:
-        rule, scales = self.rule, movements(self.rule, step)
-        error, moved = (made - step.after).abs(), (step.after - step.before).abs()
-        allowance = self._rounding * growth * step.after.abs()
-        exact = not bool(error.any())
+        last_places = self._last_places * growth * step.after.abs()
+        compared = Comparison(self.rule, step, made, last_places, self.tolerance)
+        judged, proves = compared.judged(), compared.proves()
+        if not judged.within:
+            judged, proves = self._with_allowances(compared, step, gradient, state, judged)
         # A step that is as small as rounding proves nothing, unless it comes out to the last bit.
-        if exact or float(allowance.norm()) <= PROVES * float(moved.norm()):
+        if proves or not judged.within:
             self.found.checked.add(step.t)
-        if not exact:
+        if not compared.exact:
             self.found.unequal.add(step.t)
-        excess = (error - allowance).clamp_min(0)
-        drift, within = worst_group(rule, scales, error, excess, self.tolerance)
-        if not within:
-            # What a rounding error of the gradient makes of the step: all of it, where Adam divides noise by noise.
-            left = ~noisy(rule, step.before, state, gradient, step.hyper)
-            drift, within = worst_group(rule, scales, error * left, excess * left, self.tolerance)
-        self.found.drifted(step.t, drift)
-        if not within:
+        self.found.drifted(step.t, judged.drift)
+        if not judged.within:
             self.found.bad(step.t)
             if not self.allow_drift:
-                raise Drifted(step.t, drift, step, step.t, state, step.after)
+                raise Drifted(step.t, judged.drift, step, step.t, state, step.after)
+
+    def _with_allowances(
+        self, compared: Comparison, step: Step, gradient: Tensor, state: State, judged: Judged
+    ) -> tuple[Judged, bool]:
+        """The verdict with what rounding makes of the step taken off, and whether that leaves a proof."""
+        # Where steps are known to differ, and are gone over nevertheless, none is worth a gradient more.
+        measure, proves = self.found.first_bad is None, True
+        for allowance in self._rounding.allowances(step, state, gradient, measure=measure):
+            judged, proves = compared.judged(allowance), compared.proves(allowance)
+            if judged.within:
+                break
+        return judged, proves
 
     @property
     def waiting(self) -> tuple[Step, Tensor | None] | None:

@@ -6,16 +6,18 @@ memory allows. Weights are always recomputed in the recording's own dtype, and c
 another.
 
 The certificate comes with it. Every recomputed row is compared with the CRC-32 that was recorded at its step: equal
-means bit for bit. Where they differ (another thread count, processor or torch version), the rows drift apart by
-rounding until the next keyframe sets them right; there the distance is measured, and must stay under a thousandth of
-what the weights moved between the keyframes. More means that the Task does not describe the training.
+means bit for bit. Where they differ (another thread count, processor or torch version; a fused optimizer; a mean taken
+in another order), the rows drift apart by rounding until the next keyframe sets them right. There the distance is
+measured, and must be no more than rounding makes of it: the way is gone again with the gradients off by rounding to
+either side (`replay.proof.rounding`). More means that the Task does not describe the training.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Generator, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -25,12 +27,16 @@ from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.machine.torch_switches import tolerance_of
-from trajrec.replay.proof.drift import TOLERANCE, noisy
+from trajrec.replay.proof.drift import STATE_TOLERANCE
 from trajrec.replay.proof.keyframes import KeyframeChecks
+from trajrec.replay.proof.rounding import Rounding, on_a_copy, rounding_of
 from trajrec.replay.step import OtherState, Point, RecordedRun, Step, make_step, vector_of
 from trajrec.replay.trajectory.schedule import Advance, Drop, Hold, Load, Recall, Visit, backward_plan
 from trajrec.replay.trajectory.stored import StoredTrajectory
 from trajrec.rules import FlatLayout, Rule
+from trajrec.rules.step import State
+
+Spread = Callable[[], tuple[Tensor, State]]
 
 
 class RecomputedTrajectory:
@@ -70,6 +76,7 @@ class RecomputedTrajectory:
         self._rule = rule
         self._memory = memory
         self._allow_drift = allow_drift
+        self._rounding = Rounding(rule, on_a_copy(function, samples), rounding_of(run.spec, self._native))
         self._last: tuple[int, Tensor] | None = None
 
     def weights(self, t: int) -> Tensor:
@@ -91,7 +98,7 @@ class RecomputedTrajectory:
             if made.t in self.run.keyframe_steps:
                 after = self._load(made.t)
                 if self.checks is not None:
-                    self.checks.keyframe(made, start, after.weights, partial(self._noisy, start, made))
+                    self.checks.keyframe(made, start, after.weights, self._weights_of(self._spread(start, made.t)))
                 start = after
             yield self._step(made.t, point, after.weights)
             point = after
@@ -135,23 +142,43 @@ class RecomputedTrajectory:
 
     def _check_end(self, made: Point, first: Point, after: Tensor) -> None:
         """Compares what was made again since the keyframe before with the next one."""
+        spread = self._spread(first, made.t)
         if self.checks is not None:
-            self.checks.keyframe(made, first, after, partial(self._noisy, first, made))
+            self.checks.keyframe(made, first, after, self._weights_of(spread))
         if not self._allow_drift:
-            self._check_state(made, first.t)
+            self._check_state(made, first.t, spread)
 
-    def _noisy(self, start: Point, made: Point) -> Tensor:
-        """Weights [P'] that are made of rounding, by the gradient at the first and the state at the last point."""
-        step = make_step(self.run, start.t + 1, start.weights, start.weights)
-        gradient = gradient_of(self._function, self._samples, step)
-        return noisy(self._rule, start.weights, made.state, gradient, step.hyper)
+    def _spread(self, start: Point, end: int) -> Spread:
+        """What rounding makes of the weights [P'] and of the state on the way from a keyframe on; found when asked."""
 
-    def _check_state(self, made: Point, start: int) -> None:
+        @cache
+        def found() -> tuple[Tensor, State]:
+            first = make_step(self.run, start.t + 1, start.weights, start.weights)
+            gradient = gradient_of(self._function, self._samples, first)
+            return self._rounding.between(first, gradient, again)
+
+        def again(change: Tensor) -> Point:
+            point = start
+            while point.t < end:
+                point = self._stored(self._made(point, change))
+            return point
+
+        return found
+
+    @staticmethod
+    def _weights_of(spread: Spread) -> Callable[[], Tensor]:
+        return lambda: spread()[0]
+
+    def _check_state(self, made: Point, start: int, spread: Spread) -> None:
         recorded = self._load(made.t).state
-        tolerance = max(TOLERANCE, self._rule.tolerance, tolerance_of(self.run.spec))
+        tolerance = max(STATE_TOLERANCE, self._rule.tolerance, tolerance_of(self.run.spec))
         for name, value in recorded.items():
-            error = float((made.state[name] - value).abs().max()) if name in made.state else 0.0
-            drift = error / (float(value.abs().max()) or 1.0)
+            if name not in made.state:
+                continue
+            error, size = (made.state[name] - value).abs(), float(value.abs().max()) or 1.0
+            if float(error.max()) > tolerance * size:
+                error = (error - spread()[1][name]).clamp_min(0)
+            drift = float(error.max()) / size
             if drift > tolerance:
                 raise OtherState(
                     f"Replay drifted at step {made.t}: the optimizer's {name.partition('/')[0]}, made again since the "
@@ -176,15 +203,23 @@ class RecomputedTrajectory:
 
     def _next(self, point: Point) -> Point:
         """The next step, made again."""
+        made = self._made(point)
+        if self.checks is not None:
+            self.checks.row(made)
+        return self._stored(made)
+
+    def _made(self, point: Point, change: Tensor | None = None) -> Point:
         step = make_step(self.run, point.t + 1, point.weights, point.weights)
         gradient = gradient_of(self._function, self._samples, step)
+        if change is not None:
+            gradient = gradient + self._function.free(change, step)
         with torch.no_grad():
             weights, state = self._rule.step(point.weights, point.state, gradient, step.hyper)
-        made = Point(step.t, weights.detach(), {name: value.detach() for name, value in state.items()})
-        if self.checks is None:
-            return Point(made.t, self._weights_at(made.t), made.state)
-        self.checks.row(made)
-        return made
+        return Point(step.t, weights.detach(), {name: value.detach() for name, value in state.items()})
+
+    def _stored(self, made: Point) -> Point:
+        """With the recorded weights in place of those that were made again, where all are stored."""
+        return replace(made, weights=self._weights_at(made.t)) if self.checks is None else made
 
     def _step(self, t: int, before: Point, after: Tensor) -> Step:
         scalars = self._rule.scalars

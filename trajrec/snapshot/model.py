@@ -61,7 +61,7 @@ class Snapshot:
             rng=self.generators.table(),
             eval_modules=self._watch.eval_modules(),
             device=str(self._weights.device),
-            **origin(),
+            **origin(self._weights.device),
             **around,
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trajrec.processor import processor
 from trajrec.records import BufferSpec, OptimizerSpec, ParamSpec
 from trajrec.snapshot.groups import Groups
 from trajrec.snapshot.options import names_of
@@ -56,7 +57,7 @@ def optimizer_fields(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     return {"optimizer": known[0].name, "optimizer_module": known[0].module, "defaults": known[0].defaults}
 
 
-def origin() -> dict[str, Any]:
+def origin(device: torch.device) -> dict[str, Any]:
     """The fields of a spec that say which run it is, and where and by what it was recorded."""
     return {
         "run_id": uuid.uuid4().hex,
@@ -66,6 +67,7 @@ def origin() -> dict[str, Any]:
             "torch": str(torch.__version__),
             "numpy": np.__version__,
             "python": platform.python_version(),
+            "processor": processor(device),
         },
         "threads": torch.get_num_threads(),
         "command": tuple(sys.argv),

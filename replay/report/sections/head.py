@@ -12,7 +12,7 @@ from trajrec.replay.folder.format import Certificate, Settings
 from trajrec.replay.folder.read import Inputs
 from trajrec.replay.folder.validated import Validated
 from trajrec.replay.label import EXACT, name_of
-from trajrec.replay.report import words
+from trajrec.replay.report import accuracy, words
 from trajrec.replay.report.blocks import Chapter, Fact, Facts, Part
 from trajrec.replay.report.sensitivity import Sensitivity
 
@@ -58,6 +58,7 @@ def values(head: Head) -> Json:
     said |= {"version": settings.trajrec, "command": settings.command, "details": settings.details}
     said |= {name: getattr(settings, name) for name in ("curvature", "label", "growth", "taylor", "smooth", "kinks")}
     said |= {"notes": settings.notes} if settings.notes else {}
+    said |= {} if settings.accuracy is None else {"accuracy": settings.accuracy}
     proved = proof and {name: getattr(proof, name) for name in PROVED}
     return {each.name: getattr(head, each.name) for each in fields(head)} | {"settings": said, "certificate": proved}
 
@@ -85,6 +86,7 @@ def chapter(head: Head) -> Chapter:
         Fact("share", SHARE),
         _certificate(head.certificate, settings.label),
         _derivative(head.certificate),
+        Fact("accuracy", accuracy.sentence(settings.accuracy, settings.dtype)),
         _trust(head),
         *(Fact("check", text) for text in (settings.taylor or "", *(head.validated.others if head.validated else ()))),
         *(Fact("note", note) for note in settings.notes),

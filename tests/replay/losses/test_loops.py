@@ -737,6 +737,7 @@ def test_steps_made_of_rounding_are_no_drift(mode, monkeypatch):
     """Another machine rounds differently: here by last-place changes of every gradient."""
 
     from trajrec.replay.proof import stepwise
+    from trajrec.replay.proof.rounding import Rounding
 
     made = loops.train(Loop(build=noisy_biases, optimizer=adam, dtype=torch.float32))
     step = stepwise.StepwiseChecks._compare
@@ -749,7 +750,7 @@ def test_steps_made_of_rounding_are_no_drift(mode, monkeypatch):
     monkeypatch.setattr(stepwise.StepwiseChecks, "_compare", nudged)
     c = contributions(made.run, made.task, exact=True, mode=mode)
     assert c.certificate.verdict == "within rounding"
-    monkeypatch.setattr(stepwise, "noisy", lambda rule, w, *rest: torch.zeros_like(w, dtype=torch.bool))
+    monkeypatch.setattr(Rounding, "allowances", lambda self, step, *_, **__: [torch.zeros_like(step.before)])
     with pytest.raises(DriftError):
         contributions(made.run, made.task, exact=True, mode=mode)
 
