@@ -37,7 +37,11 @@ def replay(
     ] = False,
     curvature: Annotated[
         str | None,
-        choice("hessian|ggn|kinks|none", "By name: hessian is --exact, none --hessian-free; ggn Gauss-Newton.", METHOD),
+        choice(
+            "hessian|ggn|kinks|none",
+            "By name: hessian is --exact, none --hessian-free; ggn Gauss-Newton, kinks smoothed.",
+            METHOD,
+        ),
     ] = None,
     mode: Annotated[str, choice("auto|adjoint|tangent", "Direction; auto takes the cheaper.", METHOD)] = "auto",
     certify: Annotated[

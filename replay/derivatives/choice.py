@@ -70,7 +70,7 @@ class Plan:
     """How derivatives may be taken; fixed before the first step.
 
     Attributes:
-        curvature: "hessian", "ggn" or "none".
+        curvature: "hessian", "ggn", "kinks" or "none".
         only: use this form wherever it may serve, without trials; None chooses.
         memory: bytes that the gradients of many samples may take.
         cutting: how many samples of a batch are taken at once.

@@ -6,7 +6,7 @@ kernel:
 
     relu''(z) = S'(z / h) / h,    S the logistic function
 
-Values and first derivatives stay those of ReLU, to the bit. The same holds for the other piecewise linear activations,
+Values stay those of ReLU to the bit, and slopes to rounding. The same holds for the other piecewise linear activations,
 each kink weighted by the jump of its slope. It is no derivative of the training: an approximation, with small gains on
 ReLU networks and no cost.
 """

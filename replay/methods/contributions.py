@@ -60,7 +60,7 @@ class Contributions:
             spaced points from the last step back to the first, the largest over the first block of targets. What it
             grows by, so do rounding errors of the late steps. Without the Hessian it says nothing about the training.
         window: first and last step whose contributions were summed.
-        curvature: "hessian", "ggn" or "none".
+        curvature: "hessian", "ggn", "kinks" or "none".
         notes: what else should be known of the losses that the numbers are about, in sentences.
         accuracy: adjoint in float32 only: what the numbers of the first block of targets are good to, relative to the
             largest (`trajrec.replay.proof.accuracy`); None where that was not tried.

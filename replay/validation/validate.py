@@ -38,7 +38,7 @@ class Validation:
         leave_one_out: single samples.
         lds: the linear datamodeling score.
         taylor: the order of what is missing.
-        curvature: of the contributions that were tried: "hessian", "ggn" or "none".
+        curvature: of the contributions that were tried: "hessian", "ggn", "kinks" or "none".
         seed: by which sets and samples were chosen.
     """
 
@@ -141,7 +141,7 @@ def validate(
         contributions: those to be tried; default exact ones, made for the sets that are taken out.
         targets: as `contributions`; default those of the contributions that are given, if several, else up to 50 test
             samples.
-        curvature: "hessian", "ggn" or "none", where no contributions are given.
+        curvature: "hessian", "ggn", "kinks" or "none", where no contributions are given.
         subsets: random sets of samples that are taken out, one after the other; each costs a training.
         fraction: of the samples, in such a set, at least one.
         loo: random samples that are taken out, each alone.
