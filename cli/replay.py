@@ -39,7 +39,7 @@ def replay(
         str | None,
         choice(
             "hessian|ggn|kinks|none",
-            "By name: hessian is --exact, none --hessian-free; ggn Gauss-Newton, kinks smoothed.",
+            "By name: hessian is --exact, none --hessian-free; ggn Gauss-Newton.",
             METHOD,
         ),
     ] = None,

@@ -128,7 +128,8 @@ def contributions(
         samples: [S] training sample ids; default all N.
         exact: with Hessian-vector products; exact=False is the paper's Hessian-free approximation.
         curvature: by name: "hessian" is exact, "none" Hessian-free; "ggn" is the Gauss-Newton form between them
-            (`trajrec.replay.derivatives.gauss_newton`), tamer than the Hessian on ReLU networks, and an approximation.
+            (`trajrec.replay.derivatives.gauss_newton`), tamer than the Hessian on ReLU networks; "kinks" spreads
+            kinks out (`trajrec.replay.derivatives.kinks`); both are approximations.
         mode: "adjoint" (all samples at once, cost by targets), "tangent" (cost by samples), or "auto".
         by_epoch: also give the part of each epoch (adjoint only).
         steps: (a, b): only what steps a to b contribute; default all.
