@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from trajrec.errors import DerivativeError, TrajrecError, first_line
+from trajrec.errors import DerivativeError, NonFiniteError, TrajrecError, first_line
 from trajrec.replay.derivatives.difference import STEP, Differences, in_float64, precisely
 from trajrec.replay.derivatives.operators import operator_without, shown
 from trajrec.replay.derivatives.pieces import cut
@@ -107,6 +107,8 @@ def prove(session: Session, *, forwards: bool) -> DerivativeProof:
     steps = proved_steps(session)
     try:
         return _proved(session, steps, forwards)
+    except NonFiniteError as error:
+        return DerivativeProof(Derivation.NOT_PROVED, steps, math.nan, f"beside its weights {first_line(error)}")
     except (TrajrecError, MemoryError):
         raise
     except Exception as error:  # whatever the user's code raises in float64, or a device that has none

@@ -70,19 +70,20 @@ class Statistics:
     @contextmanager
     def in_place(self):
         """Inside, normalisations in eval mode can be differentiated by them: torch's cannot."""
-        hooks = [module.register_forward_hook(self._normalise) for module in self.norms.values()]
+        for module in self.norms.values():
+            module.forward = partial(self._normalise, module)
         yield
-        for hook in hooks:
-            hook.remove()
+        for module in self.norms.values():
+            del module.forward
 
     @staticmethod
-    def _normalise(module, args, _):
-        shape = [-1] + [1] * (args[0].dim() - 2)
+    def _normalise(module, x):
+        shape = [-1] + [1] * (x.dim() - 2)
         mean, var, weight, bias = (
             v if v is None else v.view(shape)
             for v in (module.running_mean, module.running_var, module.weight, module.bias)
         )
-        found = (args[0] - mean) / (var + module.eps).sqrt()
+        found = (x - mean) / (var + module.eps).sqrt()
         return found if weight is None else found * weight + bias
 
 
