@@ -324,7 +324,9 @@ def wrong(folder):
 
 def table(result):
     """The table of docs/certified.md: the smallest size found, under SGD / under Adam."""
-    columns = [(p, k, w) for p in ("float64", "float32") for k in ("rows", "keyframes") for w in ("here", "two threads")]
+    columns = [
+        (p, k, w) for p in ("float64", "float32") for k in ("rows", "keyframes") for w in ("here", "two threads")
+    ]
     lines = ["| the Task adds | " + " | ".join(f"{p}, {k}, {w}" for p, k, w in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for kind in KINDS:
