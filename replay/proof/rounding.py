@@ -13,7 +13,8 @@ gone again, with d added and with d taken off at every step.
 sigma is measured: the gradient at weights a last place away differs from g by rounding of the same size. Against
 float64, that was .3 to 3.6 times the true rounding in every parameter of an MLP, two CNNs (with BatchNorm and without)
 and a transformer. It is the root mean square over a parameter, and at each weight no less than what was found there.
-A row of a parameter that is zero through and through (a token or a unit that took no part) is not rounded at all. What
+A row of a parameter that is zero through and through (a token or a unit that took no part, nor in earlier steps, as the
+optimizer's state tells) is not rounded at all. What
 differs by more than 512 last places of the largest gradient is no rounding: random numbers, or data, that do not come
 back.
 
@@ -78,10 +79,11 @@ class Rounding:
 
     def allowances(self, step: Step, state: State, gradient: Tensor, *, measure: bool = True) -> Iterator[Tensor]:
         """The a_i [P'] of a step: by what earlier steps were rounded by, and then, if need be, by its own rounding."""
+        taken = self.taken(gradient, *(value for value in state.values() if value.shape == gradient.shape))
         if self._levels is not None:
-            yield self._of_step(step, state, gradient, self._from_levels(gradient))
+            yield self._of_step(step, state, gradient, self._from_levels(gradient) * taken)
         if measure:
-            yield self._of_step(step, state, gradient, self.measured(step, gradient))
+            yield self._of_step(step, state, gradient, self.measured(step, gradient) * taken)
 
     def between(self, first: Step, gradient: Tensor, again: Callable[[Tensor], Point]) -> tuple[Tensor, State]:
         """The a_i [P'] of the way from one keyframe to the next, and the same of the optimizer's state.
@@ -89,7 +91,7 @@ class Rounding:
         Args:
             first: the first step of the way.
             gradient: its gradient [P'].
-            again: goes the way with a change [P'] of every step's gradient.
+            again: goes the way with a change [P'] of every step's gradient, where it is `taken`.
         """
         d = self.measured(first, gradient)
         ahead, behind = again(d), again(-d)
@@ -108,12 +110,11 @@ class Rounding:
         counted = torch.stack([(part != 0).sum() for part in parts.values()]).clamp_min(1)
         levels = torch.stack([part.norm() for part in parts.values()]) / counted.sqrt()
         self._levels = levels / (largest or 1.0)
-        return FACTOR * torch.maximum(self._spread(levels) * self._taken(gradient, other), off) * self._sign(gradient)
+        return FACTOR * torch.maximum(self._spread(levels), off) * self._sign(gradient)
 
     def _from_levels(self, gradient: Tensor) -> Tensor:
         assert self._levels is not None
-        levels = self._spread(self._levels * gradient.abs().max())
-        return FACTOR * levels * self._taken(gradient, gradient) * self._sign(gradient)
+        return FACTOR * self._spread(self._levels * gradient.abs().max()) * self._sign(gradient)
 
     def _spread(self, levels: Tensor) -> Tensor:
         """A number for every parameter as a vector [P']."""
@@ -126,8 +127,8 @@ class Rounding:
             self._signs = 2 * torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8) - 1
         return self._signs.to(like)
 
-    def _taken(self, *gradients: Tensor) -> Tensor:
-        """Zero at rows of parameters that are zero in every gradient, one elsewhere, [P']."""
+    def taken(self, *gradients: Tensor) -> Tensor:
+        """Zero at rows of parameters that are zero in every one of these vectors [P'], one elsewhere."""
         found = []
         for parts in zip(*(self._rule.layout.split(gradient).values() for gradient in gradients), strict=True):
             first = parts[0]

@@ -212,7 +212,7 @@ class RecomputedTrajectory:
         step = make_step(self.run, point.t + 1, point.weights, point.weights)
         gradient = gradient_of(self._function, self._samples, step)
         if change is not None:
-            gradient = gradient + self._function.free(change, step)
+            gradient = gradient + self._function.free(change * self._rounding.taken(gradient), step)
         with torch.no_grad():
             weights, state = self._rule.step(point.weights, point.state, gradient, step.hyper)
         return Point(step.t, weights.detach(), {name: value.detach() for name, value in state.items()})

@@ -175,7 +175,7 @@ def test_rounding_is_found_as_it_is(session):
     step = session.step_at_start()
     gradient = gradient_of(session.function, session.train, step)
     rounding = Rounding(session.rule, lambda at: gradient_of(session.function, session.train, at), 2.0**-23)
-    found = session.layout.split(rounding.measured(step, gradient))
+    found = session.layout.split(rounding.measured(step, gradient) * rounding.taken(gradient))
     double = Session(session.run, session.task, dtype="float64")
     exact = gradient_of(double.function, double.train, double.step_at_start())
     true = session.layout.split(gradient.double() - exact)
