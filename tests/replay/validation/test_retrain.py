@@ -65,9 +65,9 @@ def test_statistics_of_the_run_come_back():
     made = loops.train(LOOPS["BatchNorm"])
     session = Session(made.run, made.task)
     targets = choose_targets("each", session.test)
-    before = session.target_gradients(targets), session.loss(session.step_at_start())
+    before = session.target_gradients(targets)[0], session.loss(session.step_at_start())
     Retraining(session, targets, lambda _: None).change(SETS[1])
-    after = session.target_gradients(targets), session.loss(session.step_at_start())
+    after = session.target_gradients(targets)[0], session.loss(session.step_at_start())
     assert torch.equal(before[0], after[0])
     assert before[1] == after[1]
 
