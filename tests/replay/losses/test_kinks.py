@@ -74,7 +74,7 @@ def small(build):
     return Loop(build=built, epochs=1, task={})
 
 
-@pytest.mark.parametrize(("activation", "name"), ACTIVATIONS.items(), ids=str)
+@pytest.mark.parametrize(("activation", "name"), ACTIVATIONS.items(), ids=range(len(ACTIVATIONS)))
 def test_activations_and_poolings_with_kinks_are_named(activation, name):
     assert found(small(network(activation))) == (name,)
 
