@@ -148,8 +148,10 @@ def block(session, count, curvature, steps):
     marks, last = Marks(), session.run.steps
     problem = problem_of(session, curvature, Execution())
     targets = 1e-3 * torch.randn(count, session.layout.size)
+    norms = session.function.statistics
+    statistics = None if norms is None else 1e-3 * torch.randn(count, norms.size)
     with memory.kept():
-        adjoint = Adjoint.begin(problem, targets, numpy.arange(count), last - steps)
+        adjoint = Adjoint.begin(problem, targets, numpy.arange(count), last - steps, statistics)
         adjoint.go(None, lambda *_: None, marks.advance)
     return marks.a_step, sorted(set(problem.chosen.forms.values()))[0]
 

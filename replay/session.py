@@ -31,7 +31,7 @@ from trajrec.replay.machine.memory import budget
 from trajrec.replay.progress import Progress
 from trajrec.replay.proof import fit
 from trajrec.replay.proof.certificate import Certificate, StepChecks
-from trajrec.replay.proof.derivative import DerivativeProof, prove
+from trajrec.replay.proof.derivative import Derivation, DerivativeProof, prove
 from trajrec.replay.proof.keyframes import KeyframeChecks
 from trajrec.replay.proof.place import is_here
 from trajrec.replay.proof.refusal import Drifted, guarded
@@ -172,6 +172,8 @@ class Session:
             DerivativeError: if no way of taking it is right.
         """
         self.derivative = prove(self, forwards=forwards)
+        if self.derivative.verdict is not Derivation.DIFFERENCES:
+            self.__dict__.pop("differences", None)  # a model in float64 is not kept through a replay
 
     def _test_rule(self) -> None:
         """Lets the rule prove itself at the first step."""
