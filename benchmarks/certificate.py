@@ -39,7 +39,7 @@ PLACES = {
     },
 }
 EVERY = 5
-SIZES = [float(f"{m}e-{k}") for k in range(1, 15) for m in (10, 3)]
+SIZES = [float(f"{m}e-{k}") for k in range(2, 16) for m in (10, 3)]
 
 
 # -- trainings ---------------------------------------------------------------------------------------------------------

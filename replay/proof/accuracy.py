@@ -9,7 +9,7 @@ time at weights a last place away (`replay.proof.rounding`) and with the gradien
     accuracy = max(max_t max_i |C_t(i) - C_t'(i)| / max_i |C(i)|,  sqrt(T) max_t |H gamma - H' gamma'| / |lam_{t-1}|)
 
 over the steps that were tried; the second for steps that others come before. Against whole replays in float64 that was
-within a factor of 3 in 10 of 13 trainings, .23 to 12 in all, with true errors of 7e-8 to 1e-2.
+within a factor of 3 in 9 of 13 trainings, .23 to 12 in all, with true errors of 7e-8 to 1e-2.
 
 Letters: B batch, K targets, P' trainable weights, T steps.
 """
