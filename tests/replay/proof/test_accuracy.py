@@ -58,6 +58,6 @@ def _step(t):
 
 def test_the_sentence_offers_double_precision_where_it_helps():
     assert sentence(None, "float32") == ""
-    assert sentence(2.1e-7, "float32") == "float32 numbers are good to about 2e-07 of the largest"
-    told = "float32 numbers are good to about 2e-03 of the largest; --dtype float64 gives more"
+    assert sentence(2.1e-7, "float32") == "Numbers in float32 are good to about 2e-07 of the largest."
+    told = "Numbers in float32 are good to about 2e-03 of the largest; --dtype float64 gives more."
     assert sentence(2.1e-3, "float32") == told
