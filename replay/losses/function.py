@@ -53,6 +53,7 @@ class LossFunction:
     Attributes:
         seen: what the Task's loss was seen to do (`replay.losses.watching`).
         statistics: the running statistics of its normalisations, or None if none moves in the training.
+        carries: whether these are carried along through the run (`replay.derivatives.statistics`).
         smoothing: whether kinks are given a second derivative (`replay.derivatives.kinks`).
         within: "mean" or "sum", what is made of several values of one sample's loss.
         target_noise: what the target losses draw (`replay.losses.noise`); None as long as nobody has asked.
@@ -75,7 +76,7 @@ class LossFunction:
         self, task: Task, run: RecordedRun, layout: FlatLayout, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.seen = Seen()
-        self.smoothing = False
+        self.smoothing = self.carries = False
         self._within: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.within, self.has_further = "mean", False
         self.target_noise: Any = None
@@ -208,8 +209,11 @@ class LossFunction:
 
     @contextmanager
     def noting(self, b: Tensor | None = None) -> Iterator[Noted | None]:
-        """Inside, what running statistics do is noted, with b [Q] in their places in eval mode; None if none moves."""
-        if self.statistics is None:
+        """Inside, what running statistics do is noted, with b [Q] in their places in eval mode.
+
+        None if none moves; and where they are not carried along, unless b is given.
+        """
+        if self.statistics is None or (b is None and not self.carries):
             yield None
             return
         noted = self.statistics.noted(self.model, b)

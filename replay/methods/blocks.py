@@ -250,7 +250,7 @@ def problem_of(session: Session, curvature: Curvature, execution: Execution) -> 
     forms = dict(execution.forms)
     if session.derivative is not None and session.derivative.verdict is Derivation.DIFFERENCES:
         forms |= {f"{DIFFERENCE}{name}": difference(session.differences, forms[name]) for name in FIRST_ORDER}
-    session.function.smoothing = curvature == "kinks"
+    session.function.smoothing, session.function.carries = curvature == "kinks", curvature != "none"
     plan = Plan(curvature, execution.form, whole // 4, session.cutting, forms)
     chosen = Chosen(pieces=dict(session.pieces))
     return Problem(session.trajectory, session.function, session.train, session.rule, plan, chosen)
