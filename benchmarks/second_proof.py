@@ -171,7 +171,7 @@ def off(session, forwards):
     """How far off the nearest central difference is, at the worst of the steps."""
     worst = 0.0
     for t in proved_steps(session):
-        trial = _Trial(session.differences, _beside(session, t, 0), forwards)
+        trial = _Trial(session.differences, _beside(session, t, 0, few=True), forwards)
         with contextlib.suppress(Exception):
             trial.error()
         worst = max(worst, trial.least)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trajrec.replay.derivatives.difference import Differences
+from trajrec.replay.derivatives.difference import STEP, Differences
 from trajrec.replay.derivatives.pieces import Cutting
 from trajrec.replay.derivatives.through import differentiating, hidden_parts
 from trajrec.replay.losses.batches import LIMIT, Samples
@@ -91,7 +91,7 @@ class Session:
         fit.check_trainable(run, self.layout, allow_drift)
         self.train.check_ids(fit.largest_id(run), "training")
         self.derivative: DerivativeProof | None = None
-        self.pieces: dict[str, int] = {}
+        self.difference_step = STEP
         self._watch()
         self._targets_are_checked = False
         self.moved = self._find_moved()

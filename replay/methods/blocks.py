@@ -249,11 +249,11 @@ def problem_of(session: Session, curvature: Curvature, execution: Execution) -> 
     whole = budget(session.memory, session.device)
     forms = dict(execution.forms)
     if session.derivative is not None and session.derivative.verdict is Derivation.DIFFERENCES:
-        forms |= {f"{DIFFERENCE}{name}": difference(session.differences, forms[name]) for name in FIRST_ORDER}
+        differences = replace(session.differences, step=session.difference_step)
+        forms |= {f"{DIFFERENCE}{name}": difference(differences, forms[name]) for name in FIRST_ORDER}
     session.function.smoothing, session.function.carries = curvature == "kinks", curvature != "none"
     plan = Plan(curvature, execution.form, whole // 4, session.cutting, forms)
-    chosen = Chosen(pieces=dict(session.pieces))
-    return Problem(session.trajectory, session.function, session.train, session.rule, plan, chosen)
+    return Problem(session.trajectory, session.function, session.train, session.rule, plan)
 
 
 def resumed(file: ResumeFile | None, chosen: Chosen) -> tuple[Json, Arrays]:

@@ -7,9 +7,10 @@ of it, and everything that is built on it is wrong under a clean certificate. On
     (g(w + h d) - g(w - h d)) / 2h   against   J d,        in float64
 
 at the first step of a replay, the last, and some between, along d = g/|g| + z/|z| with random z, and beside w by a
-hundredth of its size: at w itself kinks may be hit exactly (biases that begin as zeros). A step h that is too large
-sees a kink, one that is too small sees rounding; the best of several counts, and of several points. Clean losses agree
-to 1e-9, also with ReLU and BatchNorm; faulty ones differ by some per cent and more, whatever the step and the point.
+hundredth of its size: at w itself kinks may be hit exactly (biases that begin as zeros). g is that of a few samples of
+the step's batch. A step h that is too large sees a kink, of which a deep network on pictures has millions; one that is
+too small sees rounding; the best of several counts, and of several points. Clean losses agree to 1e-7 and better, also
+with ReLU and BatchNorm; faulty ones differ by some per cent and more, whatever the step and the point.
 
 Going backwards J' gamma is what is wanted: where J is not symmetric, <a, J d> = <J' a, d> is asked for, too.
 
@@ -22,6 +23,7 @@ Letters: P' trainable weights, T steps.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -29,25 +31,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trajrec.errors import DerivativeError, NonFiniteError, TrajrecError, first_line
 from trajrec.replay.derivatives.difference import STEP, Differences, in_float64, precisely
 from trajrec.replay.derivatives.operators import operator_without, shown
-from trajrec.replay.derivatives.pieces import cut
 from trajrec.replay.derivatives.reverse import ReversePoint
 from trajrec.replay.losses.seen import Seen
-from trajrec.replay.step import Step, make_step
+from trajrec.replay.step import Part, Step, make_step
 
 if TYPE_CHECKING:
     from trajrec.replay.session import Session
 
 AGREE = 1e-5
-_STEPS = (STEP, 1e-5, 1e-7, 1e-4, 1e-8, 1e-3)
+_STEPS = (1e-7, 1e-9, STEP, 1e-8, 1e-10, 1e-5, 1e-4, 1e-3)
 _ASIDE = 1e-2
 _FLOOR = 1e-3
 _SMOOTH, _SYMMETRIC = 1e-3, 1e-4
-_EVERY, _MOST, _POINTS = 1000, 6, 3
+_EVERY, _MOST, _POINTS, _FEW = 1000, 6, 3, 4
 
 
 class Derivation(StrEnum):
@@ -117,19 +118,19 @@ def prove(session: Session, *, forwards: bool) -> DerivativeProof:
 
 
 def _proved(session: Session, steps: tuple[int, ...], forwards: bool) -> DerivativeProof:
-    differences = session.differences
     worst, wrong = 0.0, ""
     for t in steps:
-        trial = _Trial(differences, _beside(session, t, 0), forwards)
+        few, trial = _tried(session, t, forwards)
         try:
-            worst = max(worst, _error_beside(session, t, trial))
+            worst = max(worst, _error_beside(session, t, trial, few))
         except _Wrong as found:
             if (lower := trial.lower_precision()) is not None:
                 reason = f"the loss computes in {lower} inside (the nearest difference was off by {trial.least:.0e})"
                 return DerivativeProof(Derivation.NOT_PROVED, steps, trial.least, reason)
             wrong = found.what or _blame(session.function.seen)
-            if not trial.may_be_differenced():
+            if (step := trial.smooth_step()) is None:
                 raise _refusal(t, trial, wrong, forwards) from None
+            session.difference_step = min(session.difference_step, step)
     if wrong:
         return DerivativeProof(Derivation.DIFFERENCES, steps, worst, wrong)
     return DerivativeProof(Derivation.PROVED, steps, worst)
@@ -146,7 +147,14 @@ def proved_steps(session: Session) -> tuple[int, ...]:
     return tuple(sorted(wanted))
 
 
-def _error_beside(session: Session, t: int, trial: _Trial) -> float:
+def _tried(session: Session, t: int, forwards: bool) -> tuple[bool, _Trial]:
+    """A trial of a few samples of step t, and True; of all where a few cannot be taken, and False."""
+    with suppress(Exception):  # whatever a loss says of a batch that is smaller than it thinks
+        return True, _Trial(session.differences, _beside(session, t, 0, few=True), forwards)
+    return False, _Trial(session.differences, _beside(session, t, 0, few=False), forwards)
+
+
+def _error_beside(session: Session, t: int, trial: _Trial, few: bool) -> float:
     """The relative difference at step t, at the first of several points where it is small.
 
     Raises:
@@ -158,26 +166,33 @@ def _error_beside(session: Session, t: int, trial: _Trial) -> float:
         except _Wrong as found:
             if found.what:
                 raise
-            other = _Trial(session.differences, _beside(session, t, seed), trial.forwards)
+            other = _Trial(session.differences, _beside(session, t, seed, few=few), trial.forwards)
             other.least, trial = trial.least, other
     return trial.error()
 
 
-def _beside(session: Session, t: int, seed: int) -> Step:
-    """Step t in float64, at weights beside its own."""
+def _beside(session: Session, t: int, seed: int, *, few: bool) -> Step:
+    """A few samples of step t in float64, or all, at weights beside its own."""
     weights = session.trajectory.weights(t - 1).to(session.dtype)
-    step = in_float64(_fitting(session, make_step(session.run, t, weights, weights)))
-    return replace(
-        step, before=step.before + _ASIDE * float(step.before.square().mean().sqrt()) * _random(step, 10 + seed)
-    )
+    step = make_step(session.run, t, weights, weights)
+    step = in_float64(_of_few(session, step) if few else step)
+    aside = _ASIDE * float(step.before.square().mean().sqrt()) * _random(step, 10 + seed)
+    return replace(step, before=step.before + aside)
 
 
-def _fitting(session: Session, step: Step) -> Step:
-    """A step, or the first piece of it where the whole does not fit: in float64 a sample takes twice as much."""
-    size = session.cutting.size(session.function, session.train, step, session.pieces)
-    if size == len(step.ids):
+def _of_few(session: Session, step: Step) -> Step:
+    """The loss of the first few samples: it has the same operators, and fewer kinks to be hit."""
+    first, samples = step.parts[0], session.train
+    count, few = first.span.stop, min(_FEW, first.span.stop)
+    batch = samples.part(step, replace(first, digest=None))
+    leaves = tree_leaves(batch)
+    part = Part(slice(0, few), first.rng, penalty=first.penalty)
+    if all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count for leaf in leaves):
+        part = replace(part, batch=tree_map(lambda rows: rows[:few], batch))
+    elif session.run.inputs(step.t) is not None:
         return step
-    return next(cut(session.function, session.train, step, max(1, size // 2)))
+    shares = None if step.shares is None else step.shares[:few]
+    return replace(step, ids=step.ids[:few], shares=shares, parts=(part,))
 
 
 def _random(step: Step, seed: int) -> Tensor:
@@ -253,17 +268,22 @@ class _Trial:
         assert found is not None
         return found[0]
 
-    def may_be_differenced(self) -> bool:
-        """Whether differences give what is needed: they agree with each other; J is symmetric, or J D is asked for."""
+    def smooth_step(self) -> float | None:
+        """The h at which differences give what is needed; None if at none.
+
+        Those of h and h/10 agree; and J is symmetric, or J D is asked for.
+        """
         d, a = self._direction, self._a()
-        along = self._differenced(STEP, d)
-        scale = float(along.norm()) or 1.0
-        if float((along - self._differenced(10 * STEP, d)).norm()) > _SMOOTH * scale:
-            return False
-        if self.forwards:
-            return True
-        back = float(d @ self._differenced(STEP, a))
-        return abs(float(a @ along) - back) <= _SYMMETRIC * scale * float(a.norm()) / math.sqrt(len(a))
+        for h in (STEP, 1e-7, 1e-8):
+            along = self._differenced(h / 10, d)
+            scale = float(along.norm()) or 1.0
+            if float((along - self._differenced(h, d)).norm()) > _SMOOTH * scale:
+                continue
+            if self.forwards:
+                return h / 10
+            apart = abs(float(a @ along) - float(d @ self._differenced(h / 10, a)))
+            return h / 10 if apart <= _SYMMETRIC * scale * float(a.norm()) / math.sqrt(len(a)) else None
+        return None
 
     def lower_precision(self) -> str | None:
         """The floating type below float64 that the loss computes in somewhere, or None."""

@@ -79,7 +79,7 @@ WHOLE = {
 def test_batches_that_cannot_be_cut_are_refused_where_memory_was_given_and_else_taken_whole(monkeypatch, name):
     build, reason = WHOLE[name]
     s = scenario.train(build)
-    with pytest.raises(ReplayError, match=r"Step 1 with its batch of 5 needs .* taken in pieces: " + reason):
+    with pytest.raises(ReplayError, match=r"Step 7 with its batch of 5 needs .* taken in pieces: " + reason):
         contributions(s.run, s.task, exact=True, memory=1)
     monkeypatch.setattr("trajrec.replay.session.budget", lambda memory, device: 8)
     found = contributions(s.run, s.task, targets="each", exact=True).values

@@ -207,6 +207,18 @@ def test_clean_losses_pass(name, dtype):
         assert session.derivative.worst < 1e-6
 
 
+def test_a_loss_that_knows_the_size_of_its_batches_is_proved_on_the_whole():
+    def loss(model, batch):
+        return cross_entropy(model, batch).view(2, 2).flatten() + model(batch[0]).view(4, 3).sum(1) * 0.1
+
+    training = Training(mlp(), loss=loss, measure=cross_entropy)
+    run = training.fit()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trajrec.replay.proof.derivative._FEW", 3)
+        found = contributions(run, training.task()).certificate.derivative
+    assert found.verdict == "proved"
+
+
 def test_where_float64_is_not_to_be_had_it_is_not_proved_and_said():
     class Narrow(nn.Module):
         """Computes through numbers of 32 bits."""
