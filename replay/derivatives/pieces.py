@@ -134,7 +134,10 @@ class Cutting:
         count = len(step.ids)
         if not _has_rows(samples, step) or count < 2 * _FEW:
             return 0
-        fixed, each = _bytes(function, samples, step)
+        try:
+            fixed, each = _bytes(function, samples, step)
+        except Exception:  # whatever a loss says of a batch that is smaller than it thinks
+            return 0
         if fixed + count * each <= self.memory:
             return 0
         size = max(1, int((self.memory - fixed) // each))
