@@ -156,9 +156,9 @@ class _Calls(TorchFunctionMode):
         self.functions.append(cls.__name__)
         return own
 
-    def tell(self, function: LossFunction) -> None:
-        """Adds what was noted to what is known of a function."""
-        function.seen |= Seen(
+    def tell(self, function: LossFunction) -> Seen:
+        """Adds what was noted to what is known of a function, and returns it."""
+        seen = Seen(
             derivatives=torch.autograd.grad in self.called,
             stops=self.stops,
             functions=tuple(dict.fromkeys(self.functions)),
@@ -167,6 +167,8 @@ class _Calls(TorchFunctionMode):
             exits=tuple(dict.fromkeys(self.exits)),
             raised=self.raised,
         )
+        function.seen |= seen
+        return seen
 
     def _exit(self, func: Any, args: Any) -> None:
         if isinstance(args[0], Tensor) and args[0].is_floating_point():
@@ -218,10 +220,8 @@ def _unharmed(function: LossFunction) -> Iterator[None]:
         yield
 
 
-def watch_targets(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> None:
-    """Watches a target's loss, if it is another than the training's."""
-    if function.task.measure is function.task.loss:
-        return
+def watch_targets(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> Seen:
+    """Watches a target's loss: in eval mode that of the training may go other ways, too. Returns what it showed."""
     calls, ids = _Calls({}, Kinks(())), targets.groups[0][:1]
     function.eval_mode()
     with suppress(Exception):
@@ -230,7 +230,7 @@ def watch_targets(targets: Targets, function: LossFunction, samples: Samples, we
             function.measures(weights.detach().requires_grad_(), batch, len(ids))
         calls.raised = False
     function.train_mode()
-    calls.tell(function)
+    return calls.tell(function)
 
 
 def _has_backward_hooks(model: nn.Module) -> bool:

@@ -267,13 +267,13 @@ class _Trial:
 
     def lower_precision(self) -> str | None:
         """The floating type below float64 that the loss computes in somewhere, or None."""
-        casts = _Casts()
+        casts = Casts()
         with self._function.evaluated(lambda: casts):
             self._differences.gradient(self._step)
         return casts.lower
 
 
-class _Casts(TorchFunctionMode):
+class Casts(TorchFunctionMode):
     """Notes a floating type below float64 that a function gives of float64 values."""
 
     lower: str | None = None
