@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from trajrec.errors import DerivativeError, NonFiniteError, TrajrecError, first_line
 from trajrec.replay.derivatives.difference import STEP, Differences, in_float64, precisely
 from trajrec.replay.derivatives.operators import operator_without, shown
+from trajrec.replay.derivatives.per_sample import SinglesPoint
 from trajrec.replay.derivatives.pieces import cut
 from trajrec.replay.derivatives.reverse import ReversePoint
 from trajrec.replay.losses.seen import Seen
@@ -127,6 +128,10 @@ def _proved(session: Session, steps: tuple[int, ...], forwards: bool) -> Derivat
             if (lower := trial.lower_precision()) is not None:
                 reason = f"the loss computes in {lower} inside (the nearest difference was off by {trial.least:.0e})"
                 return DerivativeProof(Derivation.NOT_PROVED, steps, trial.least, reason)
+            if not trial.is_linear():
+                # Hooks of nodes of the graph show nowhere else. Differences then have to go by the shares, too.
+                session.function.seen |= Seen(hooks=True)
+                differences.function.seen = session.function.seen
             wrong = found.what or _blame(session.function.seen)
             if not trial.may_be_differenced():
                 raise _refusal(t, trial, wrong, forwards) from None
@@ -260,10 +265,19 @@ class _Trial:
         scale = float(along.norm()) or 1.0
         if float((along - self._differenced(10 * STEP, d)).norm()) > _SMOOTH * scale:
             return False
-        if self.forwards:
-            return True
+        if self.forwards or not self.is_linear():
+            return self.forwards
         back = float(d @ self._differenced(STEP, a))
         return abs(float(a @ along) - back) <= _SYMMETRIC * scale * float(a.norm()) / math.sqrt(len(a))
+
+    def is_linear(self) -> bool:
+        """Whether the gradient is the sum of the samples' own, each times its share: not where hooks act on it."""
+        m = torch.arange(1.0, 1 + len(self._step.ids)).to(self._step.before).cos()
+        with precisely(self._function):
+            point = SinglesPoint(self._function, self._differences.samples, self._step)
+            own = point.forced(None, m[None])[0]
+        found = self._differences.by_shares(self._step, m)
+        return float(self._free(found - own).norm()) <= _SMOOTH * (float(self._free(own).norm()) or 1.0)
 
     def lower_precision(self) -> str | None:
         """The floating type below float64 that the loss computes in somewhere, or None."""
@@ -296,6 +310,8 @@ def _blame(seen: Seen) -> str:
     """What is most likely to blame for a derivative that is not the right one."""
     if seen.functions:
         return f"the backward pass of {seen.functions[0]} is not the derivative of its forward pass"
+    if Tensor.backward in seen.called:
+        return "the loss calls backward() itself, and what that leaves in .grad is in no graph (torch.autograd.grad is)"
     if seen.exits:
         return f"a value leaves the graph by {seen.exits[0]}, and counts as a constant in every derivative"
     if seen.stops:
