@@ -37,6 +37,7 @@ from trajrec.replay.proof.place import is_here
 from trajrec.replay.proof.refusal import Drifted, guarded
 from trajrec.replay.proof.rounding import GradientAt, Rounding, on_a_copy, rounding_of
 from trajrec.replay.proof.stepwise import StepwiseChecks
+from trajrec.replay.proof.targets import prove_targets
 from trajrec.replay.question import DTYPES, FloatName, Question, parse_device, parse_dtype
 from trajrec.replay.step import RecordedRun, Step, Trajectory, initial_state, make_step, vector_of
 from trajrec.replay.trajectory.participation import as_seen
@@ -174,6 +175,16 @@ class Session:
         self.derivative = prove(self, forwards=forwards)
         if self.derivative.verdict is not Derivation.DIFFERENCES:
             self.__dict__.pop("differences", None)  # a model in float64 is not kept through a replay
+
+    def prove_targets(self, targets: Targets) -> None:
+        """Makes the second proof of what contributions begin with.
+
+        Raises:
+            DerivativeError: if a target's gradient is not its own, or running statistics move otherwise.
+        """
+        assert self.derivative is not None
+        self._check_targets(targets)
+        self.derivative = prove_targets(self, targets, self.derivative)
 
     def _test_rule(self) -> None:
         """Lets the rule prove itself at the first step."""

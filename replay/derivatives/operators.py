@@ -27,7 +27,9 @@ _NAMED = (
     re.compile(r"forward AD with (\w+) that does not support it"),
     re.compile(r"(?:double backwards?|second derivatives?) (?:is|are) not (?:supported|implemented) for (\w+)", re.I),
 )
+UNSEEN = "a value that was cut off is used as only a constant can be"
 _DESCRIBED = {
+    UNSEEN: "a value that the loss cuts off from its graph and uses as only a constant can be",
     _ONCE: "an autograd.Function marked @once_differentiable",
     "does not currently support double backward": "a function compiled by torch.compile",
     "Can't call numpy() on Tensor that requires grad": "a backward pass that computes in numpy",

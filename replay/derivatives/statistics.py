@@ -46,6 +46,16 @@ class StatisticsPoint:
         """How often each normalisation was gone through in training mode."""
         return [sum(place == other for other, _ in self._updates) for place in range(self._norms)]
 
+    def projected(self) -> Tensor:
+        """The statistics of the step along a fixed direction, [1]; what their derivative is proved by."""
+        generator = torch.Generator().manual_seed(0)
+        along = [torch.randn(len(s), generator=generator, dtype=s.dtype).to(s.device) for s in self._statistics]
+        return torch.stack([s @ a for s, a in zip(self._statistics, along, strict=True)]).sum()[None]
+
+    def projected_gradient(self) -> Tensor:
+        """Its gradient by the weights, [1, P']."""
+        return self._pulled([self.projected()], [self._weights.new_ones(1, 1)], [self._weights])[0]
+
     def pull(self, directions: Tensor, carried: Carried) -> tuple[Tensor, Carried]:
         """What the statistics add to lam [K, P'] along directions [K, P'], and what is carried to the step before."""
         bars, before = carried.pulled(self._updates)

@@ -31,9 +31,19 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from trajrec.errors import TrajrecError, first_line
 from trajrec.replay.derivatives.composed import composed
+from trajrec.replay.derivatives.operators import UNSEEN, operator_without
 from trajrec.replay.losses.function import LossFunction
-from trajrec.replay.losses.watching import CUTS, LEAVING, Apply, functions_applied, writes_to
+from trajrec.replay.losses.watching import (
+    CUTS,
+    CUTS_IN_PLACE,
+    LEAVING,
+    Apply,
+    cuts_a_derivative,
+    functions_applied,
+    writes_to,
+)
 
 Stop = Callable[[Tensor], Tensor]
 
@@ -70,6 +80,7 @@ def hidden_parts(function: LossFunction, *, forward: bool = False) -> Iterator[N
             stack.enter_context(composed(seen, function.smoothing))
             if seen.hides:
                 stack.callback(_forget_graphs, function.model)
+                stack.enter_context(_told())
                 stack.enter_context(_Seeing(_value_of if forward else _stopped, function.model))
             if seen.hooks and not forward:
                 stack.enter_context(_silent_hooks(function.model))
@@ -81,6 +92,19 @@ def hidden_parts(function: LossFunction, *, forward: bool = False) -> Iterator[N
         yield
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the user's code raises where its constants are none, inside, is a derivative that is not to be had."""
+    try:
+        yield
+    except TrajrecError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and operator_without(error) is not None:
+            raise
+        raise RuntimeError(f"{UNSEEN} ({type(error).__name__}: {first_line(error)})") from error
+
+
 class _Stop(Function):
     """A value that gives nothing back while the gradient is made, and everything while it is differentiated."""
 
@@ -88,11 +112,24 @@ class _Stop(Function):
 
     @staticmethod
     def forward(value: Any) -> Any:
-        return value.view_as(value)
+        return value.clone()  # a view may not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
+
+    @staticmethod
+    def backward(ctx: Any, bar: Any) -> Any:
+        return bar if _Direction.second else None
+
+
+class _StopInPlace(Function):
+    """The same, of a value that is cut off where it is."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Any) -> Any:
+        ctx.mark_dirty(value)
+        return value
 
     @staticmethod
     def backward(ctx: Any, bar: Any) -> Any:
@@ -136,6 +173,14 @@ class _Seeing(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in CUTS:
             return self._stop(args[0])
+        if func in CUTS_IN_PLACE and args[0].requires_grad and not args[0].is_leaf:
+            return _applied(_StopInPlace, args[0])
+        if func is Tensor.requires_grad_ and (False in args[1:] or False in kwargs.values()):
+            return args[0]
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[1].setdefault(id(args[0]), self._stop(args[0]))
+        if func is torch.autograd.grad and cuts_a_derivative(args, kwargs):
+            return self._derivative(*args[:4], **kwargs | {"create_graph": True})
         if func in LEAVING:
             return func(args[0].detach(), *args[1:], **kwargs)
         if func is Tensor.register_hook:
@@ -148,6 +193,8 @@ class _Seeing(TorchFunctionMode):
 
     def _without_grad(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Inside of `no_grad`: made of stopped values."""
+        if kwargs.get("out") is not None:
+            return func(*args, **kwargs)  # has no derivative
         written = writes_to(func, args, kwargs)
         if written is not None and (id(written) in self._kept or (written.requires_grad and not _is_local(written))):
             return func(*args, **kwargs)  # what goes on from one step to the next, or is changed unseen by the gradient
@@ -159,6 +206,10 @@ class _Seeing(TorchFunctionMode):
         with torch.enable_grad():
             found = func(*tree_map(stopped, args), **tree_map(stopped, kwargs))
             return found if written is not None else tree_map(_local, found)
+
+    def _derivative(self, *args: Any, **kwargs: Any) -> Any:
+        """One that the loss takes itself, as a constant."""
+        return tuple(None if d is None else self._stop(d) for d in torch.autograd.grad(*args, **kwargs))
 
     def _gumbel(self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
         soft = functional.gumbel_softmax(logits, tau, False, eps, dim)

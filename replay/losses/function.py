@@ -150,6 +150,10 @@ class LossFunction:
         """The recorded buffers by name, as training began with them and as it left them."""
         return self._train_buffers, self._final_buffers
 
+    def buffers_at(self, t: int) -> dict[str, Tensor]:
+        """The buffers by name that the keyframe of step t recorded."""
+        return _keyframe_buffers(self._run.keyframe(t), self.model)
+
     @contextmanager
     def keeping_final_buffers(self) -> Iterator[None]:
         """Training losses computed inside go on from the last keyframe; what the buffers become is the run's end."""

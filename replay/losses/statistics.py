@@ -22,6 +22,7 @@ import torch.autograd.forward_ad as fwd
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 
@@ -46,7 +47,7 @@ class RunningStatistics:
     def __init__(self, model: nn.Module) -> None:
         norms = tracking(model)
         self.names = tuple(norms)
-        self.momenta = tuple(module.momentum for module in norms.values())
+        self.momenta = tuple(_momentum(module) for module in norms.values())
         self.spans: list[slice] = []
         self.size = 0
         for module in norms.values():
@@ -73,6 +74,12 @@ class RunningStatistics:
         return Noted(self, model, b)
 
 
+def _momentum(module: _NormBase) -> float | None:
+    """What torch's normalisation takes for its momentum."""
+    # Of instances torch counts no passes: without a momentum their statistics stay.
+    return 0.0 if module.momentum is None and isinstance(module, _InstanceNorm) else module.momentum
+
+
 class Noted(TorchFunctionMode):
     """What normalisations that keep statistics do inside.
 
@@ -97,12 +104,20 @@ class Noted(TorchFunctionMode):
             call = _Call(func, *args, **kwargs)
             place = self._places.get(id(call.running_mean), -1)
             if place >= 0 and call.training:
-                self.updates.append((place, call.statistics()))
+                self.updates.append((place, _in_graph(call.statistics())))
             elif place >= 0:
                 if self.b is None:
                     self.b = self._statistics.vector(self._model).detach().clone().requires_grad_()
                 return call.normalised(*self.b[self._statistics.spans[place]].chunk(2))
         return func(*args, **kwargs)
+
+
+def _in_graph(statistics: Tensor) -> Tensor:
+    """Statistics that may be differentiated, also where no weight moves them (a normalisation of the inputs)."""
+    if statistics.requires_grad:
+        return statistics
+    with torch.inference_mode(False):
+        return statistics.clone().requires_grad_()
 
 
 class _Call:

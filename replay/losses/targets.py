@@ -131,6 +131,24 @@ def target_values(targets: Targets, function: LossFunction, samples: Samples, we
         function.train_mode()
 
 
+def target_losses(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
+    """The target losses l_j [M] at weights [P'], or [P' + Q], in the batches that `target_gradients` takes.
+
+    Raises:
+        NonFiniteError: if one is NaN or infinite.
+    """
+    w = weights.detach().requires_grad_()  # a loss may register hooks
+    function.eval_mode()
+    try:
+        with torch.enable_grad():
+            if all(len(group) == 1 for group in targets.groups):
+                found = list(_losses(np.concatenate(targets.groups), function, samples, w))
+                return torch.cat([part.detach() for part in found])
+            return w.detach().new_tensor([_mean_loss(group, function, samples, w) for group in targets.groups])
+    finally:
+        function.train_mode()
+
+
 def _mean_loss(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> float:
     losses = (part.detach() for part in _losses(ids, function, samples, weights))
     return sum(float(part.double().sum()) for part in losses) / len(ids)
@@ -182,6 +200,12 @@ def _checked(function: LossFunction, weights: Tensor, batch: Batch, ids: IntArra
     with seeded_by(ids, function):
         losses = function.measures(weights, batch, len(ids))
     check_finite(losses.detach(), "A target loss", None, ids)
+    if weights.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
+        raise TaskError(
+            "The target loss has no derivative: nothing in it depends on the weights by a computation that can be "
+            "differentiated (it is made in torch.inference_mode, outside of torch, or counts what is right). Give "
+            "Task(measure=...) a loss that has one."
+        )
     return losses
 
 

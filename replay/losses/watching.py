@@ -44,14 +44,16 @@ from trajrec.replay.step import Step
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 # What cuts a value off from its graph.
 CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+CUTS_IN_PLACE = (Tensor.detach_, torch.detach_)
 # What makes a value a number, or an array, that is in no graph.
-LEAVING = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__float__)
+LEAVING = (Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__dlpack__)
 _EXITS = {
     Tensor.item: ".item()",
     Tensor.tolist: ".tolist()",
     Tensor.numpy: ".numpy()",
     Tensor.__array__: "numpy",
     Tensor.__float__: "float()",
+    Tensor.__dlpack__: "dlpack",
     torch.tensor: "torch.tensor()",
 }
 _OURS, _TORCH = str(Path(__file__).parent.parent.parent), str(Path(torch.__file__).parent)
@@ -127,9 +129,9 @@ class _Calls(TorchFunctionMode):
         self.called.add(func)
         if func == _SET_DATA and id(args[0]) in self._names:
             self.names.add(self._names[id(args[0])])
-        if func in CUTS:
+        if func in CUTS or func in CUTS_IN_PLACE:
             self.stops |= args[0].requires_grad
-        elif func is functional.gumbel_softmax:
+        elif func is functional.gumbel_softmax or (func is torch.autograd.grad and cuts_a_derivative(args, kwargs)):
             self.stops = True
         elif func in _EXITS:
             self._exit(func, args)
@@ -156,9 +158,9 @@ class _Calls(TorchFunctionMode):
         self.functions.append(cls.__name__)
         return own
 
-    def tell(self, function: LossFunction) -> None:
-        """Adds what was noted to what is known of a function."""
-        function.seen |= Seen(
+    def tell(self, function: LossFunction) -> Seen:
+        """Adds what was noted to what is known of a function, and returns it."""
+        seen = Seen(
             derivatives=torch.autograd.grad in self.called,
             stops=self.stops,
             functions=tuple(dict.fromkeys(self.functions)),
@@ -167,6 +169,8 @@ class _Calls(TorchFunctionMode):
             exits=tuple(dict.fromkeys(self.exits)),
             raised=self.raised,
         )
+        function.seen |= seen
+        return seen
 
     def _exit(self, func: Any, args: Any) -> None:
         if isinstance(args[0], Tensor) and args[0].is_floating_point():
@@ -179,6 +183,11 @@ def _line_of_the_user() -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_OURS, _TORCH)):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
+
+
+def cuts_a_derivative(args: Any, kwargs: Json) -> bool:
+    """Whether a call of torch.autograd.grad gives a derivative that is a constant to what is made of it."""
+    return not (args[4] if len(args) > 4 else kwargs.get("create_graph", False))
 
 
 def writes_to(func: Any, args: Any, kwargs: Json) -> Tensor | None:
@@ -218,10 +227,8 @@ def _unharmed(function: LossFunction) -> Iterator[None]:
         yield
 
 
-def watch_targets(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> None:
-    """Watches a target's loss, if it is another than the training's."""
-    if function.task.measure is function.task.loss:
-        return
+def watch_targets(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> Seen:
+    """Watches a target's loss: in eval mode that of the training may go other ways, too. Returns what it showed."""
     calls, ids = _Calls({}, Kinks(())), targets.groups[0][:1]
     function.eval_mode()
     with suppress(Exception):
@@ -230,7 +237,7 @@ def watch_targets(targets: Targets, function: LossFunction, samples: Samples, we
             function.measures(weights.detach().requires_grad_(), batch, len(ids))
         calls.raised = False
     function.train_mode()
-    calls.tell(function)
+    return calls.tell(function)
 
 
 def _has_backward_hooks(model: nn.Module) -> bool:

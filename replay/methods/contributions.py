@@ -174,6 +174,7 @@ def answer(session: Session, scope: Scope, execution: Execution) -> Contribution
     session.checks.stride = scope.stride
     if scope.curvature == "hessian":
         session.prove_derivative(forwards=scope.mode == "tangent")
+        session.prove_targets(scope.targets)
     with kept():
         return (_by_adjoint if scope.mode == "adjoint" else _by_tangent)(session, scope, execution)
 

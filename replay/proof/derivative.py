@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from trajrec.errors import DerivativeError, NonFiniteError, TrajrecError, first_line
 from trajrec.replay.derivatives.difference import STEP, Differences, in_float64, precisely
 from trajrec.replay.derivatives.operators import operator_without, shown
+from trajrec.replay.derivatives.per_sample import SinglesPoint
 from trajrec.replay.derivatives.reverse import ReversePoint
 from trajrec.replay.losses.seen import Seen
 from trajrec.replay.step import Part, Step, make_step
@@ -127,6 +128,10 @@ def _proved(session: Session, steps: tuple[int, ...], forwards: bool) -> Derivat
             if (lower := trial.lower_precision()) is not None:
                 reason = f"the loss computes in {lower} inside (the nearest difference was off by {trial.least:.0e})"
                 return DerivativeProof(Derivation.NOT_PROVED, steps, trial.least, reason)
+            if not trial.is_linear():
+                # Hooks of nodes of the graph show nowhere else. Differences then have to go by the shares, too.
+                session.function.seen |= Seen(hooks=True)
+                differences.function.seen = session.function.seen
             wrong = found.what or _blame(session.function.seen)
             if (step := trial.smooth_step()) is None:
                 raise _refusal(t, trial, wrong, forwards) from None
@@ -281,19 +286,30 @@ class _Trial:
                 continue
             if self.forwards:
                 return h / 10
+            if not self.is_linear():
+                return None
             apart = abs(float(a @ along) - float(d @ self._differenced(h / 10, a)))
             return h / 10 if apart <= _SYMMETRIC * scale * float(a.norm()) / math.sqrt(len(a)) else None
         return None
 
+    def is_linear(self) -> bool:
+        """Whether the gradient is the sum of the samples' own, each times its share: not where hooks act on it."""
+        m = torch.arange(1.0, 1 + len(self._step.ids)).to(self._step.before).cos()
+        with precisely(self._function):
+            point = SinglesPoint(self._function, self._differences.samples, self._step)
+            own = point.forced(None, m[None])[0]
+        found = self._differences.by_shares(self._step, m)
+        return float(self._free(found - own).norm()) <= _SMOOTH * (float(self._free(own).norm()) or 1.0)
+
     def lower_precision(self) -> str | None:
         """The floating type below float64 that the loss computes in somewhere, or None."""
-        casts = _Casts()
+        casts = Casts()
         with self._function.evaluated(lambda: casts):
             self._differences.gradient(self._step)
         return casts.lower
 
 
-class _Casts(TorchFunctionMode):
+class Casts(TorchFunctionMode):
     """Notes a floating type below float64 that a function gives of float64 values."""
 
     lower: str | None = None
@@ -316,6 +332,8 @@ def _blame(seen: Seen) -> str:
     """What is most likely to blame for a derivative that is not the right one."""
     if seen.functions:
         return f"the backward pass of {seen.functions[0]} is not the derivative of its forward pass"
+    if Tensor.backward in seen.called:
+        return "the loss calls backward() itself, and what that leaves in .grad is in no graph (torch.autograd.grad is)"
     if seen.exits:
         return f"a value leaves the graph by {seen.exits[0]}, and counts as a constant in every derivative"
     if seen.stops:

@@ -1,5 +1,7 @@
 """Trainings that hide a part of their loss from its gradient: what they did is what is differentiated."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,38 @@ def gumbel(model, batch):
     return ((chosen - F.one_hot(batch[1], 3)) ** 2).sum(1)
 
 
+def cut_in_place(model, batch):
+    losses = cross_entropy(model, batch)
+    weights = losses * 1.5
+    weights.detach_()
+    return losses * (1 + weights**2)
+
+
+def changed_in_place(model, batch):
+    scores = model(batch[0])
+    weights = (scores * 2).detach()
+    weights.sub_(1)
+    weights.clamp_(-1, 1)
+    weights[:, 0] = 0
+    return F.cross_entropy(scores, batch[1], reduction="none") * (1 + weights.square().sum(1))
+
+
+def copied(model, batch):
+    scores = model(batch[0])
+    weights = copy.deepcopy(scores.detach()).requires_grad_(False)
+    return F.cross_entropy(scores, batch[1], reduction="none") * weights.exp().mean(1)
+
+
+def adversarial(model, batch):
+    """Virtual adversarial training: a direction by a derivative that is a constant to what is made of it."""
+    x = batch[0]
+    d = torch.full_like(x, 0.1).requires_grad_()
+    target = model(x).softmax(1).detach()
+    (g,) = torch.autograd.grad(F.kl_div(model(x + d).log_softmax(1), target, reduction="sum"), d)
+    moved = model(x + 0.5 * g / g.norm(dim=1, keepdim=True)).log_softmax(1)
+    return cross_entropy(model, batch) + F.kl_div(moved, target, reduction="none").sum(1)
+
+
 class Rounded(nn.Linear):
     """Weights that are rounded in training, with a straight-through estimator."""
 
@@ -97,6 +131,10 @@ STOPS = {
     "a branch": Training(mlp, loss=branch, measure=cross_entropy),
     "a no_grad block": Training(mlp, loss=without_grad, measure=cross_entropy),
     "a no_grad function": Training(mlp, loss=decorated, measure=cross_entropy),
+    "detach_()": Training(mlp, loss=cut_in_place, measure=cross_entropy),
+    "changed in place": Training(mlp, loss=changed_in_place, measure=cross_entropy),
+    "copied": Training(mlp, loss=copied, measure=cross_entropy),
+    "an adversarial direction": Training(mlp, loss=adversarial, measure=cross_entropy),
     "gumbel softmax": Training(mlp, loss=gumbel, measure=cross_entropy),
     "straight through": Training(lambda: nn.Sequential(Rounded(4, 5), nn.Tanh(), nn.Linear(5, 3))),
     "through dropout": Training(

@@ -24,10 +24,11 @@ def deep():
     )  # fmt: skip
 
 
-def instances():
+def instances(**options):
     return nn.Sequential(
-        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2), nn.InstanceNorm1d(3, track_running_stats=True, affine=True),
-        nn.Tanh(), nn.Flatten(), nn.Linear(9, 3),
+        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2),
+        nn.InstanceNorm1d(3, track_running_stats=True, affine=True, **options), nn.Tanh(), nn.Flatten(),
+        nn.Linear(9, 3),
     )  # fmt: skip
 
 
@@ -74,12 +75,21 @@ class Accumulating(Training):
                     optimizer.zero_grad()
 
 
+def still():
+    model = norm()()
+    model[0].requires_grad_(False)
+    return model
+
+
 SIX = [[k, k + 1] for k in range(0, N, 2)]
 TRAININGS = {
     "a momentum of .1": Training(norm()),
     "a cumulative mean": Training(norm(momentum=None)),
     "several": Training(deep),
     "of instances": Training(instances),
+    "of the inputs": Training(lambda: nn.Sequential(nn.BatchNorm1d(4), norm()())),
+    "of what no weight moves": Training(still),
+    "of instances, without a momentum": Training(lambda: instances(momentum=None)),
     "of pictures": Training(pictures),
     "of two views": Training(norm(), loss=two_views, measure=cross_entropy),
     "of a detached view": Training(norm(), loss=detached_view, measure=cross_entropy),

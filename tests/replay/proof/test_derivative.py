@@ -56,10 +56,41 @@ def by_context(model, batch):
     return F.cross_entropy(Cutting.apply(model(batch[0])), batch[1], reduction="none")
 
 
+def by_dlpack(model, batch):
+    scores = model(batch[0])
+    return F.cross_entropy(scores, batch[1], reduction="none") * (
+        1 + torch.from_dlpack(scores.detach()).square().sum(1)
+    )
+
+
+def out(model, batch):
+    scores = model(batch[0])
+    with torch.no_grad():
+        weights = torch.mul(scores, scores, out=torch.empty_like(scores))
+    return F.cross_entropy(scores, batch[1], reduction="none") * (1 + weights.sum(1))
+
+
+def only_a_constant(model, batch):
+    scores = model(batch[0])
+    weights = (2 * scores).detach()
+    weights.requires_grad = False
+    return F.cross_entropy(scores, batch[1], reduction="none") * (1 + weights.square().sum(1))
+
+
+def backward_inside(model, batch):
+    x = batch[0].clone().requires_grad_()
+    F.cross_entropy(model(x), batch[1]).backward(inputs=[x])
+    return cross_entropy(model, (x.detach() + 0.3 * x.grad / x.grad.norm(dim=1, keepdim=True), batch[1]))
+
+
 HIDDEN = {
     "item": (by_item, r"by \.item\(\) in test_derivative\.py, line \d+"),
     "numpy": (by_numpy, r"by \.numpy\(\) in test_derivative\.py, line \d+"),
     "in place": (in_place, "changed in place under no_grad"),
+    "dlpack": (by_dlpack, r"by dlpack in test_derivative\.py, line \d+"),
+    "out=": (out, "not seen through"),
+    "only a constant": (only_a_constant, "cuts off from its graph and uses as only a constant can be"),
+    "backward inside": (backward_inside, r"calls backward\(\) itself"),
     "on a context": (by_context, "the backward pass of Cutting"),
 }
 
@@ -80,6 +111,23 @@ def test_what_no_derivative_sees_is_refused_backwards_by_name_and_differenced_fo
     with hypergradients(run, training.task(), samples=samples) as made:
         assert made.certificate.derivative.verdict == "by differences"
     assert_free(training, run)
+
+
+def hook_of_a_node(model, batch):
+    """Shows nowhere but in the gradient, which is not the sum of the samples' own."""
+    scores = 1 * model(batch[0])
+    if scores.grad_fn is not None:
+        scores.grad_fn.register_prehook(lambda bars: tuple(torch.tanh(8 * bar) / 8 for bar in bars))
+    return F.cross_entropy(scores, batch[1], reduction="none")
+
+
+def test_a_hook_that_shows_nowhere_is_found_by_what_it_makes_of_the_samples_gradients():
+    training = Training(mlp(), loss=hook_of_a_node, measure=cross_entropy)
+    run, truth = training.fit(), training.truth((0, 5, 11))
+    with pytest.raises(DerivativeError, match="a backward hook"):
+        contributions(run, training.task(), targets="mean", mode="adjoint")
+    found = contributions(run, training.task(), targets="each", samples=np.array([0, 5, 11]), mode="tangent")
+    assert distance(found.values, truth) < 1e-6
 
 
 def scaled(model, batch):
