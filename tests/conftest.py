@@ -27,3 +27,8 @@ def _no_race_for_the_fastest_form(monkeypatch):
     """A replay takes the last form that serves instead of the fastest, so that two replays agree to the bit."""
     last = lambda candidates, trial: [*right_forms(candidates, trial)][-1]  # noqa: E731
     monkeypatch.setattr("trajrec.replay.derivatives.choice.fastest", last)
+
+
+def pytest_collection_modifyitems(items):
+    """The page of recipes takes the longest: where two work, the other is not to wait for it at the end."""
+    items.sort(key=lambda item: "docs/recipes.md" not in item.nodeid)

@@ -32,7 +32,7 @@ class StatisticsPoint:
 
     def __init__(self, function: LossFunction, samples: Samples, step: Step) -> None:
         self._weights = step.before.detach().requires_grad_()
-        with torch.enable_grad(), hidden_parts(function), function.noting() as noted:
+        with torch.enable_grad(), hidden_parts(function), function.noting(carried=True) as noted:
             objective = function.objective(self._weights, samples, step)
             assert noted is not None
             self._updates, self._b, self._norms = noted.updates, noted.b, noted.norms

@@ -212,12 +212,12 @@ class LossFunction:
             self._within = before
 
     @contextmanager
-    def noting(self, b: Tensor | None = None) -> Iterator[Noted | None]:
+    def noting(self, b: Tensor | None = None, *, carried: bool = False) -> Iterator[Noted | None]:
         """Inside, what running statistics do is noted, with b [Q] in their places in eval mode.
 
-        None if none moves; and where they are not carried along, unless b is given.
+        None if none moves; and where they are not carried along, unless it is said that they are, or b is given.
         """
-        if self.statistics is None or (b is None and not self.carries):
+        if self.statistics is None or (b is None and not (carried or self.carries)):
             yield None
             return
         noted = self.statistics.noted(self.model, b)

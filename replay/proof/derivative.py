@@ -131,7 +131,7 @@ def _proved(session: Session, steps: tuple[int, ...], forwards: bool) -> Derivat
             if not trial.is_linear():
                 # Hooks of nodes of the graph show nowhere else. Differences then have to go by the shares, too.
                 session.function.seen |= Seen(hooks=True)
-                differences.function.seen = session.function.seen
+                session.differences.function.seen = session.function.seen
             wrong = found.what or _blame(session.function.seen)
             if (step := trial.smooth_step()) is None:
                 raise _refusal(t, trial, wrong, forwards) from None
