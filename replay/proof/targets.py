@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trajrec.errors import DerivativeError, NonFiniteError, TrajrecError, first_line
+from trajrec.records import IntArray
 from trajrec.replay.derivatives.difference import precisely
 from trajrec.replay.derivatives.through import differentiating, hidden_parts
 from trajrec.replay.losses.batches import Samples
@@ -29,11 +30,12 @@ from trajrec.replay.losses.watching import watch_targets
 from trajrec.replay.proof.derivative import Casts, Derivation, DerivativeProof
 from trajrec.replay.proof.running import prove_running
 from trajrec.replay.proof.scalars import AGREE, apart
+from trajrec.task.task import Batch
 
 if TYPE_CHECKING:
     from trajrec.replay.session import Session
 
-_MOST = 16
+_MOST, _FEW = 16, 8
 
 
 def prove_targets(session: Session, targets: Targets, proof: DerivativeProof) -> DerivativeProof:
@@ -69,7 +71,22 @@ def prove_targets(session: Session, targets: Targets, proof: DerivativeProof) ->
 
 def _some(targets: Targets) -> Targets:
     places = np.unique(np.linspace(0, len(targets.names) - 1, _MOST).round().astype(int))
-    return Targets(targets.kind, targets.names[places], tuple(targets.groups[k] for k in places))
+    return Targets(targets.kind, targets.names[places], tuple(targets.groups[k][:_FEW] for k in places))
+
+
+class _Once(Samples):
+    """Batches that are fetched once: items that are random are others each time."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._fetched: dict[bytes, Batch] = {}
+
+    def batch(self, ids: IntArray) -> Batch:
+        """The batch of these ids [B], as it was the first time."""
+        key = ids.tobytes()
+        if key not in self._fetched:
+            self._fetched[key] = super().batch(ids)
+        return self._fetched[key]
 
 
 class _Trial:
@@ -78,7 +95,7 @@ class _Trial:
     def __init__(self, session: Session, targets: Targets, weights: Tensor) -> None:
         self.function: LossFunction = session.differences.function
         self.function.seen = session.function.seen
-        self._samples = Samples(session.task.test, session.task.collate, torch.float64, session.device)
+        self._samples = _Once(session.task.test, session.task.collate, torch.float64, session.device, limit=0)
         self._targets, self._size = targets, len(weights)
         self.at = torch.cat([weights, self.function.final_statistics().to(weights)])
 
