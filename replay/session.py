@@ -161,10 +161,14 @@ class Session:
         """The gradient in float64, and its differences."""
         if self.dtype == torch.float64:
             return Differences(self.function, self.train)
-        function = LossFunction(self.task, self.run, self.layout, torch.float64, self.device)
-        function.reduction, function.within = self.reduction, self.function.within
+        return Differences(self.another_function(torch.float64), self.training_samples(torch.float64, limit=0))
+
+    def another_function(self, dtype: torch.dtype) -> LossFunction:
+        """The Task's losses once more, in a floating type, with a model of their own and all that is known of them."""
+        function = LossFunction(self.task, self.run, self.layout, dtype, self.device)
+        function.reduction, function.within = self.function.reduction, self.function.within
         function.seen = self.function.seen
-        return Differences(function, self.training_samples(torch.float64, limit=0))
+        return function
 
     def prove_derivative(self, *, forwards: bool) -> None:
         """Makes the second proof, of a replay that takes the derivative of the gradient.
@@ -236,9 +240,7 @@ class Session:
 
         def gradient(step: Step) -> Tensor:
             if self._native is None:
-                function = LossFunction(self.task, self.run, self.layout, native, self.device)
-                function.reduction = self.function.reduction
-                self._native = on_a_copy(function, self.training_samples(native))
+                self._native = on_a_copy(self.another_function(native), self.training_samples(native))
             return self._native(replace(step, before=step.before.to(native)))
 
         return Rounding(self.rule, gradient, rounding_of(self.run.spec, native))

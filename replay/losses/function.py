@@ -77,7 +77,7 @@ class LossFunction:
     ) -> None:
         self.seen = Seen()
         self.smoothing = self.carries = False
-        self._within: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.within, self.has_further = "mean", False
         self.target_noise: Any = None
         self._is_no_broadcast: set[str] = set()
@@ -198,18 +198,18 @@ class LossFunction:
     @contextmanager
     def evaluated(self, within: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
         """Inside, the user's code runs within what is given."""
-        before = self._within
+        before = self._around
 
         @contextmanager
         def both() -> Iterator[None]:
             with before(), within():
                 yield
 
-        self._within = both
+        self._around = both
         try:
             yield
         finally:
-            self._within = before
+            self._around = before
 
     @contextmanager
     def noting(self, b: Tensor | None = None, *, carried: bool = False) -> Iterator[Noted | None]:
@@ -366,7 +366,7 @@ class LossFunction:
         named = {f"model.{name}": value for name, value in parameters.items()}
         # The fused attention kernels have no second derivative; the plain one has. A loss may take derivatives itself
         # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active(), self._within():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active(), self._around():
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:

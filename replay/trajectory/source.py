@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.machine.memory import budget
 from trajrec.replay.proof.certificate import StepChecks
 from trajrec.replay.proof.keyframes import KeyframeChecks
@@ -32,8 +31,7 @@ def trajectory_of(session: Session, checks: StepChecks) -> Trajectory:
         return stored
     native = DTYPES[run.spec.dtype]
     # A model of its own: a forward pass changes running statistics.
-    function = LossFunction(session.task, run, layout, native, session.device)
-    function.reduction = session.function.reduction
+    function = session.another_function(native)
     samples = session.train if native == session.dtype else session.training_samples(native)
     of_rows = checks if isinstance(checks, KeyframeChecks) else None
     memory = budget(session.memory, session.device) // 4

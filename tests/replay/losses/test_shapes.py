@@ -95,6 +95,18 @@ def test_the_recorded_loss_tells_a_sum_within_samples_from_a_mean():
         assert (function.within, function.reduction) == way
 
 
+def test_states_that_are_made_again_are_those_of_the_sum_within_samples():
+    """Adam's, between keyframes, by the Task's losses once more."""
+    summed = weighted(squares, lambda losses: losses.sum(1).mean())
+    loop = Loop(build=wide, loss=squares, objective=summed, optimizer=lambda m: torch.optim.Adam(m.parameters(), 0.01))
+    made = loops.train(loop)
+    back, forth = (
+        contributions(made.run, made.task, targets="each", samples=SAMPLES, mode=mode).values
+        for mode in ("adjoint", "tangent")
+    )
+    np.testing.assert_allclose(back, forth, rtol=1e-8, atol=1e-12)
+
+
 def test_outputs_that_are_broadcast_against_labels_are_named():
     def broadcast(model, batch):
         return (model(batch[0])[:, :1] - batch[0][:, 0]) ** 2
