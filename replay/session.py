@@ -25,6 +25,7 @@ from trajrec.replay.losses.function import LossFunction, users_code
 from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.losses.noise import NOTE, Noise
 from trajrec.replay.losses.reduction import found_reduction
+from trajrec.replay.losses.seen import Seen
 from trajrec.replay.losses.targets import Targets, target_gradients
 from trajrec.replay.losses.watching import watch, watch_targets
 from trajrec.replay.machine.memory import budget
@@ -94,7 +95,7 @@ class Session:
         self.derivative: DerivativeProof | None = None
         self.difference_step = STEP
         self._watch()
-        self._targets_are_checked = False
+        self.targets_seen: Seen | None = None
         self.moved = self._find_moved()
         self.reduction = found_reduction(run, self.function, self.train)
         self.checks = self.new_checks(allow_drift)
@@ -187,7 +188,7 @@ class Session:
             DerivativeError: if a target's gradient is not its own, or running statistics move otherwise.
         """
         assert self.derivative is not None
-        self._check_targets(targets)
+        self._meet_targets(targets)
         self.derivative = prove_targets(self, targets, self.derivative)
 
     def _test_rule(self) -> None:
@@ -279,16 +280,17 @@ class Session:
         """Does the work; what it fails at for a reason that is known becomes an explained refusal."""
         return guarded(self, work)
 
-    def _check_targets(self, targets: Targets) -> None:
-        """Checks, once, that the target losses do not depend on what forward passes move."""
-        if not self.moved or self.allow_drift or self._targets_are_checked:
+    def _meet_targets(self, targets: Targets) -> None:
+        """Checks, once, that the target losses do not depend on what forward passes move, and watches them."""
+        if self.targets_seen is not None:
             return
-        self.function.eval_mode()
-        try:
-            check_targets(self.function, self._first_targets(targets), self.moved)
-        finally:
-            self.function.train_mode()
-        self._targets_are_checked = True
+        if self.moved and not self.allow_drift:
+            self.function.eval_mode()
+            try:
+                check_targets(self.function, self._first_targets(targets), self.moved)
+            finally:
+                self.function.train_mode()
+        self.targets_seen = watch_targets(targets, self.function, self.test, self.trajectory.weights(self.run.steps))
 
     def _first_targets(self, targets: Targets) -> Callable[[], Tensor]:
         """Computes the target losses of some test samples."""
@@ -317,9 +319,8 @@ class Session:
         Raises:
             DerivativeError: if they depend on what forward passes move. NonFiniteError: if one is none.
         """
-        self._check_targets(targets)
+        self._meet_targets(targets)
         weights = self.trajectory.weights(self.run.steps)
-        watch_targets(targets, self.function, self.test, weights)
         with hidden_parts(self.function), differentiating(self.function.seen.hides):
             found = target_gradients(targets, self.function, self.test, weights)
         check_gradients(found, targets.names)

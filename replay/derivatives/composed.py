@@ -99,7 +99,8 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _applied(function: Any, *given: Any) -> Any:
+def applied(function: Any, *given: Any) -> Any:
+    """What an autograd.Function makes of arguments; torch gives `apply` no types."""
     return function.apply(*given)
 
 
@@ -130,17 +131,17 @@ class _Bent(Function):
     @staticmethod
     def backward(ctx: Any, *bars: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return _applied(_Slope, bars[0], x, ctx.slope, ctx.second), None, None, None
+        return applied(_Slope, bars[0], x, ctx.slope, ctx.second), None, None, None
 
 
 def _hardsigmoid(x: Tensor, inplace: bool = False) -> Any:
     aten = torch.ops.aten
-    return _applied(_Bent, x, aten.hardsigmoid, aten.hardsigmoid_backward, torch.zeros_like)
+    return applied(_Bent, x, aten.hardsigmoid, aten.hardsigmoid_backward, torch.zeros_like)
 
 
 def _hardswish(x: Tensor, inplace: bool = False) -> Any:
     aten = torch.ops.aten
-    return _applied(_Bent, x, aten.hardswish, aten.hardswish_backward, lambda x: (x.abs() < 3) / 3)
+    return applied(_Bent, x, aten.hardswish, aten.hardswish_backward, lambda x: (x.abs() < 3) / 3)
 
 
 _TWICE: dict[Any, Any] = {

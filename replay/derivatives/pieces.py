@@ -132,7 +132,7 @@ class Cutting:
 
     def _fitting(self, function: LossFunction, samples: Samples, step: Step) -> int:
         count = len(step.ids)
-        if not _has_rows(samples, step) or count < 2 * _FEW:
+        if not has_rows(samples, step) or count < 2 * _FEW:
             return 0
         try:
             fixed, each = _bytes(function, samples, step)
@@ -153,7 +153,7 @@ class Cutting:
         return 0
 
 
-def _has_rows(samples: Samples, step: Step) -> bool:
+def has_rows(samples: Samples, step: Step) -> bool:
     """Whether the batches of a step are made of tensors with one row a sample, so that they can be cut."""
     for part in step.parts:
         count = part.span.stop - part.span.start

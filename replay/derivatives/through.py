@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from trajrec.errors import TrajrecError, first_line
-from trajrec.replay.derivatives.composed import composed
+from trajrec.replay.derivatives.composed import applied, composed
 from trajrec.replay.derivatives.operators import UNSEEN, operator_without
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.watching import (
@@ -148,12 +148,8 @@ class _Fork(Function):
         return (None, bar) if _Direction.second else (bar, None)
 
 
-def _applied(function: Any, *given: Any) -> Any:
-    return function.apply(*given)
-
-
 def _stopped(value: Tensor) -> Tensor:
-    return _applied(_Stop, value) if value.requires_grad else value.detach()
+    return applied(_Stop, value) if value.requires_grad else value.detach()
 
 
 def _value_of(value: Tensor) -> Tensor:
@@ -174,7 +170,7 @@ class _Seeing(TorchFunctionMode):
         if func in CUTS:
             return self._stop(args[0])
         if func in CUTS_IN_PLACE and args[0].requires_grad and not args[0].is_leaf:
-            return _applied(_StopInPlace, args[0])
+            return applied(_StopInPlace, args[0])
         if func is Tensor.requires_grad_ and (False in args[1:] or False in kwargs.values()):
             return args[0]
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -282,7 +278,7 @@ def _forked(own: Any, plain: Any) -> Any:
     """A value with its own backward and that of its forward computation."""
     if not (isinstance(own, Tensor) and own.is_floating_point()):
         return own
-    return _applied(_Fork, own, plain)
+    return applied(_Fork, own, plain)
 
 
 def _forward_of(cls: Any, args: Any, kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ Letters: P' trainable weights, T steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -31,25 +32,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from trajrec.errors import DerivativeError, NonFiniteError, TrajrecError, first_line
 from trajrec.replay.derivatives.difference import STEP, Differences, in_float64, precisely
 from trajrec.replay.derivatives.operators import operator_without, shown
 from trajrec.replay.derivatives.per_sample import SinglesPoint
+from trajrec.replay.derivatives.pieces import cut, has_rows
 from trajrec.replay.derivatives.reverse import ReversePoint
+from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.seen import Seen
+from trajrec.replay.proof.scalars import AGREE, ASIDE, POINTS, random_like, unit
 from trajrec.replay.step import Part, Step, make_step
 
 if TYPE_CHECKING:
     from trajrec.replay.session import Session
 
-AGREE = 1e-5
 _STEPS = (1e-7, 1e-9, STEP, 1e-8, 1e-10, 1e-5, 1e-4, 1e-3)
-_ASIDE = 1e-2
 _FLOOR = 1e-3
 _SMOOTH, _SYMMETRIC = 1e-3, 1e-4
-_EVERY, _MOST, _POINTS, _FEW = 1000, 6, 3, 4
+_EVERY, _MOST, _FEW = 1000, 6, 4
 
 
 class Derivation(StrEnum):
@@ -165,15 +167,15 @@ def _error_beside(session: Session, t: int, trial: _Trial, few: bool) -> float:
     Raises:
         _Wrong: if there is none.
     """
-    for seed in range(1, _POINTS):
+    for seed in range(POINTS):
+        made = _Trial(session.differences, _beside(session, t, seed, few=few), trial.forwards) if seed else trial
         try:
-            return trial.error()
+            return made.error()
         except _Wrong as found:
             if found.what:
                 raise
-            other = _Trial(session.differences, _beside(session, t, seed, few=few), trial.forwards)
-            other.least, trial = trial.least, other
-    return trial.error()
+            trial.least = min(trial.least, made.least)
+    raise _Wrong("")
 
 
 def _beside(session: Session, t: int, seed: int, *, few: bool) -> Step:
@@ -181,28 +183,27 @@ def _beside(session: Session, t: int, seed: int, *, few: bool) -> Step:
     weights = session.trajectory.weights(t - 1).to(session.dtype)
     step = make_step(session.run, t, weights, weights)
     step = in_float64(_of_few(session, step) if few else step)
-    aside = _ASIDE * float(step.before.square().mean().sqrt()) * _random(step, 10 + seed)
+    aside = ASIDE * float(step.before.square().mean().sqrt()) * _random(step, 10 + seed)
     return replace(step, before=step.before + aside)
 
 
 def _of_few(session: Session, step: Step) -> Step:
     """The loss of the first few samples: it has the same operators, and fewer kinks to be hit."""
     first, samples = step.parts[0], session.train
-    count, few = first.span.stop, min(_FEW, first.span.stop)
-    batch = samples.part(step, replace(first, digest=None))
-    leaves = tree_leaves(batch)
-    part = Part(slice(0, few), first.rng, penalty=first.penalty)
-    if all(isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count for leaf in leaves):
-        part = replace(part, batch=tree_map(lambda rows: rows[:few], batch))
-    elif session.run.inputs(step.t) is not None:
+    unchecked = replace(step, parts=tuple(replace(part, digest=None) for part in step.parts))
+    if has_rows(samples, unchecked):
+        piece = next(cut(session.function, samples, unchecked, _FEW))
+        return replace(piece, parts=(replace(piece.parts[0], rng=first.rng),))
+    if session.run.inputs(step.t) is not None:
         return step
+    few = min(_FEW, first.span.stop)
     shares = None if step.shares is None else step.shares[:few]
+    part = Part(slice(0, few), first.rng, penalty=first.penalty)
     return replace(step, ids=step.ids[:few], shares=shares, parts=(part,))
 
 
 def _random(step: Step, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * step.t + seed)
-    return torch.randn(len(step.before), generator=generator, dtype=torch.float64).to(step.before.device)
+    return random_like(step.before, 1000 * step.t + seed)
 
 
 class _Trial:
@@ -212,7 +213,7 @@ class _Trial:
         self._differences, self._step, self.forwards = differences, step, forwards
         self._function = differences.function
         self._gradient = differences.gradient(step)
-        self._direction = self._free(_unit(self._gradient) + _unit(_random(step, 1)))
+        self._direction = self._free(unit(self._gradient) + unit(_random(step, 1)))
         self.least = math.inf
 
     def _free(self, values: Tensor) -> Tensor:
@@ -303,13 +304,18 @@ class _Trial:
 
     def lower_precision(self) -> str | None:
         """The floating type below float64 that the loss computes in somewhere, or None."""
-        casts = Casts()
-        with self._function.evaluated(lambda: casts):
-            self._differences.gradient(self._step)
-        return casts.lower
+        return lower_precision(self._function, lambda: self._differences.gradient(self._step))
 
 
-class Casts(TorchFunctionMode):
+def lower_precision(function: LossFunction, compute: Callable[[], Any]) -> str | None:
+    """The floating type below float64 that losses in float64 compute in somewhere, or None; `compute` computes them."""
+    casts = _Casts()
+    with function.evaluated(lambda: casts):
+        compute()
+    return casts.lower
+
+
+class _Casts(TorchFunctionMode):
     """Notes a floating type below float64 that a function gives of float64 values."""
 
     lower: str | None = None
@@ -322,10 +328,6 @@ class Casts(TorchFunctionMode):
             made = [v.dtype for v in tree_leaves(found) if isinstance(v, Tensor) and v.is_floating_point()]
             self.lower = next((str(d).removeprefix("torch.") for d in made if d != torch.float64), self.lower)
         return found
-
-
-def _unit(values: Tensor) -> Tensor:
-    return values / (values.norm() or 1.0)
 
 
 def _blame(seen: Seen) -> str:

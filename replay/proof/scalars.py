@@ -22,7 +22,7 @@ from torch import Tensor
 AGREE = 1e-5
 _STEPS = (1e-6, 1e-5, 1e-7, 1e-4, 1e-8, 1e-3)
 _FLOOR = 1e-3
-_ASIDE, _POINTS = 1e-2, 3
+ASIDE, POINTS = 1e-2, 3
 
 Values = Callable[[Tensor], Tensor]
 
@@ -37,12 +37,12 @@ def apart(values: Values, gradients: Values, at: Tensor, movable: int) -> float:
         movable: so many of the first inputs may be put aside, from where kinks are hit exactly.
     """
     least = torch.full((1,), math.inf, dtype=at.dtype, device=at.device)
-    for number in range(_POINTS):
-        z = _random(at, number)
+    for number in range(POINTS):
+        z = random_like(at, number)
         point = at.clone()
-        point[:movable] += _ASIDE * float(at[:movable].square().mean().sqrt()) * z[:movable]
+        point[:movable] += ASIDE * float(at[:movable].square().mean().sqrt()) * z[:movable]
         found = gradients(point)
-        d = _unit(found.sum(0)) + _unit(_random(at, _POINTS + number))
+        d = unit(found.sum(0)) + unit(random_like(at, POINTS + number))
         for step in _STEPS:
             least = torch.minimum(least, _differences(values, found, point, d, step))
             if float(least.max()) <= AGREE:
@@ -61,10 +61,12 @@ def _differences(values: Values, gradients: Tensor, at: Tensor, d: Tensor, step:
     return torch.where(scale > 0, (said - difference).abs() / scale, 0.0).nan_to_num(math.inf, math.inf)
 
 
-def _random(like: Tensor, seed: int) -> Tensor:
+def random_like(like: Tensor, seed: int) -> Tensor:
+    """Random numbers [n] like others, the same for the same seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(like), generator=generator, dtype=like.dtype).to(like.device)
 
 
-def _unit(values: Tensor) -> Tensor:
+def unit(values: Tensor) -> Tensor:
+    """Values over their norm; zeros as they are."""
     return values / (values.norm() or 1.0)

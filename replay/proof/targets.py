@@ -26,8 +26,7 @@ from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.seen import Seen
 from trajrec.replay.losses.targets import Targets, target_gradients, target_losses
-from trajrec.replay.losses.watching import watch_targets
-from trajrec.replay.proof.derivative import Casts, Derivation, DerivativeProof
+from trajrec.replay.proof.derivative import Derivation, DerivativeProof, lower_precision
 from trajrec.replay.proof.running import prove_running
 from trajrec.replay.proof.scalars import AGREE, apart
 from trajrec.task.task import Batch
@@ -46,13 +45,13 @@ def prove_targets(session: Session, targets: Targets, proof: DerivativeProof) ->
     """
     some = _some(targets)
     weights = session.trajectory.weights(session.run.steps)
-    seen = watch_targets(some, session.function, session.test, weights)
     trial = _Trial(session, some, weights.double())
     try:
         with precisely(trial.function):
             found = apart(trial.values, trial.gradients, trial.at, len(weights))
-            lower = trial.lower_precision() if found > AGREE else None
-            depends = bool(trial.gradients(trial.at)[:, len(weights) :].any())
+            lower = lower_precision(trial.function, lambda: trial.values(trial.at)) if found > AGREE else None
+            has_statistics = len(trial.at) > len(weights)
+            depends = has_statistics and bool(trial.gradients(trial.at)[:, len(weights) :].any())
     except NonFiniteError as error:
         return _unproved(proof, f"beside the last weights {first_line(error)}")
     except (TrajrecError, MemoryError):
@@ -63,7 +62,7 @@ def prove_targets(session: Session, targets: Targets, proof: DerivativeProof) ->
     if lower is not None:
         proof = _unproved(proof, f"a target loss computes in {lower} inside (its gradient was off by {found:.0e})")
     elif found > AGREE:
-        raise _refusal(found, seen)
+        raise _refusal(found, session.targets_seen or Seen())
     if depends:
         prove_running(session)
     return proof
@@ -107,13 +106,6 @@ class _Trial:
         """Theirs, [M, P' + Q], as a replay takes them; the running statistics are those of the run."""
         with hidden_parts(self.function), differentiating(self.function.seen.hides):
             return target_gradients(self._targets, self.function, self._samples, at[: self._size])
-
-    def lower_precision(self) -> str | None:
-        """The floating type below float64 that a loss computes in somewhere, or None."""
-        casts = Casts()
-        with self.function.evaluated(lambda: casts):
-            self.values(self.at)
-        return casts.lower
 
 
 def _unproved(proof: DerivativeProof, reason: str) -> DerivativeProof:
