@@ -33,6 +33,7 @@ from trajrec.replay.derivatives.reverse import saved_bytes
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.gradient import gradient_of
+from trajrec.replay.machine.generators import generators_kept
 from trajrec.replay.step import Part, Step
 
 Form = Callable[[LossFunction, Samples, Step, int], Point]
@@ -166,7 +167,7 @@ def has_rows(samples: Samples, step: Step) -> bool:
 def _bytes(function: LossFunction, samples: Samples, step: Step) -> tuple[float, float]:
     """The bytes that a form takes whatever the batch, and for each sample of it."""
     # The random numbers of these passes are nobody's.
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept(function.device):
         found = []
         for size in (_FEW, 2 * _FEW):
             piece = max(cut(function, samples, step, size), key=lambda piece: len(piece.ids))

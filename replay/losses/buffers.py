@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from trajrec.errors import DerivativeError
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
+from trajrec.replay.machine.generators import generators_kept
 from trajrec.replay.step import Step
 
 _INNER = frozenset(vars(nn.Module()))
@@ -119,7 +120,7 @@ def _that_matter(function: LossFunction, losses: Callable[[], Tensor], moved: Se
     """Those whose values the losses depend on."""
     if not moved:
         return []
-    with function.on_a_copy(), _kept(function.model) as start, torch.random.fork_rng(devices=[]):
+    with function.on_a_copy(), _kept(function.model) as start, generators_kept(function.device):
 
         def found(change: Values) -> Tensor:
             _put(function.model, start)

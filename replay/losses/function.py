@@ -30,7 +30,8 @@ from trajrec.replay.losses.objective import Objective, reduced
 from trajrec.replay.losses.seen import Seen
 from trajrec.replay.losses.shapes import broadcast_error, has_further, has_pairs, per_sample, without_last
 from trajrec.replay.losses.statistics import Noted, RunningStatistics
-from trajrec.replay.machine.torch_switches import PlainCheckpoints
+from trajrec.replay.machine.generators import generators_kept, set_generators
+from trajrec.replay.machine.torch_switches import PlainCheckpoints, PlainRecurrence
 from trajrec.replay.step import RecordedRun, Step
 from trajrec.rules import FlatLayout
 from trajrec.task.task import Batch, Loss, Task
@@ -94,6 +95,7 @@ class LossFunction:
         self.model.to(device=device, dtype=dtype)
         self._module = _LossModule(self.model)
         self._checkpoints = PlainCheckpoints(self.model)
+        self._recurrence = PlainRecurrence(self.model, device)
         self._modes: tuple[str, ...] | None = None
         self._free: tuple[tuple[str, ...], Tensor] | None = None
         self.usual_parts = int(max(len(run.parts(t)) for t in range(1, run.steps + 1)))
@@ -366,7 +368,8 @@ class LossFunction:
         named = {f"model.{name}": value for name, value in parameters.items()}
         # The fused attention kernels have no second derivative; the plain one has. A loss may take derivatives itself
         # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self._checkpoints.active(), self._around():
+        plainly = (sdpa_kernel(SDPBackend.MATH), self._checkpoints.active(), self._recurrence.active())
+        with torch.enable_grad(), plainly[0], plainly[1], plainly[2], self._around():
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
@@ -387,7 +390,7 @@ class LossFunction:
             TaskError: if it is one of pairs.
         """
         found: Any = None
-        with torch.random.fork_rng(devices=[]), suppress(Exception):  # what a batch of one fails at, say
+        with generators_kept(self.device), suppress(Exception):  # what a batch of one fails at, say
             found = self._evaluate(loss, parameters, without_last(batch, count))
         if isinstance(found, Tensor) and tuple(found.shape[:2]) == (count - 1, count - 1):
             raise broadcast_error(what, count)
@@ -399,12 +402,9 @@ class LossFunction:
             yield
             return
         states = split_rng(self.spec, rng)
-        devices = [name for name in states if name != "cpu"]
-        with torch.random.fork_rng(devices=[torch.device(name) for name in devices]):
+        with generators_kept(self.device):
             try:
-                torch.set_rng_state(states["cpu"])
-                for name in devices:
-                    torch.cuda.set_rng_state(states[name], name)
+                set_generators(states, self.device)
             except (RuntimeError, TypeError) as error:
                 raise ReplayError(f"The recorded states of random generators are none ({error}).") from error
             yield

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from trajrec.errors import TaskError, first_line
+from trajrec.replay.machine.generators import generators_kept
 from trajrec.replay.step import RecordedRun
 from trajrec.task.task import Batch, Task
 
@@ -56,7 +57,7 @@ def _pass(model: nn.Module, task: Task, batch: Batch, dtype: torch.dtype, device
             return value
         return value.to(device, dtype if value.is_floating_point() else None)
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with generators_kept(device):
         task.loss(model, tree_map(place, batch))
 
 

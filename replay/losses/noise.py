@@ -20,6 +20,7 @@ from torch import Tensor
 from trajrec.records import IntArray
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
+from trajrec.replay.machine.generators import generators_kept
 from trajrec.task.seeding import seeded_generators
 
 NOTE = (
@@ -71,8 +72,7 @@ def seeded_by(ids: IntArray, function: LossFunction) -> Iterator[None]:
 
 @contextmanager
 def _seeded(number: int, device: torch.device) -> Iterator[None]:
-    devices = [device] if device.type == "cuda" else []
-    with seeded_generators(number), torch.random.fork_rng(devices=devices):
-        if devices:
+    with seeded_generators(number), generators_kept(device):
+        if device.type == "cuda":
             torch.cuda.manual_seed_all(number)
         yield

@@ -39,6 +39,7 @@ from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.kinks import SMOOTH, Kinks
 from trajrec.replay.losses.seen import Seen
 from trajrec.replay.losses.targets import Targets
+from trajrec.replay.machine.generators import generators_kept
 from trajrec.replay.step import Step
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -223,7 +224,7 @@ def watch(function: LossFunction, samples: Samples, step: Step) -> None:
 
 @contextmanager
 def _unharmed(function: LossFunction) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), function.on_a_copy():
+    with generators_kept(function.device), torch.enable_grad(), function.on_a_copy():
         yield
 
 

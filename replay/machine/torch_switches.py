@@ -3,10 +3,11 @@
 A checkpointed piece of a model runs again in the backward pass, when the recorded weights have been taken out of the
 module; and it cannot be differentiated twice. The function is replaced where the model's own modules know it.
 
-Single precision is single: on recent GPUs torch lets convolutions (by default) and matrix products (on request) round
-their inputs to ten bits (TensorFloat-32). Second derivatives do not survive that, so a replay computes without it. A
-training that was recorded with it can then be made again only to some 1e-3 of a step: its certificate is given that
-much room.
+cuDNN's recurrent layers have no second derivative either; torch's own have.
+
+Single precision is single (`trajrec.tf32`): second derivatives do not survive products that are rounded to ten bits, so
+a replay computes without. A training that was recorded with it can then be made again only to some 1e-3 of a step: its
+certificate is given that much room.
 """
 
 from __future__ import annotations
@@ -54,18 +55,25 @@ class PlainCheckpoints:
                 setattr(module, name, self._original)
 
 
-@contextmanager
-def full_single_precision() -> Iterator[None]:
-    """Inside, float32 means float32 on a GPU, too."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+class PlainRecurrence:
+    """Knows whether a model has recurrent layers that cuDNN would compute."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._is_needed = device.type == "cuda" and any(isinstance(module, nn.RNNBase) for module in model.modules())
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, such a model computes without cuDNN."""
+        if not self._is_needed:
+            yield
+            return
+        cudnn: Any = torch.backends.cudnn
+        before = cudnn.enabled
+        cudnn.enabled = False
+        try:
+            yield
+        finally:
+            cudnn.enabled = before
 
 
 def tolerance_of(spec: RunSpec) -> float:

@@ -17,10 +17,10 @@ from trajrec.errors import DerivativeError, DriftError, NonFiniteError
 from trajrec.replay.derivatives.operators import derivative_error
 from trajrec.replay.derivatives.zeros import zeros_error
 from trajrec.replay.losses.batches import OtherInputs
-from trajrec.replay.machine.torch_switches import full_single_precision
 from trajrec.replay.proof.fit import about_augmentation
 from trajrec.replay.step import OtherState, Step, make_step
 from trajrec.rules.step import State
+from trajrec.tf32 import full_single_precision
 
 if TYPE_CHECKING:
     from trajrec.replay.session import Session

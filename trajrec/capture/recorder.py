@@ -41,6 +41,7 @@ from trajrec.sink import Sink, Summary
 from trajrec.snapshot.model import Snapshot
 from trajrec.task.loading import absolute, file_sha256, task_file
 from trajrec.task.seeding import find_seeded
+from trajrec.tf32 import rounds_products
 
 logger = logging.getLogger("trajrec")
 
@@ -305,8 +306,8 @@ class Recorder:
             data["seeded_from"] = self._observer.passes.before
         if batch.checksum is not None:
             data["first_batch_crc32"] = batch.checksum
-        if device.type == "cuda":
-            data["tf32"] = bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        if device.type == "cuda" and self.model is not None:
+            data["tf32"] = rounds_products(self.model)
         file = None if self.task is None else task_file(self.task)
         return {
             "samples": length,

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trajrec.errors import RecordingError
+
 States = tuple[Tensor, ...]
 
 
@@ -24,7 +26,16 @@ class Generators:
         self._cpu = torch.default_generator.get_state
 
     def states(self) -> States:
-        """Their states, each a vector of bytes."""
+        """Their states, each a vector of bytes.
+
+        Raises:
+            RecordingError: while a CUDA graph is captured, in which nothing can be read.
+        """
+        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RecordingError(
+                "The step is captured in a CUDA graph, whose replays pass by every hook. Record a training without "
+                'one: leave out torch.cuda.graph, or torch.compile(mode="reduce-overhead").'
+            )
         return (self._cpu(), torch.cuda.get_rng_state(self.device)) if self._on_cuda else (self._cpu(),)
 
     def table(self) -> tuple[tuple[str, int], ...]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trajrec.replay.machine.generators import generators_kept
 from trajrec.replay.proof.diagnosis.trial import Cause, Trial
 from trajrec.replay.step import Part, RecordedRun
 
@@ -37,6 +38,11 @@ def drawn_before_the_call(trial: Trial) -> Cause | None:
 def drawn_or_not(trial: Trial) -> Cause | None:
     """Random numbers where the training drew none, or the other way round, or from nobody knows where."""
     draws, drew = _is_random(trial), any(part.rng for part in trial.first.parts)
+    if draws and drew and (gpu := _elsewhere(trial)):
+        return Cause(
+            f"The training drew random numbers of {gpu}, which come back on a GPU only: replay with --device cuda.",
+            float("nan"),
+        )
     if not _comes_back(trial):
         sentence = (
             "The Task's loss is another each time it is computed: it draws random numbers from a generator of its own, "
@@ -69,16 +75,22 @@ def drawn_outside(run: RecordedRun) -> str:
     )
 
 
+def _elsewhere(trial: Trial) -> str:
+    """The GPU whose generator the training may have used, where the replay computes on none; "" otherwise."""
+    on_gpu = trial.function.device.type == "cuda"
+    return "" if on_gpu else next((name for name, _ in trial.run.spec.rng if name.startswith("cuda")), "")
+
+
 def _is_random(trial: Trial) -> bool:
     """Whether the loss depends on the state of torch's generator, or on another."""
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept(trial.function.device):
         values = [_loss(trial, seed) for seed in (0, 1)]
     return values[0] != values[1]
 
 
 def _comes_back(trial: Trial) -> bool:
     """Whether the same state of torch's generator gives the same loss."""
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept(trial.function.device):
         return _loss(trial, 0) == _loss(trial, 0)
 
 
@@ -96,7 +108,7 @@ def _draws_before_the_call(trial: Trial) -> bool:
 
     handle = trial.function.model.register_forward_pre_hook(note)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with generators_kept(trial.function.device):
             _loss(trial, 0)
             torch.manual_seed(0)
             return bool(states) and not torch.equal(states[0], torch.get_rng_state())
