@@ -9,17 +9,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _PUBLIC = {
+    "Contrasts": "trajrec.replay.losses.chosen",
     "Contributions": "trajrec.replay.methods.contributions",
     "Hypergradients": "trajrec.replay.methods.hypergradients",
+    "Tokens": "trajrec.replay.losses.chosen",
     "Validation": "trajrec.replay.validation.validate",
     "contributions": "trajrec.replay.methods.contributions",
     "hypergradients": "trajrec.replay.methods.hypergradients",
     "validate": "trajrec.replay.validation.validate",
 }
 
-__all__ = ["Contributions", "Hypergradients", "Validation", "contributions", "hypergradients", "validate"]
+__all__ = [
+    "Contrasts",
+    "Contributions",
+    "Hypergradients",
+    "Tokens",
+    "Validation",
+    "contributions",
+    "hypergradients",
+    "validate",
+]
 
 if TYPE_CHECKING:
+    from trajrec.replay.losses.chosen import Contrasts as Contrasts
+    from trajrec.replay.losses.chosen import Tokens as Tokens
     from trajrec.replay.methods.contributions import Contributions as Contributions
     from trajrec.replay.methods.contributions import contributions as contributions
     from trajrec.replay.methods.hypergradients import Hypergradients as Hypergradients

@@ -20,12 +20,13 @@ import torch
 from trajrec.errors import ReplayError
 from trajrec.records import IntArray, Json
 from trajrec.replay.losses.batches import Samples
+from trajrec.replay.losses.chosen import Contrasts, Tokens
 from trajrec.replay.losses.targets import NO_TARGETS, Targets, check_ids, choose_targets
 
 Curvature: TypeAlias = Literal["hessian", "ggn", "kinks", "none"]
 Mode: TypeAlias = Literal["auto", "adjoint", "tangent"]
 Certify: TypeAlias = Literal["all", "sampled"]
-TargetChoice: TypeAlias = Literal["mean", "each", "class"] | IntArray
+TargetChoice: TypeAlias = Literal["mean", "each", "class"] | IntArray | Tokens | Contrasts
 FloatName: TypeAlias = Literal["float32", "float64"]
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SAMPLED = 32
@@ -49,7 +50,8 @@ class Question:
     """What is asked of a recording.
 
     Attributes:
-        targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), or [M] test ids.
+        targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), [M] test ids, `Tokens` or
+            `Contrasts`.
         samples: [S] training sample ids; None for all N.
         curvature: "hessian" (exact), or an approximation: "ggn" (its Gauss-Newton form), "kinks" (kinks with a second
             derivative), "none" (the paper's).
@@ -166,7 +168,7 @@ def _cut(targets: Targets, chosen: IntArray, mode: str, shard: tuple[int, int] |
         return targets, chosen[_shard_of(len(chosen), shard, "samples")]
     hint = "Samples are cut with --mode tangent; backwards, one replay answers for any number of them."
     piece = _shard_of(len(targets.names), shard, "target(s)", hint)
-    return Targets(targets.kind, targets.names[piece], targets.groups[piece]), chosen
+    return targets.at(np.arange(len(targets.names))[piece]), chosen
 
 
 def parse_dtype(dtype: FloatName | torch.dtype | None, default: str) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from trajrec.rules.selftest import self_test
 from trajrec.task.task import Task
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Samples)
 _BLOCK = 64  # test samples whose losses tell what they depend on
 
 
@@ -116,14 +117,25 @@ class Session:
         """The training set, in a floating type; up to so many bytes of it are held."""
         first_pass = int(self.run.spec.data.get("seeded_from", 0))
         stored, task = self.run.inputs, self.task
-        return Samples(task.train, task.collate, dtype, self.device, first_pass=first_pass, limit=limit, stored=stored)
+        return Samples(
+            *(task.train, task.collate, dtype, self.device),
+            first_pass=first_pass,
+            limit=limit,
+            stored=stored,
+            classes_in=task.classes_in,
+        )
 
     @property
     def test(self) -> Samples:
         """The test set."""
         if self._test is None:
-            self._test = Samples(self.task.test, self.task.collate, self.dtype, self.device)
+            self._test = self.test_samples(Samples, self.dtype)
         return self._test
+
+    def test_samples(self, kind: type[S], dtype: torch.dtype, **options: Any) -> S:
+        """The test set in a floating type."""
+        task = self.task
+        return kind(task.test, task.test_collate, dtype, self.device, classes_in=task.classes_in, **options)
 
     def step_at_start(self) -> Step:
         """Step 1, with the weights before it on both sides."""
@@ -168,6 +180,7 @@ class Session:
         """The Task's losses once more, in a floating type, with a model of their own and all that is known of them."""
         function = LossFunction(self.task, self.run, self.layout, dtype, self.device)
         function.reduction, function.within = self.function.reduction, self.function.within
+        function.left_out = self.function.left_out
         function.seen = self.function.seen
         return function
 

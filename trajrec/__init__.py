@@ -21,6 +21,7 @@ _PUBLIC = {
     "Run": "trajrec.runfile.reader.run",
     "clip_norm": "trajrec.task.gradients",
     "clip_value": "trajrec.task.gradients",
+    "next_tokens": "trajrec.task.criterion",
     "open": "trajrec.runfile.reader.run",
     "record": "trajrec.api",
     "register_rule": "trajrec.rules",
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "clip_norm",
     "clip_value",
+    "next_tokens",
     "open",
     "record",
     "register_rule",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from trajrec.rules import register_rule as register_rule
     from trajrec.runfile.reader.run import Run as Run
     from trajrec.runfile.reader.run import open as open
+    from trajrec.task.criterion import next_tokens as next_tokens
     from trajrec.task.gradients import clip_norm as clip_norm
     from trajrec.task.gradients import clip_value as clip_value
     from trajrec.task.seeding import seeded as seeded

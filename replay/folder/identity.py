@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import trajrec
+from trajrec.replay.losses.chosen import Contrasts, Tokens
 from trajrec.replay.losses.targets import choose_targets, target_values
 from trajrec.replay.question import Question, TargetChoice
 from trajrec.replay.session import Session
@@ -49,6 +50,8 @@ def _losses(session: Session, question: Question) -> list[str]:
 def _digest(ids: TargetChoice | None) -> str | None:
     if ids is None or isinstance(ids, str):
         return ids
+    if isinstance(ids, Tokens | Contrasts):
+        return f"{ids.kind}:{_digest(ids.rows)}"
     return hashlib.sha256(np.asarray(ids).astype(np.int64).tobytes()).hexdigest()
 
 

@@ -11,6 +11,7 @@ recorded micro-batch did; elsewhere (`batches`) a run of ids is cut until its pi
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sized
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from trajrec.digest import sampled_digest
 from trajrec.errors import DataMismatchError, first_line
 from trajrec.records import IntArray
 from trajrec.replay.step import Part, Step
+from trajrec.task.reading import Reading
 from trajrec.task.seeding import find_seeded
 from trajrec.task.task import Batch, Collate
 
@@ -51,6 +53,7 @@ class Samples:
         first_pass: the pass over the data that the run's epoch 0 was, as `trajrec.seeded` counts.
         limit: bytes up to which the collated data set is held in memory.
         stored: the micro-batches of a step as the recording holds them; None where it does not.
+        classes_in: the classes [B] of the samples of a batch (`Task.classes_in`).
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Samples:
         first_pass: int = 0,
         limit: int = LIMIT,
         stored: Callable[[int], list[Batch] | None] | None = None,
+        classes_in: Callable[[Batch], Tensor | None] = Reading().classes_in,
     ) -> None:
         self.dataset = dataset
         self.collate = collate
@@ -71,6 +75,7 @@ class Samples:
         self.first_pass = first_pass
         self.checks_inputs = False
         self._stored = stored
+        self._classes_in = classes_in
         self._last_stored: tuple[int, list[Batch] | None] = (0, None)
         self._seeded = find_seeded(dataset)
         self._stack: Batch | None = None
@@ -167,6 +172,8 @@ class Samples:
 
     def _place(self, batch: Batch, copy: bool = False) -> Batch:
         def place(value: Any) -> Any:
+            if isinstance(value, UserDict):  # a tokenizer's batch is one, and no tree of torch's
+                return type(value)({key: place(part) for key, part in value.items()})
             if not isinstance(value, Tensor):
                 return value
             return value.to(self.device, self.dtype if value.is_floating_point() else None, copy=copy)
@@ -197,11 +204,15 @@ class Samples:
         return all(v.dtype == self.dtype for v in tree_leaves(self.raw(np.arange(1))) if v.is_floating_point())
 
     def labels(self, ids: IntArray) -> list[Any] | None:
-        """The labels of these samples where a batch is a pair (inputs, integer labels [B]); else None."""
+        """The labels of these samples where their batches have whole numbers for labels [B]; else None.
+
+        Raises:
+            TaskError: if the Task says where labels are, and batches have no such part.
+        """
         found: list[Any] = []
-        for _, batch in self.batches(ids):
-            label = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
-            if not isinstance(label, Tensor) or label.dim() != 1 or label.is_floating_point():
+        for block, batch in self.batches(ids):
+            label = self._classes_in(batch)
+            if label is None or len(label) != len(block):
                 return None
             found += label.tolist()
         return found

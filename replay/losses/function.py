@@ -28,7 +28,7 @@ from trajrec.replay.losses.finite import check_finite
 from trajrec.replay.losses.lazy import initialise
 from trajrec.replay.losses.objective import Objective, reduced
 from trajrec.replay.losses.seen import Seen
-from trajrec.replay.losses.shapes import broadcast_error, has_further, has_pairs, per_sample, without_last
+from trajrec.replay.losses.shapes import COUNTED, broadcast_error, has_further, has_pairs, per_sample, per_token, without_last
 from trajrec.replay.losses.statistics import Noted, RunningStatistics
 from trajrec.replay.machine.generators import generators_kept, set_generators
 from trajrec.replay.machine.torch_switches import PlainCheckpoints, PlainRecurrence
@@ -56,7 +56,9 @@ class LossFunction:
         statistics: the running statistics of its normalisations, or None if none moves in the training.
         carries: whether these are carried along through the run (`replay.derivatives.statistics`).
         smoothing: whether kinks are given a second derivative (`replay.derivatives.kinks`).
-        within: "mean" or "sum", what is made of several values of one sample's loss.
+        within: one of `shapes.WITHIN`: what is made of several values of one sample's loss.
+        left_out: how many labels of a sample, the first, have no value of its loss; None where labels do not tell which
+            of its values count.
         target_noise: what the target losses draw (`replay.losses.noise`); None as long as nobody has asked.
         has_further: whether the training loss has given several values a sample.
         kinks: operators in it whose derivative jumps, by name (`replay.losses.kinks`); None if that is not known.
@@ -80,6 +82,7 @@ class LossFunction:
         self.smoothing = self.carries = False
         self._around: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.within, self.has_further = "mean", False
+        self.left_out: int | None = None
         self.target_noise: Any = None
         self._is_no_broadcast: set[str] = set()
         self.kinks: tuple[str, ...] | None = None
@@ -322,6 +325,8 @@ class LossFunction:
 
     def _counts(self, batches: Sequence[Batch], sizes: Sequence[int], like: Tensor) -> list[Tensor] | None:
         """What the samples of every micro-batch count; None where that is the same for all."""
+        if self.within == COUNTED and self.left_out is not None and self.task.label_counts is not None:
+            return [self.task.label_counts.of(batch, self.left_out).to(like) for batch in batches]
         if self.task.weight is None:
             return None
         given = [self.task.weight(batch) for batch in batches]
@@ -354,6 +359,18 @@ class LossFunction:
         with nullcontext() if b is None else self.noting(b):
             return self._call(self.task.measure, "measure", named, batch, count)
 
+    def token_measures(self, weights: Tensor, batch: Batch, count: int) -> Tensor:
+        """Target losses of the tokens [B, T] of a batch at weights [P'] or [P' + Q]. Call `eval_mode` before.
+
+        Raises:
+            TaskError: if the Task gives none.
+        """
+        b = weights[self.layout.size :] if len(weights) > self.layout.size else None
+        named = self.layout.split(weights[: self.layout.size])
+        with nullcontext() if b is None else self.noting(b):
+            values = self._evaluate(self.task.tokens, named, batch)
+        return per_token(values, count).to(next(iter(named.values())).dtype)
+
     def scores(self, weights: Tensor, batch: Batch) -> Tensor:
         """What `Task.predict` gives for a batch at weights [P']. Call `eval_mode` before.
 
@@ -378,10 +395,22 @@ class LossFunction:
             self._check_broadcast(loss, what, parameters, batch, count)
         # A measure of its own need not be reduced as the training loss is.
         is_training = loss is self.task.loss
-        self.has_further |= is_training and isinstance(values, Tensor) and has_further(values, count)
-        losses = per_sample(values, count, what, self.within if is_training else "mean")
+        counts = None
+        if is_training and isinstance(values, Tensor) and has_further(values, count):
+            self.has_further = True
+            counts = self._label_counts(batch, values)
+        losses = per_sample(values, count, what, self.within if is_training else "mean", counts)
         # Of mixed precision: what it gives in half of the bits is summed up in the weights' own type.
         return losses.to(next(iter(parameters.values())).dtype)
+
+    def _label_counts(self, batch: Batch, values: Tensor) -> Tensor | None:
+        """How many of several values of each sample count, [B]; None where that makes no difference."""
+        of = self.task.label_counts
+        if of is None:
+            return None
+        if self.left_out is None:
+            self.left_out = of.left_out(batch, values)
+        return None if self.left_out is None or self.within != COUNTED else of.of(batch, self.left_out)
 
     def _check_broadcast(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> None:
         """Tells a loss of pairs from one with as many further values as samples, by asking for a sample less.

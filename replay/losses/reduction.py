@@ -6,7 +6,9 @@ every step. Over equal micro-batches "mean" and "mean-of-means" are the same, so
 more or fewer, are asked too.
 Where no way fits (a loss that is scaled and unscaled again for mixed precision, say), it is the mean.
 
-A loss that has several values a sample (tokens, outputs, pixels) is averaged over them, or summed, by the same test.
+A loss that has several values a sample (tokens, outputs, pixels) is averaged over them, or summed, or averaged over
+those whose labels are not -100, by the same test; where that makes no difference in the steps that are asked, labels of
+-100 do not count.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import NamedTuple
 
 from trajrec.replay.losses.batches import Samples
 from trajrec.replay.losses.function import LossFunction
-from trajrec.replay.losses.shapes import WITHIN
+from trajrec.replay.losses.shapes import COUNTED, WITHIN
 from trajrec.replay.step import RecordedRun, make_step, vector_of
 from trajrec.task.task import REDUCTIONS
 
@@ -28,14 +30,22 @@ _LOOKED_AT = 2000
 def found_reduction(run: RecordedRun, function: LossFunction, samples: Samples) -> str:
     """The reduction of REDUCTIONS that gives the recorded losses; leaves `function` with it, and with its `within`."""
     names = _candidates(run, function)
-    ways = [Way(within, name) for within in (WITHIN if function.has_further else WITHIN[:1]) for name in names]
+    ways = [Way(within, name) for within in _within(function) for name in names]
     if len(ways) > 1:
         fits = _fitting(run, function, samples, ways)
         preferred = _PREFERRED if function.usual_parts > 1 else REDUCTIONS
-        ways.sort(key=lambda way: (way.within != "mean", preferred.index(way.name)))
+        order = (COUNTED, "mean", "sum")
+        ways.sort(key=lambda way: (order.index(way.within), preferred.index(way.name)))
         way = next((way for way in ways if way in fits), ways[0])
         function.within, function.reduction = way.within, way.name
     return function.reduction
+
+
+def _within(function: LossFunction) -> tuple[str, ...]:
+    """What may have been made of several values of a sample."""
+    if not function.has_further:
+        return WITHIN[:1]
+    return WITHIN[:2] if function.left_out is None else WITHIN
 
 
 class Way(NamedTuple):

@@ -2,8 +2,9 @@
 
     [B]               as it is
     [B, 1, 1, ...]    squeezed
-    [B, L, ...]       a value for each token, output or pixel: their mean over the further dimensions, or their sum
-                      where that gives the recorded loss (`replay.losses.reduction`)
+    [B, L, ...]       a value for each token, output or pixel: their mean over the further dimensions, their sum, or
+                      the mean over those whose labels count, whichever gives the recorded loss
+                      (`replay.losses.reduction`)
     any, B = 1        the one sample's own, also where its dimension was squeezed away
 
 A [B, B] may be neither: outputs [B, 1] beside labels [B] are broadcast to every pair of an output and a label. With a
@@ -18,11 +19,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from trajrec.errors import TaskError
 from trajrec.task.task import Batch
 
-WITHIN = ("mean", "sum")
+COUNTED = "mean of those that count"
+WITHIN = ("mean", "sum", COUNTED)
 
 
-def per_sample(values: object, count: int, what: str, within: str) -> Tensor:
+def per_sample(values: object, count: int, what: str, within: str, counts: Tensor | None = None) -> Tensor:
     """The values of a loss of `count` samples as [B]; further dimensions are reduced `within` each sample.
+
+    `counts` [B] says how many of the values of each sample count, the others being 0.
 
     Raises:
         TaskError: if they are not one value, or one row of values, a sample.
@@ -35,7 +39,26 @@ def per_sample(values: object, count: int, what: str, within: str) -> Tensor:
             f"further dimensions behind that of the samples, but {_returned(values)}"
         )
     rows = values.reshape(count, -1)
+    if within == COUNTED and counts is not None:
+        return rows.sum(1) / counts.clamp(min=1).to(rows.device)
     return rows.sum(1) if within == "sum" else rows.mean(1)
+
+
+def per_token(values: object, count: int) -> Tensor:
+    """The losses of the tokens of `count` samples, [B, T].
+
+    Raises:
+        TaskError: if they are none.
+    """
+    if isinstance(values, Tensor) and count == 1 and values.dim() == 1 and values.numel() > 1:
+        return values[None]
+    if not isinstance(values, Tensor) or values.dim() != 2 or len(values) != count:
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise TaskError(
+            f"Targets that are tokens need the losses of the tokens of {count} samples, shape ({count}, tokens); the "
+            f"Task gives {found}. Let Task(tokens=...) return them: (model, batch) -> [B, tokens], without a mean."
+        )
+    return values
 
 
 def _returned(values: object) -> str:

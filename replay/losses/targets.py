@@ -4,15 +4,16 @@
     class   the mean loss over the test samples of a class  one target a class, named by the class
     each    the loss of every test sample                   one target a sample, named by its id
     ids     the loss of chosen test samples                 the same
+    tokens, contrasts    parts and differences of such losses (`replay.losses.chosen`), named by their rows
 
-All are means over groups of test samples, so a target is a name and the ids of its group. What the final model predicts
+Most are means over groups of test samples, so a target is a name and the ids of its group. What the final model predicts
 for single test samples is told here too, where the Task knows its outputs. The model is in eval mode,
 with the running statistics that the run ended with; these are held constant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +25,14 @@ from torch import Tensor
 from trajrec.errors import SampleRangeError, TaskError
 from trajrec.records import FloatArray, IntArray
 from trajrec.replay.losses.batches import Samples
+from trajrec.replay.losses.chosen import Contrasts, Tokens
 from trajrec.replay.losses.finite import check_finite
 from trajrec.replay.losses.function import LossFunction
 from trajrec.replay.losses.gradient import rows_of
 from trajrec.replay.losses.noise import Noise, noise_of, seeded_by
 from trajrec.rules.step import pull_batched
+from trajrec.task.criterion import IGNORED
+from trajrec.task.reading import found_in
 from trajrec.task.task import Batch
 
 MEAN = -1
@@ -37,11 +41,33 @@ _BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Names [M] of the targets and the test ids that each is the mean over; `kind` as asked."""
+    """The targets of a question, or some of them.
+
+    Attributes:
+        kind: as asked: "mean", "each", "class", "chosen", "tokens", "contrasts".
+        names: [M].
+        groups: the test ids that each is the mean over.
+        spans: [M, 2] the tokens (start, stop) of the group's one sample that each is about; None for its whole loss.
+        against: [M] test ids whose losses are subtracted; None for nothing.
+        asked: all targets of these two kinds, as they were named.
+    """
 
     kind: str
     names: IntArray
     groups: tuple[IntArray, ...]
+    spans: IntArray | None = None
+    against: IntArray | None = None
+    asked: Tokens | Contrasts | None = None
+
+    def at(self, places: Sequence[int] | IntArray, most: int | None = None) -> Targets:
+        """The targets at these places, of groups their first samples only, if it is said how many."""
+        spans, against = (None if part is None else part[places] for part in (self.spans, self.against))
+        groups = tuple(self.groups[k][:most] for k in places)
+        return Targets(self.kind, self.names[places], groups, spans, against, self.asked)
+
+    def called(self, name: int) -> str:
+        """A target of this name in words, for messages."""
+        return "the mean target" if self.kind == "mean" else f"target {name}"
 
 
 NO_TARGETS = Targets("", np.zeros(0, dtype=np.int64), ())
@@ -57,6 +83,8 @@ def choose_targets(question: Any, samples: Samples) -> Targets:
     everything = np.arange(len(samples))
     if not len(everything):
         raise TaskError("The Task's test set is empty: there is no loss to measure contributions on.")
+    if isinstance(question, Tokens | Contrasts):
+        return _rows(question, len(samples))
     if isinstance(question, str):
         if question == "mean":
             return Targets("mean", np.array([MEAN]), (everything,))
@@ -64,19 +92,34 @@ def choose_targets(question: Any, samples: Samples) -> Targets:
             return Targets("each", everything, tuple(everything[:, None]))
         if question == "class":
             return _classes(samples, everything)
-        raise TaskError(f'targets must be "mean", "each", "class" or an array of test ids, not {question!r}.')
+        raise TaskError(
+            f'targets must be "mean", "each", "class", an array of test ids, Tokens or Contrasts, not {question!r}.'
+        )
     chosen = check_ids(question, len(samples), "test")
     return Targets("chosen", chosen, tuple(chosen[:, None]))
 
 
+def _rows(asked: Tokens | Contrasts, length: int) -> Targets:
+    check_ids(asked.rows[:, 0], length, "test")
+    names, groups = np.arange(len(asked)), tuple(asked.rows[:, :1])
+    if isinstance(asked, Tokens):
+        return Targets(asked.kind, names, groups, spans=asked.rows[:, 1:], asked=asked)
+    return Targets(asked.kind, names, groups, against=check_ids(asked.rows[:, 1], length, "test"), asked=asked)
+
+
 def _classes(samples: Samples, everything: IntArray) -> Targets:
-    labels = samples.labels(everything)
-    if labels is None:
+    found = samples.labels(everything)
+    if found is None:
         raise TaskError(
-            'targets="class" needs test batches that are pairs (inputs, integer labels). Choose "mean", "each" or ids.'
+            'targets="class" needs the classes of the test samples, whole numbers, one a sample. A test batch is '
+            f"{found_in(samples.batch(everything[:1]))}: say where they are with Task(labels=KEY) or "
+            'Task.supervised(labels=KEY). Or choose "mean", "each" or ids.'
         )
-    classes = np.unique(np.asarray(labels, dtype=np.int64))
-    return Targets("class", classes, tuple(np.flatnonzero(np.asarray(labels) == c) for c in classes))
+    labels = np.asarray(found, dtype=np.int64)
+    classes = np.unique(labels[labels != IGNORED])
+    if not len(classes):
+        raise TaskError(f'targets="class" needs classes, but every test sample has the label {IGNORED}, which is none.')
+    return Targets("class", classes, tuple(np.flatnonzero(labels == c) for c in classes))
 
 
 def check_ids(ids: Any, length: int, what: str) -> IntArray:
@@ -110,9 +153,12 @@ def target_gradients(targets: Targets, function: LossFunction, samples: Samples,
     weights = torch.cat([weights, function.final_statistics().to(weights)])
     function.eval_mode()
     try:
-        if all(len(group) == 1 for group in targets.groups):
-            return _single_gradients(np.concatenate(targets.groups), function, samples, weights)
-        return torch.stack([_mean_gradient(group, function, samples, weights) for group in targets.groups])
+        if not all(len(group) == 1 for group in targets.groups):
+            return torch.stack([_mean_gradient(group, function, samples, weights) for group in targets.groups])
+        found = _single_gradients(np.concatenate(targets.groups), function, samples, weights, targets.spans)
+        if targets.against is not None:
+            found -= _single_gradients(targets.against, function, samples, weights)
+        return found
     finally:
         function.train_mode()
 
@@ -126,6 +172,8 @@ def target_values(targets: Targets, function: LossFunction, samples: Samples, we
     function.eval_mode()
     try:
         with torch.no_grad():
+            if targets.asked is not None:
+                return _single_losses(targets, function, samples, weights).double().cpu().numpy()
             return np.array([_mean_loss(group, function, samples, weights) for group in targets.groups])
     finally:
         function.train_mode()
@@ -142,11 +190,20 @@ def target_losses(targets: Targets, function: LossFunction, samples: Samples, we
     try:
         with torch.enable_grad():
             if all(len(group) == 1 for group in targets.groups):
-                found = list(_losses(np.concatenate(targets.groups), function, samples, w))
-                return torch.cat([part.detach() for part in found])
+                return _single_losses(targets, function, samples, w)
             return w.detach().new_tensor([_mean_loss(group, function, samples, w) for group in targets.groups])
     finally:
         function.train_mode()
+
+
+def _single_losses(targets: Targets, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
+    """The losses [M] of targets of one sample each, or two."""
+
+    def all_of(ids: IntArray, spans: IntArray | None = None) -> Tensor:
+        return torch.cat([part.detach() for part in _losses(ids, function, samples, weights, spans)])
+
+    found = all_of(np.concatenate(targets.groups), targets.spans)
+    return found if targets.against is None else found - all_of(targets.against)
 
 
 def _mean_loss(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> float:
@@ -161,7 +218,7 @@ def predictions(ids: IntArray, function: LossFunction, samples: Samples, weights
     numbers of such classes.
     """
     labels = samples.labels(ids)
-    if function.task.predict is None or not labels:
+    if function.task.predict is None or not labels or min(labels) < 0:
         return None
     function.eval_mode()
     try:
@@ -185,10 +242,22 @@ def _are_scores(outputs: object, count: int, largest: int) -> bool:
     )
 
 
-def _losses(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Iterator[Tensor]:
+def _losses(
+    ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor, spans: IntArray | None = None
+) -> Iterator[Tensor]:
     """The target losses of these samples, one batch after the other; differentiable where gradients are enabled."""
+    for block, batch, span in _blocks(ids, function, samples, weights, spans):
+        yield _checked(function, weights, batch, block, span)
+
+
+def _blocks(
+    ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor, spans: IntArray | None
+) -> Iterator[tuple[IntArray, Batch, IntArray | None]]:
+    """Batches of these samples, each with its ids and their spans of tokens."""
+    done = 0
     for block, batch in samples.batches(ids, _most(function, weights, samples, ids)):
-        yield _checked(function, weights, batch, block)
+        yield block, batch, None if spans is None else spans[done : done + len(block)]
+        done += len(block)
 
 
 def _most(function: LossFunction, weights: Tensor, samples: Samples, ids: IntArray) -> int:
@@ -196,9 +265,15 @@ def _most(function: LossFunction, weights: Tensor, samples: Samples, ids: IntArr
     return 1 if noise_of(function, weights, samples, ids) is Noise.OF_SAMPLES else _BLOCK
 
 
-def _checked(function: LossFunction, weights: Tensor, batch: Batch, ids: IntArray) -> Tensor:
+def _checked(
+    function: LossFunction, weights: Tensor, batch: Batch, ids: IntArray, spans: IntArray | None = None
+) -> Tensor:
     with seeded_by(ids, function):
-        losses = function.measures(weights, batch, len(ids))
+        losses = (
+            function.measures(weights, batch, len(ids))
+            if spans is None
+            else _of_spans(function.token_measures(weights, batch, len(ids)), ids, spans)
+        )
     check_finite(losses.detach(), "A target loss", None, ids)
     if weights.requires_grad and torch.is_grad_enabled() and not losses.requires_grad:
         raise TaskError(
@@ -207,6 +282,24 @@ def _checked(function: LossFunction, weights: Tensor, batch: Batch, ids: IntArra
             "Task(measure=...) a loss that has one."
         )
     return losses
+
+
+def _of_spans(values: Tensor, ids: IntArray, spans: IntArray) -> Tensor:
+    """The mean [B] of each sample's losses of tokens [B, T] over its span [B, 2].
+
+    Raises:
+        SampleRangeError: if a sample has no such tokens.
+    """
+    for sample, (start, stop) in zip(ids.tolist(), spans.tolist(), strict=True):
+        if stop > values.shape[1]:
+            raise SampleRangeError(
+                f"Test sample {sample} has losses of {values.shape[1]} tokens, 0 to {values.shape[1] - 1}: there are "
+                f"no tokens {start}:{stop}."
+            )
+    first, behind = (torch.from_numpy(edge.copy()).to(values.device)[:, None] for edge in spans.T)
+    place = torch.arange(values.shape[1], device=values.device)
+    inside = (place >= first) & (place < behind)
+    return torch.where(inside, values, 0).sum(1) / (behind - first)[:, 0]
 
 
 def _mean_gradient(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
@@ -218,14 +311,17 @@ def _mean_gradient(ids: IntArray, function: LossFunction, samples: Samples, weig
     return total / len(ids)
 
 
-def _single_gradients(ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor) -> Tensor:
+def _single_gradients(
+    ids: IntArray, function: LossFunction, samples: Samples, weights: Tensor, spans: IntArray | None = None
+) -> Tensor:
     w = weights.detach().requires_grad_()
     with torch.enable_grad():
-        batches = samples.batches(ids, _most(function, w, samples, ids))
-        return torch.cat([_rows(partial(_checked, function, w, batch, block), w) for block, batch in batches])
+        blocks = _blocks(ids, function, samples, w, spans)
+        found = [_gradients(partial(_checked, function, w, batch, block, span), w) for block, batch, span in blocks]
+        return torch.cat(found)
 
 
-def _rows(losses: Callable[[], Tensor], w: Tensor) -> Tensor:
+def _gradients(losses: Callable[[], Tensor], w: Tensor) -> Tensor:
     """The gradients [B, P'] of losses [B]; one after the other where an operator's cannot be taken together."""
     try:
         made = losses()

@@ -123,7 +123,7 @@ class AdjointPasses:
 
     def _block(self, number: int, piece: slice, values: Json, arrays: Arrays) -> None:
         session, targets = self._session, self._scope.targets
-        part = Targets(targets.kind, targets.names[piece], targets.groups[piece])
+        part = targets.at(np.arange(len(targets.names))[piece])
         gradients, statistics = session.target_gradients(part)
         adjoint = Adjoint.begin(self._problem, gradients, part.names, self._scope.window[0], statistics)
         adjoint.accuracy = self.accuracy if number == 0 and session.dtype == torch.float32 else None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trajrec.records import FloatArray, IntArray
 from trajrec.replay.label import APPROXIMATION, EXACT
+from trajrec.replay.losses.chosen import Contrasts, Tokens
 from trajrec.replay.machine.memory import kept
 from trajrec.replay.methods.blocks import AdjointPasses, Execution, TangentPasses
 from trajrec.replay.positional import by_position
@@ -50,11 +51,11 @@ class Contributions:
     Attributes:
         values: [S, M] float64.
         samples: [S] training sample ids.
-        targets: [M] target names: -1 for the mean, class numbers, or test ids.
+        targets: [M] target names: -1 for the mean, class numbers, test ids, or rows of `asked`.
         certificate: what the replay has proved.
         exact: with the whole Hessian; everything else is an approximation, and `label` says so.
         mode: "adjoint" or "tangent".
-        target_kind: "mean", "class", "each" or "chosen".
+        target_kind: "mean", "class", "each", "chosen", "tokens" or "contrasts".
         epochs: [E] epochs, and by_epoch: [E, S, M] the part of each; both None unless asked for.
         growth: [n], adjoint only: the norm of the adjoint |lam_t| over that at the end of the run, at n <= 100 evenly
             spaced points from the last step back to the first, the largest over the first block of targets. What it
@@ -64,6 +65,7 @@ class Contributions:
         notes: what else should be known of the losses that the numbers are about, in sentences.
         accuracy: adjoint in float32 only: what the numbers of the first block of targets are good to, relative to the
             largest (`trajrec.replay.proof.accuracy`); None where that was not tried.
+        asked: the `Tokens` or `Contrasts` that were asked for; None for other targets.
     """
 
     values: FloatArray
@@ -80,6 +82,7 @@ class Contributions:
     curvature: str = "hessian"
     notes: tuple[str, ...] = ()
     accuracy: float | None = None
+    asked: Tokens | Contrasts | None = None
 
     @property
     def label(self) -> str:
@@ -124,7 +127,9 @@ def contributions(
     Args:
         run: an open recording (`trajrec.open`).
         task: describes the training.
-        targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), or [M] test ids.
+        targets: "mean" (of the test set), "each" test sample, "class" (mean of each class), [M] test ids, or
+            `trajrec.replay.Tokens` (spans of tokens of test samples) or `trajrec.replay.Contrasts` (differences of two
+            test losses).
         samples: [S] training sample ids; default all N.
         exact: with Hessian-vector products; exact=False is the paper's Hessian-free approximation.
         curvature: by name: "hessian" is exact, "none" Hessian-free; "ggn" is the Gauss-Newton form between them
@@ -216,4 +221,5 @@ def _contributions(session: Session, scope: Scope, values: FloatArray) -> Contri
         window=scope.window,
         curvature=scope.curvature,
         notes=session.notes,
+        asked=scope.targets.asked,
     )

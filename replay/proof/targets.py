@@ -70,7 +70,7 @@ def prove_targets(session: Session, targets: Targets, proof: DerivativeProof) ->
 
 def _some(targets: Targets) -> Targets:
     places = np.unique(np.linspace(0, len(targets.names) - 1, _MOST).round().astype(int))
-    return Targets(targets.kind, targets.names[places], tuple(targets.groups[k][:_FEW] for k in places))
+    return targets.at(places, most=_FEW)
 
 
 class _Once(Samples):
@@ -94,7 +94,7 @@ class _Trial:
     def __init__(self, session: Session, targets: Targets, weights: Tensor) -> None:
         self.function: LossFunction = session.differences.function
         self.function.seen = session.function.seen
-        self._samples = _Once(session.task.test, session.task.collate, torch.float64, session.device, limit=0)
+        self._samples = session.test_samples(_Once, torch.float64, limit=0)
         self._targets, self._size = targets, len(weights)
         self.at = torch.cat([weights, self.function.final_statistics().to(weights)])
 

@@ -93,7 +93,8 @@ def targets_of(found: Contributions, session: Session) -> Targets:
     Raises:
         ReplayError: if they are those of a shard.
     """
-    targets = choose_targets(found.targets if found.target_kind == "chosen" else found.target_kind, session.test)
+    asked = found.targets if found.target_kind == "chosen" else found.asked or found.target_kind
+    targets = choose_targets(asked, session.test)
     if not np.array_equal(targets.names, found.targets):
         raise ReplayError("These contributions are to some of the targets that were asked for: merge the shards first.")
     return targets

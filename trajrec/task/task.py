@@ -10,6 +10,10 @@ and supplies what replay has to differentiate:
                                                   a sample (tokens, outputs), [B, ...], the mean is taken
     measure   (model, batch) -> Tensor [B]        the same for targets; default: loss
     collate   [item] -> batch                     default: torch's default_collate
+    test_collate                                  the same for the test set; default: collate
+    labels    a key or position in the batch      of the classes, for reports and targets by class; default: the second
+                                                  of a pair, or "labels", "label", "targets", "target", "y"
+    tokens    (model, batch) -> Tensor [B, T]     a test sample's losses of single tokens; default: measure
     predict   (model, batch) -> Tensor [B, classes]   scores of the classes; only so that reports can name predictions
 
 A step's gradient is that of sum_i c_i l_i + penalty. What a loop may do beyond a mean of losses has its own place:
@@ -32,12 +36,14 @@ from collections.abc import Callable, Sized
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from trajrec.errors import TaskError, first_line
-from trajrec.task.criterion import cross_entropies, label_counts
+from trajrec.task.criterion import CrossEntropies, LabelCounts, cross_entropies
 from trajrec.task.gradients import Gradients
+from trajrec.task.reading import Inputs, Key, Reading, scores_in
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -55,7 +61,13 @@ class Task:
         loss: training loss of every sample: (model, batch) -> [B], without reduction; or [B, ...], whose mean over
             the further dimensions is taken (their sum, where that gives the recorded loss).
         measure: loss of every test sample, [B]; default: `loss`.
-        collate: makes a batch of a list of items; default: torch's.
+        collate: makes a batch of a list of items; default: torch's. Where the training's loader has batch_size=None,
+            what its collate_fn does to single items is not this: a list of items comes here all the same.
+        test_collate: the same for the test set; default: `collate`.
+        labels: key or position of the labels in a batch, for reports and targets="class"; default: the second part of
+            a pair, or in a dictionary whole numbers under "labels", "label", "targets", "target" or "y".
+        tokens: losses of the single tokens of every test sample, [B, T], for targets that are tokens
+            (`trajrec.replay.Tokens`); default: `measure`, where it has several values a sample.
         predict: scores of the classes for every sample, [B, classes]; reports show the highest as the prediction.
         weight: what each sample of a batch counts in the mean, [B] (a_i below); default ones, which None stands for.
         reduction: how the loop makes one number of the losses of a step, over all of its samples ("mean":
@@ -76,6 +88,9 @@ class Task:
         loss: Loss,
         measure: Loss | None = None,
         collate: Collate | None = None,
+        test_collate: Collate | None = None,
+        labels: Key | None = None,
+        tokens: Loss | None = None,
         predict: Loss | None = None,
         weight: Callable[[Batch], Tensor | None] | None = None,
         reduction: str | None = None,
@@ -93,6 +108,10 @@ class Task:
         self.loss = loss
         self.measure = measure or loss
         self.collate: Collate = collate or default_collate
+        self.test_collate: Collate = test_collate or self.collate
+        self.reading = Reading(labels=labels)
+        self.tokens = tokens or self.measure
+        self.label_counts: LabelCounts | None = None
         self.predict = predict
         self.weight = weight
         self.reduction = reduction
@@ -106,31 +125,58 @@ class Task:
         model: Callable[[], nn.Module] | nn.Module,
         train: Any,
         test: Any = None,
-        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
         *,
-        collate: Collate | None = None,
+        inputs: Inputs | None = None,
+        labels: Key | None = None,
         **options: Any,
     ) -> Task:
-        """A task whose batches are pairs (x, y), with criterion(model(x), y) -> [B] as loss and measure.
+        """A task with criterion(model(x), y) as loss and measure, for batches (x, y), dictionaries and longer tuples.
 
         The default criterion is cross entropy without reduction: of scores [B, classes] beside labels [B], or of
         scores [B, T, classes] (or [B, classes, T], as torch takes them) beside labels [B, T] the mean over a sample's
-        labels that are not -100. In a batch every label then counts the same, as in torch's mean. Outputs of shape
-        [B, classes] beside integer labels are taken for scores of the classes. `options` are those of `Task`.
+        labels that are not -100. In a batch every label then counts the same, as in torch's mean. For language models
+        that predict the next token, whose labels are not shifted, `criterion=trajrec.next_tokens`. Of what a model
+        returns these, and the criteria of torch.nn, take the `logits`, where it has some; your own criterion takes it
+        as it is. Outputs of shape [B, classes] beside integer labels are taken for scores of the classes.
+
+        Args:
+            criterion: (outputs, y) -> [B], [B, 1] or [B, tokens] without reduction. Of several values the mean, the
+                sum, or the mean over those whose labels are not -100 is taken: what gives the recorded losses.
+            inputs: what the model is called with, where batches are no pairs: a key of the batch or a position in it;
+                several positions, which become positional arguments; several keys, which become keywords; or a
+                dictionary from keys to keywords.
+            labels: key or position of y in the batch.
+            options: as those of `Task`.
+
+        Raises:
+            TaskError: `inputs` or `labels` cannot be keys or positions.
         """
-        score = criterion or cross_entropies
+        score, reading = criterion or cross_entropies, Reading(inputs, labels)
+        takes_scores = isinstance(score, CrossEntropies | _Loss)
+
+        def outputs(model: nn.Module, batch: Batch) -> Any:
+            made = reading.call(model, batch)
+            return scores_in(made) if takes_scores else made
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
-            inputs, labels = batch
-            return score(model(inputs), labels)
+            return score(outputs(model, batch), reading.labels_in(batch))
 
         def predict(model: nn.Module, batch: Batch) -> Tensor:
-            outputs: Tensor = model(batch[0])
-            return outputs
+            scores: Tensor = scores_in(reading.call(model, batch))
+            return scores
 
-        if criterion is None and options.get("weight") is None:
-            options["weight"] = label_counts
-        return cls(model, train, test, loss=loss, collate=collate, predict=predict, **options)
+        if isinstance(score, CrossEntropies):
+            options = _of_labels(score, outputs, reading, options)
+        task = cls(model, train, test, loss=loss, **{"predict": predict, **options})
+        task.reading = reading
+        if options.get("weight") is None:
+            task.label_counts = LabelCounts(reading.labels_in)
+        return task
+
+    def classes_in(self, batch: Batch) -> Tensor | None:
+        """The labels [B] of a batch, where they are whole numbers, one a sample; else None."""
+        return self.reading.classes_in(batch)
 
     def build_model(self) -> nn.Module:
         """A new model.
@@ -169,6 +215,21 @@ class Task:
             raise TaskError("This question is about test losses, but the Task has no test set: pass Task(test=...).")
         self._test = _resolve(self._test, "test")
         return self._test
+
+
+def _of_labels(
+    score: CrossEntropies, outputs: Callable[[nn.Module, Batch], Any], reading: Reading, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Options of a Task whose every label that counts, counts the same; a user's own come first."""
+
+    def weight(batch: Batch) -> Tensor | None:
+        return score.counts(reading.labels_in(batch))
+
+    def tokens(model: nn.Module, batch: Batch) -> Tensor:
+        return score.values(outputs(model, batch), reading.labels_in(batch))
+
+    own = {name: value for name, value in options.items() if value is not None}
+    return {"weight": weight, **({} if "measure" in own else {"tokens": tokens}), **own}
 
 
 def _resolve(data: Any, name: str) -> Any:

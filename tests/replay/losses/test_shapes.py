@@ -13,7 +13,7 @@ from trajrec.errors import NonFiniteError, TaskError
 from trajrec.replay import contributions
 from trajrec.replay.losses.shapes import per_sample
 from trajrec.replay.session import Session
-from trajrec.task.criterion import cross_entropies, label_counts
+from trajrec.task.criterion import cross_entropies
 from trajrec.task.task import Task
 
 SAMPLES = np.array([0, 5, 11])
@@ -189,9 +189,9 @@ def test_classes_may_be_the_last_dimension_or_the_second(outputs, labels):
 def test_labels_that_do_not_count():
     labels = torch.tensor([[0, -100], [-100, -100], [1, 2]])
     assert cross_entropies(torch.randn(3, 2, 3), labels)[1] == 0
-    assert label_counts((None, labels)).tolist() == [1, 0, 2]
-    assert label_counts((None, torch.tensor([0, 1]))) is None
-    assert label_counts((None, torch.tensor([0, -100]))).tolist() == [1, 0]
+    assert cross_entropies.counts(labels).tolist() == [1, 0, 2]
+    assert cross_entropies.counts(torch.tensor([0, 1])) is None
+    assert cross_entropies.counts(torch.tensor([0, -100])).tolist() == [1, 0]
 
 
 def test_scores_and_labels_that_do_not_fit_are_named_by_their_shapes():
