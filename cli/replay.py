@@ -13,7 +13,7 @@ from trajrec.cli import options as shared
 from trajrec.cli.options import LONG_RUNS, MACHINE, METHOD, OUTPUT, QUESTION, choice, flag
 from trajrec.cli.say import say
 from trajrec.cli.tasks import task_of
-from trajrec.cli.values import bytes_of, ids_in, shard_of, steps_of
+from trajrec.cli.values import bytes_of, ids_in, shard_of, steps_of, targets_file, targets_in
 
 if TYPE_CHECKING:
     from trajrec.replay.methods.contributions import Contributions
@@ -25,7 +25,13 @@ def replay(
     run: shared.RunArgument = None,
     samples: Annotated[Path | None, choice("IDX.npy", "Training sample ids (default: all).", QUESTION)] = None,
     targets: Annotated[
-        str, choice("mean|each|class|FILE.npy", "What is measured: a loss on the test set (default: mean).", QUESTION)
+        str,
+        choice(
+            "mean|each|class|FILE.npy",
+            "What is measured: a loss on the test set (default: mean). tokens:FILE.npy takes rows (sample, start, "
+            "stop), contrasts:FILE.npy rows of two samples.",
+            QUESTION,
+        ),
     ] = "mean",
     by_epoch: Annotated[bool, flag("--by-epoch", "Also the part of each epoch.", QUESTION)] = False,
     steps: Annotated[str | None, choice("A:B", "Only what steps A to B contribute.", QUESTION)] = None,
@@ -82,7 +88,7 @@ def replay(
     path = find_run(run)
     words: Any = {"mode": mode, "certify": certify, "dtype": dtype}
     question = Question(
-        targets=ids_in(Path(targets), "--targets") if targets.endswith(".npy") else targets,  # type: ignore[arg-type]
+        targets=targets_in(targets),
         samples=None if samples is None else ids_in(samples, "--samples"),
         curvature=curvature_of(True, _curvature(exact, hessian_free, curvature)),  # type: ignore[arg-type]
         by_epoch=by_epoch,
@@ -104,7 +110,7 @@ def replay(
         result = _solve(session, question, file)
         facts = {"run": str(path), "seconds": round(time.monotonic() - began, 3), "command": " ".join(sys.argv[1:])}
         facts |= {"question": identity, "shard": question.shard and list(question.shard)}
-        facts |= {"taylor": _check(session, result, taylor, file)} if taylor else {}
+        facts |= {"taylor": _check(session, question, result, taylor, file)} if taylor else {}
         with place.filling(file.keep) as unfinished:
             left_out = write_replay(unfinished, result, session, facts)
             carry_validated(place.path, unfinished, Settings(run_id=session.run.spec.run_id, question=identity))
@@ -141,7 +147,7 @@ def _used(run: Path, samples: Path | None, targets: str, task: str | None) -> li
         ("the run", run),
         ("the recording", run.with_name(run.name + SUFFIX)),
         ("the samples", samples),
-        ("the targets", Path(targets) if targets.endswith(".npy") else None),
+        ("the targets", targets_file(targets)[1]),
         ("the Task", None if task is None else task_file(task)),
     ]
 
@@ -156,22 +162,21 @@ def _solve(session: Session, question: Any, file: ResumeFile) -> Contributions:
         return solve(session, question, Execution(progress, file, form=os.environ.get("TRAJREC_FORM")))
 
 
-def _check(session: Session, result: Contributions, count: int, file: ResumeFile) -> str:
+def _check(session: Session, question: Any, result: Contributions, count: int, file: ResumeFile) -> str:
     """What the Taylor check says of the most influential sample, the median one and others evenly between."""
     name = f"taylor {count}"
     if name not in file.notes:
-        file.note(name, _train_again(session, result, count))
+        file.note(name, _train_again(session, question, result, count))
     return str(file.notes[name])
 
 
-def _train_again(session: Session, result: Contributions, count: int) -> str:
+def _train_again(session: Session, question: Any, result: Contributions, count: int) -> str:
     from trajrec.cli.progress import ReplayProgress
-    from trajrec.replay.losses.targets import choose_targets
     from trajrec.replay.validation.taylor import spread, taylor_check, taylor_steps
 
     places = spread(result.values, count)
     samples = result.samples[places]
-    targets = choose_targets(result.targets if result.target_kind == "chosen" else result.target_kind, session.test)
+    targets = question.scope(session.samples, session.run.steps, lambda: session.test).targets
     with ReplayProgress() as progress:
         progress.start("taylor check", taylor_steps(session, samples.tolist()))
         return taylor_check(session, targets, samples, result.values[places], progress.advance).sentence

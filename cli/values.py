@@ -9,6 +9,7 @@ from trajrec.errors import TrajrecError
 
 if TYPE_CHECKING:
     from trajrec.records import IntArray
+    from trajrec.replay.question import TargetChoice
 
 
 def steps_of(text: str | None) -> tuple[int, int] | None:
@@ -36,6 +37,25 @@ def bytes_of(size: str | None) -> int | None:
         return None if size is None else parse_size(size)
     except ValueError as error:
         raise TrajrecError(f"--memory: {error}") from None
+
+
+def targets_file(text: str) -> tuple[str, Path | None]:
+    """The kind and the file of "FILE.npy" (of no kind), "tokens:FILE.npy" or "contrasts:FILE.npy"; else no file."""
+    kind, colon, path = text.partition(":")
+    if colon and kind in ("tokens", "contrasts"):
+        return kind, Path(path)
+    return "", Path(text) if text.endswith(".npy") else None
+
+
+def targets_in(text: str) -> TargetChoice:
+    """What --targets names: a word, test ids, or rows of tokens or contrasts."""
+    from trajrec.replay.losses.chosen import rows_of_kind
+
+    kind, path = targets_file(text)
+    if path is None:
+        return text  # type: ignore[return-value]  # another word is refused where targets are chosen
+    numbers = ids_in(path, "--targets")
+    return rows_of_kind(kind, numbers) or numbers
 
 
 def ids_in(path: Path, option: str) -> IntArray:

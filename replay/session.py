@@ -336,6 +336,6 @@ class Session:
         weights = self.trajectory.weights(self.run.steps)
         with hidden_parts(self.function), differentiating(self.function.seen.hides):
             found = target_gradients(targets, self.function, self.test, weights)
-        check_gradients(found, targets.names)
+        check_gradients(found, targets.names, targets.called)
         size = self.layout.size
         return found[:, :size], found[:, size:] if self.function.statistics is not None else None

@@ -120,6 +120,12 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return (value[0], value[1]) if whole and len(value) == 2 else None
 
 
+def _rows(value: Any) -> tuple[tuple[int, ...], ...]:
+    rows = value if isinstance(value, list | tuple) else ()
+    sound = all(isinstance(row, list | tuple) and all(type(number) is int for number in row) for row in rows)
+    return tuple(map(tuple, rows)) if sound and len({len(row) for row in rows}) == 1 else ()
+
+
 def _read(read: Callable[[Any], Any], default: Any = None, always: bool = True) -> Any:
     """A field, how its value is read from JSON, and whether it is always written; the default stands for nothing."""
     return field(default=default, metadata={"read": read, "always": always})
@@ -192,7 +198,8 @@ class Settings:
         exact, curvature: "hessian" is exact, everything else an approximation; label: says so in words, and is made
             of these two wherever a folder is read.
         mode: "adjoint" or "tangent"; unit: of a contribution.
-        targets: "mean", "each", "class" or "chosen".
+        targets: "mean", "each", "class", "chosen", "tokens" or "contrasts".
+        target_rows: what each target of the last two is (`trajrec.replay.losses.chosen`), its name being its place.
         target_set: "test", or "train" when targets are training samples (then a target's id is a sample's id).
         samples, samples_total, steps: S, N, T; window: first and last step that were replayed, where not all were.
         growth: of the adjoint (`trajrec.replay.report.sensitivity`), or None: without the Hessian it means nothing.
@@ -216,6 +223,7 @@ class Settings:
     certificate: Certificate | None = _read(Certificate.read)  # noqa: RUF009 - a field as the others
     targets: str = _read(text, "mean")
     target_set: str = _read(text, "test")
+    target_rows: tuple[tuple[int, ...], ...] = _read(_rows, (), always=False)
     samples: int | None = _read(_whole)
     samples_total: int | None = _read(_whole)
     steps: int | None = _read(_whole)

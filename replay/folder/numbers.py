@@ -11,6 +11,7 @@ from trajrec.errors import DamagedRunError
 from trajrec.replay.folder.format import CONTRIBUTIONS, Settings
 from trajrec.replay.folder.format import Certificate as Written
 from trajrec.replay.folder.read import Inputs, reading
+from trajrec.replay.losses.chosen import rows_of_kind
 from trajrec.replay.methods.contributions import Contributions
 from trajrec.replay.proof.certificate import Certificate, Verdict
 
@@ -38,6 +39,7 @@ def contributions_in(inputs: Inputs) -> Contributions:
         mode=settings.mode or "adjoint",
         target_kind=settings.targets,
         window=settings.window,
+        asked=rows_of_kind(settings.targets, settings.target_rows) if settings.target_rows else None,
         curvature=settings.curvature or ("hessian" if settings.exact else "none"),
     )
 

@@ -105,6 +105,7 @@ def _describe(result: Contributions, session: Session) -> Settings:
         unit=UNIT,
         run_id=spec.run_id,
         targets=result.target_kind,
+        target_rows=() if result.asked is None else tuple(map(tuple, result.asked.rows.tolist())),
         # A Task whose test set is its training set asks what samples do to their own loss: self-influence.
         target_set="train" if session.test.dataset is session.train.dataset else "test",
         samples=len(result.samples),
@@ -134,6 +135,8 @@ def _single_tests(result: Contributions, session: Session) -> Any:
 
 
 def _targets(result: Contributions, session: Session) -> pl.DataFrame:
+    if result.asked is not None:
+        return pl.DataFrame({"target": result.targets, "name": [result.asked.words(name) for name in result.targets]})
     if result.target_kind not in ("each", "chosen"):
         label = result.targets if result.target_kind == "class" else [None] * len(result.targets)
         return pl.DataFrame({"target": result.targets, "label": pl.Series(label, dtype=pl.Int64)})

@@ -32,6 +32,7 @@ from trajrec.task.task import Batch, Collate
 _BLOCK = 512
 LIMIT = 2 << 30
 _CHECK_EVERY = 16
+_PAIRS = Reading()
 
 
 class OtherInputs(Exception):  # noqa: N818
@@ -66,7 +67,7 @@ class Samples:
         first_pass: int = 0,
         limit: int = LIMIT,
         stored: Callable[[int], list[Batch] | None] | None = None,
-        classes_in: Callable[[Batch], Tensor | None] = Reading().classes_in,
+        classes_in: Callable[[Batch], Tensor | None] = _PAIRS.classes_in,
     ) -> None:
         self.dataset = dataset
         self.collate = collate

@@ -38,7 +38,7 @@ class _Rows:
         return len(self.rows)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and np.array_equal(self.rows, other.rows)
+        return isinstance(other, _Rows) and self.kind == other.kind and np.array_equal(self.rows, other.rows)
 
     def __hash__(self) -> int:
         return hash((self.kind, self.rows.tobytes()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -49,8 +51,8 @@ def _not_finite(finite: Tensor, noun: str, ids: IntArray | None, shares: Tensor 
     return which, ""
 
 
-def check_gradients(gradients: Tensor, names: IntArray) -> None:
-    """Checks the gradients [M, P'] of targets of these names [M].
+def check_gradients(gradients: Tensor, names: IntArray, called: Callable[[int], str]) -> None:
+    """Checks the gradients [M, P'] of targets of these names [M], which are called so in words.
 
     Raises:
         NonFiniteError: naming the target, and what its finite loss must be doing.
@@ -58,9 +60,8 @@ def check_gradients(gradients: Tensor, names: IntArray) -> None:
     bad = ~torch.isfinite(gradients).all(dim=1)
     if bool(bad.any()):
         name = int(names[int(bad.int().argmax())])
-        which = "the mean target" if name < 0 else f"target {name}"
         raise NonFiniteError(
-            f"The loss of {which} is finite at the final weights, and its gradient is not: a root, a power or a "
+            f"The loss of {called(name)} is finite at the final weights, and its gradient is not: a root, a power or a "
             "logarithm of zero, as in a distance of equal points. Add a small number inside, in Task(measure=...): "
             "(x + eps).sqrt()."
         )

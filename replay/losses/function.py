@@ -28,7 +28,15 @@ from trajrec.replay.losses.finite import check_finite
 from trajrec.replay.losses.lazy import initialise
 from trajrec.replay.losses.objective import Objective, reduced
 from trajrec.replay.losses.seen import Seen
-from trajrec.replay.losses.shapes import COUNTED, broadcast_error, has_further, has_pairs, per_sample, per_token, without_last
+from trajrec.replay.losses.shapes import (
+    COUNTED,
+    broadcast_error,
+    has_further,
+    has_pairs,
+    per_sample,
+    per_token,
+    without_last,
+)
 from trajrec.replay.losses.statistics import Noted, RunningStatistics
 from trajrec.replay.machine.generators import generators_kept, set_generators
 from trajrec.replay.machine.torch_switches import PlainCheckpoints, PlainRecurrence

@@ -6,9 +6,9 @@
     ids     the loss of chosen test samples                 the same
     tokens, contrasts    parts and differences of such losses (`replay.losses.chosen`), named by their rows
 
-Most are means over groups of test samples, so a target is a name and the ids of its group. What the final model predicts
-for single test samples is told here too, where the Task knows its outputs. The model is in eval mode,
-with the running statistics that the run ended with; these are held constant.
+Most are means over groups of test samples, so a target is a name and the ids of its group. What the final model
+predicts for single test samples is told here too, where the Task knows its outputs. The model is in eval mode, with the
+running statistics that the run ended with; these are held constant.
 """
 
 from __future__ import annotations

@@ -235,7 +235,8 @@ def watch_targets(targets: Targets, function: LossFunction, samples: Samples, we
     with suppress(Exception):
         batch = samples.batch(ids)
         with _unharmed(function), calls.of(function):
-            function.measures(weights.detach().requires_grad_(), batch, len(ids))
+            measures = function.measures if targets.spans is None else function.token_measures
+            measures(weights.detach().requires_grad_(), batch, len(ids))
         calls.raised = False
     function.train_mode()
     return calls.tell(function)

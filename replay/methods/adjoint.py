@@ -46,6 +46,7 @@ class Adjoint:
         first: the next step to be done.
         until: the last step to be done, going backwards; 1 for the whole run.
         carried: the cotangent of the running statistics; None where there are none, or without a curvature.
+        called: a target in words, for messages.
         accuracy: where it is noted what the numbers are good to; None tries nothing.
     """
 
@@ -55,6 +56,7 @@ class Adjoint:
     first: int
     until: int
     carried: Carried | None = None
+    called: Callable[[int], str] = "target {}".format
     accuracy: Accuracy | None = None
 
     @classmethod
@@ -106,7 +108,8 @@ class Adjoint:
             if checks is not None:
                 checks.backwards(step, None if found.gradient is None else free(found.gradient, step))
             inner = pulled.scaled(found.inner)
-            check_adjoint(inner, self.names, step.t, problem.trajectory.run.steps, exact=problem.plan.exact)
+            last, exact = problem.trajectory.run.steps, problem.plan.exact
+            check_adjoint(inner, self.names, step.t, last, exact=exact, called=self.called)
             collect(step, -found.shares * inner)
             self._try_accuracy(step, found.shares * inner, found.hvp)
             puller.accept(pulled, found.hvp)

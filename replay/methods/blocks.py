@@ -26,7 +26,6 @@ from trajrec.records import FloatArray, IntArray, Json
 from trajrec.replay.derivatives.choice import DIFFERENCE, FIRST_ORDER, FORMS, Chosen, Plan, Problem
 from trajrec.replay.derivatives.difference import difference
 from trajrec.replay.derivatives.pieces import Form
-from trajrec.replay.losses.targets import Targets
 from trajrec.replay.machine.memory import budget
 from trajrec.replay.methods.adjoint import Adjoint
 from trajrec.replay.methods.growth import Norms
@@ -126,6 +125,7 @@ class AdjointPasses:
         part = targets.at(np.arange(len(targets.names))[piece])
         gradients, statistics = session.target_gradients(part)
         adjoint = Adjoint.begin(self._problem, gradients, part.names, self._scope.window[0], statistics)
+        adjoint.called = part.called
         adjoint.accuracy = self.accuracy if number == 0 and session.dtype == torch.float32 else None
         norms = Norms(adjoint, session, self._growth, keep=number == 0)
         checks = session.checks if number == 0 or not session.certifies_once else None

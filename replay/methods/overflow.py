@@ -7,24 +7,26 @@ says which target or sample it was, and what can still be asked of this run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from trajrec.errors import NonFiniteError
 from trajrec.records import IntArray
-from trajrec.replay.losses.targets import MEAN
 
 
-def check_adjoint(inner: Tensor, names: IntArray, t: int, last: int, *, exact: bool) -> None:
-    """Checks inner products [K, B] of step t, of `last`, for the targets of these names [K].
+def check_adjoint(
+    inner: Tensor, names: IntArray, t: int, last: int, *, exact: bool, called: Callable[[int], str]
+) -> None:
+    """Checks inner products [K, B] of step t, of `last`, for the targets of these names [K], `called` so in words.
 
     Raises:
         NonFiniteError: naming the step and a target.
     """
     if bool(torch.isfinite(inner).all()):
         return
-    name = _first(inner, names)
-    target = "the mean target" if name == MEAN else f"target {name}"
+    target = called(_first(inner, names))
     later = f" Or ask about the steps after it: --steps {t + 1}:{last}." if t < last else ""
     raise NonFiniteError(
         f"Going backwards, the adjoint of {target} became NaN or infinite at step {t}{_advice(inner, exact)}{later}",

@@ -50,7 +50,11 @@ class Predictions:
             return summed(self.stored, sets)
         if self.beside is None:
             return self._forwards(self.targets, sets, progress)
-        found = self._forwards(_joined(self.targets, targets_of(self.beside, self.session)), sets, progress)
+        other = targets_of(self.beside, self.session)
+        if other.asked is not None:  # parts of losses and differences: another computation than losses
+            _check_same(self._forwards(other, sets, progress), summed(self.beside, sets))
+            return self._forwards(self.targets, sets, progress)
+        found = self._forwards(_joined(self.targets, other), sets, progress)
         _check_same(found[:, -1:], summed(self.beside, sets))
         return found[:, :-1]
 

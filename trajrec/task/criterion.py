@@ -55,9 +55,7 @@ class CrossEntropies:
             )
         if labels.is_floating_point() and labels.shape == outputs.shape:
             return cross_entropy(outputs, labels, reduction="none")
-        return cross_entropy(
-            _classes_second(outputs, labels), labels.long(), reduction="none", ignore_index=IGNORED
-        )
+        return cross_entropy(_classes_second(outputs, labels), labels.long(), reduction="none", ignore_index=IGNORED)
 
     def counts(self, labels: Any) -> Tensor | None:
         """How many labels of each sample count, [B]; None where that is one for each."""

@@ -141,6 +141,7 @@ class Task:
         as it is. Outputs of shape [B, classes] beside integer labels are taken for scores of the classes.
 
         Args:
+            model, train, test: as of `Task`.
             criterion: (outputs, y) -> [B], [B, 1] or [B, tokens] without reduction. Of several values the mean, the
                 sum, or the mean over those whose labels are not -100 is taken: what gives the recorded losses.
             inputs: what the model is called with, where batches are no pairs: a key of the batch or a position in it;

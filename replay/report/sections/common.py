@@ -39,6 +39,8 @@ def mean_of(settings: Settings) -> str:
         "mean": f"the mean {settings.target_set} loss",
         "class": "the mean over the classes",
         "each": f"the mean over all {settings.target_set} samples",
+        "tokens": f"the mean over the chosen tokens of {settings.target_set} samples",
+        "contrasts": f"the mean over the chosen contrasts of {settings.target_set} samples",
     }
     return words.get(settings.targets, f"the mean over the chosen {settings.target_set} samples")
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from trajrec.errors import ReplayError
-from trajrec.replay.folder.format import CONTRIBUTIONS
+from trajrec.replay.folder.format import CONTRIBUTIONS, Settings
 from trajrec.replay.folder.read import Inputs, reading
 from trajrec.replay.label import name_of
 from trajrec.replay.report import scores, words
@@ -59,7 +59,16 @@ def find(material: Material) -> Comparison | None:
     return Comparison(_what(inputs), _what(other), agreement, targets, tuple(points.iter_rows()))
 
 
+def _are_the_same(one: Settings, other: Settings) -> bool:
+    """Whether targets of the same number are the same in two replays."""
+    single = {"each", "chosen"}
+    kinds = {one.targets, other.targets}
+    return (len(kinds) == 1 or kinds <= single) and one.target_rows == other.target_rows
+
+
 def _agreement_by_target(inputs: Inputs, other: Inputs, samples: int) -> tuple[int, float, float] | None:
+    if not _are_the_same(inputs.settings, other.settings):
+        return None
     shared = sorted(set(scores.target_ids(inputs.contributions)) & set(scores.target_ids(other.contributions)))
     if len(shared) < 2:
         return None

@@ -50,7 +50,7 @@ def _by_class(inputs: Inputs, k: int) -> tuple[Top, ...]:
 
 def chapter(groups: tuple[Top, ...]) -> Chapter:
     """Two tables for each."""
-    kind = "class" if groups[0].target == scores.MEAN else "target"
+    kind = "class" if all(group.target == scores.MEAN for group in groups) else "target"
     parts = tuple(Part(both(top), top.title, beside=True) for top in groups)
     return Chapter(f"By {kind}", f"{kind.capitalize()} by {kind}", parts, folded=True)
 

@@ -17,6 +17,7 @@ from trajrec.replay.report.blocks import Chapter, Fact, Facts, Part
 from trajrec.replay.report.sensitivity import Sensitivity
 
 SIGN = "positive = helpful: removing the sample would raise the loss"
+CONTRAST_SIGN = "positive = helpful: removing the sample would raise the difference, first loss less second"
 SHARE = "of the sum of |contribution| over all tracked samples"
 NO_CERTIFICATE = "Nothing proves that this replay repeated the recorded run."
 UNKNOWN = "nothing says whether the numbers are exact"
@@ -82,7 +83,7 @@ def chapter(head: Head) -> Chapter:
         Fact("training", _training(settings)),
         Fact("method", _method(settings)),
         Fact("number", _unit(settings)),
-        Fact("sign", SIGN),
+        Fact("sign", CONTRAST_SIGN if settings.targets == "contrasts" else SIGN),
         Fact("share", SHARE),
         _certificate(head.certificate, settings.label),
         _derivative(head.certificate),
@@ -112,6 +113,8 @@ def _aim(head: Head) -> str:
         "mean": f"the mean {settings.target_set} loss",
         "class": f"the loss of each of {count:,} classes",
         "each": f"each of {count:,} {settings.target_set} losses",
+        "tokens": f"the loss of each of {words.counted(count, 'span')} of tokens of {settings.target_set} samples",
+        "contrasts": f"each of {words.counted(count, 'difference')} of two {settings.target_set} losses",
     }
     return aims.get(settings.targets, f"{count:,} chosen {settings.target_set} losses")
 
@@ -119,6 +122,7 @@ def _aim(head: Head) -> str:
 def _noun(head: Head) -> str:
     plural = "" if head.targets == 1 else "s"
     nouns = {"mean": "target: the mean loss", "class": f"class{'es' if plural else ''}"}
+    nouns |= {"tokens": f"span{plural} of tokens", "contrasts": f"contrast{plural}"}
     return nouns.get(head.settings.targets, f"{head.settings.target_set} sample{plural}")
 
 

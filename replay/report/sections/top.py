@@ -58,8 +58,10 @@ def target_rows(inputs: Inputs, targets: list[int]) -> list[Json]:
 
 def target_title(inputs: Inputs, row: Json) -> str:
     """A target in words."""
-    if row["target"] == scores.MEAN:
+    if inputs.settings.targets == "mean":
         return mean_of(inputs.settings)
+    if inputs.settings.targets in ("tokens", "contrasts"):
+        return f"{inputs.settings.target_set} {row['name'] or row['target']}"
     if inputs.settings.targets == "class":
         return f"class {row['label'] or row['target']}"
     words = {"label": row["label"], "read as": row["prediction"]}
