@@ -26,6 +26,7 @@ _PUBLIC = {
     "record": "trajrec.api",
     "register_rule": "trajrec.rules",
     "seeded": "trajrec.task.seeding",
+    "unbatched": "trajrec.task.reading",
     "set_batch": "trajrec.capture.hooks",
     "TrajrecError": "trajrec.errors",
     "replay": "",
@@ -45,6 +46,7 @@ __all__ = [
     "replay",
     "seeded",
     "set_batch",
+    "unbatched",
 ]
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from trajrec.task.criterion import next_tokens as next_tokens
     from trajrec.task.gradients import clip_norm as clip_norm
     from trajrec.task.gradients import clip_value as clip_value
+    from trajrec.task.reading import unbatched as unbatched
     from trajrec.task.seeding import seeded as seeded
     from trajrec.task.task import Task as Task
 

@@ -38,7 +38,8 @@ class _Rows:
         return len(self.rows)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Rows) and self.kind == other.kind and np.array_equal(self.rows, other.rows)
+        same = isinstance(other, _Rows) and self.kind == other.kind
+        return same and bool(np.array_equal(self.rows, other.rows))
 
     def __hash__(self) -> int:
         return hash((self.kind, self.rows.tobytes()))

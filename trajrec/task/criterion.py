@@ -38,7 +38,7 @@ class CrossEntropies:
             TaskError: if the shapes do not fit each other.
         """
         losses, counts = self.values(outputs, labels), self.counts(labels)
-        if counts is None or losses.dim() == 1:
+        if counts is None or losses.dim() < 2:
             return losses
         return losses.flatten(1).sum(1) / counts.clamp(min=1)
 
@@ -61,8 +61,8 @@ class CrossEntropies:
         """How many labels of each sample count, [B]; None where that is one for each."""
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return None
-        counts = (labels != IGNORED).reshape(len(labels), -1).sum(1)
-        return None if labels.dim() == 1 and bool((counts == 1).all()) else counts
+        counts = (labels != IGNORED).reshape(len(labels) if labels.dim() else 1, -1).sum(1)
+        return None if labels.dim() < 2 and bool((counts == 1).all()) else counts
 
 
 class NextTokens(CrossEntropies):
@@ -120,7 +120,9 @@ class LabelCounts:
 
 
 def _classes_second(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Scores with the classes in their second dimension."""
+    """Scores with the classes in their second dimension; of a single sample [C] as they are."""
+    if not labels.dim() and outputs.dim() == 1:
+        return outputs
     if outputs.dim() == labels.dim() + 1:
         if outputs.shape[:-1] == labels.shape and (labels.dim() == 1 or outputs.shape[2:] != labels.shape[1:]):
             return outputs.movedim(-1, 1)

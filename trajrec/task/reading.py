@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.utils.data import default_convert
 
 from trajrec.errors import TaskError
 
@@ -79,6 +80,19 @@ class Reading:
             return _classes(batch[1])
         named = (batch[name] for name in NAMES if name in batch) if isinstance(batch, Mapping) else ()
         return next((found for part in named if (found := _classes(part)) is not None), None)
+
+
+def unbatched(items: list[Any]) -> Any:
+    """The one item of a list, as a loader with batch_size=None hands it out: `Task(collate=trajrec.unbatched)`.
+
+    The model then gets what it got in the training: single samples, or whole batches that the data set makes.
+
+    Raises:
+        RuntimeError: if there are more items, which make no batch together; replay then takes them one by one.
+    """
+    if len(items) != 1:
+        raise RuntimeError(f"a loader with batch_size=None makes no batch of {len(items)} items")
+    return default_convert(items[0])
 
 
 def is_pair(batch: Any) -> bool:

@@ -61,8 +61,8 @@ class Task:
         loss: training loss of every sample: (model, batch) -> [B], without reduction; or [B, ...], whose mean over
             the further dimensions is taken (their sum, where that gives the recorded loss).
         measure: loss of every test sample, [B]; default: `loss`.
-        collate: makes a batch of a list of items; default: torch's. Where the training's loader has batch_size=None,
-            what its collate_fn does to single items is not this: a list of items comes here all the same.
+        collate: makes a batch of a list of items; default: torch's. `trajrec.unbatched` where the training's loader has
+            batch_size=None.
         test_collate: the same for the test set; default: `collate`.
         labels: key or position of the labels in a batch, for reports and targets="class"; default: the second part of
             a pair, or in a dictionary whole numbers under "labels", "label", "targets", "target" or "y".
@@ -141,7 +141,9 @@ class Task:
         as it is. Outputs of shape [B, classes] beside integer labels are taken for scores of the classes.
 
         Args:
-            model, train, test: as of `Task`.
+            model: as of `Task`.
+            train: as of `Task`.
+            test: as of `Task`.
             criterion: (outputs, y) -> [B], [B, 1] or [B, tokens] without reduction. Of several values the mean, the
                 sum, or the mean over those whose labels are not -100 is taken: what gives the recorded losses.
             inputs: what the model is called with, where batches are no pairs: a key of the batch or a position in it;
