@@ -129,7 +129,7 @@ def test_what_cannot_be_read_is_refused_with_what_was_found(told, words):
 
 def test_keys_that_are_none_are_refused():
     for told in ({"inputs": ["a", 1]}, {"inputs": 1.5}, {"inputs": []}, {"labels": True}):
-        with pytest.raises(TaskError, match="inputs=|labels="):
+        with pytest.raises(TaskError, match=r"inputs=|labels="):
             Task.supervised(Net, [], **told)
 
 
