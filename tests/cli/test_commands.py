@@ -19,7 +19,7 @@ import trajrec
 import trajrec.errors
 from tests.made import user_project
 from tests.made.command import TRAJREC, call
-from trajrec.replay import contributions
+from trajrec.replay import Contrasts, contributions
 from trajrec.task.loading import load_task
 
 
@@ -99,20 +99,35 @@ def test_replay_gives_the_numbers_of_the_python_api(here):
 
 @pytest.mark.parametrize(
     "options",
-    [["--targets", "each", "--mode", "tangent"], ["--targets", "class"], ["--targets", "t.npy", "--by-epoch"]],
+    [
+        ["--targets", "each", "--mode", "tangent"],
+        ["--targets", "class"],
+        ["--targets", "t.npy", "--by-epoch"],
+        ["--targets", "contrasts:pairs.npy", "--taylor", "1"],
+        ["--targets", "tokens:places.npy", "--task", "as_tokens.py"],
+    ],
 )
 def test_replay_answers_every_kind_of_question(here, options):
     np.save(here / "t.npy", np.array([2, 5]))
+    np.save(here / "pairs.npy", np.array([[2, 5], [5, 1]]))
+    np.save(here / "places.npy", np.array([[2, 0], [5, 0]]))
     done = call("replay", the_run(here), *options, "--out", "answer", "--dtype", "float64", "--top", "3", cwd=here)
     assert done.returncode == 0, done.stderr
     frame = pl.read_parquet(here / "answer" / "contributions.parquet")
-    wanted = "each" if "each" in options else "class" if "class" in options else [2, 5]
+    own = {"contrasts:pairs.npy": Contrasts([(2, 5), (5, 1)]), "t.npy": [2, 5], "tokens:places.npy": [2, 5]}
+    wanted = own.get(options[1], options[1])
     torch.set_num_threads(1)
     with trajrec.open(the_run(here)) as run:
         c = contributions(
             run, load_task(f"{here / 'task.py'}"), targets=wanted, dtype="float64", by_epoch="t.npy" in options
         )
     joined = frame.join(c.frame().collect(), on=[n for n in frame.columns if n != "contribution"], suffix="_api")
+    if options[1] == "tokens:places.npy":  # of one token each: the losses themselves, named by their rows
+        assert frame["target"].unique().to_list() == [0, 1]
+        values = frame.sort("target", "sample")["contribution"]
+        expected = c.frame().collect().sort("target", "sample")["contribution"]
+        np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-15)
+        return
     assert len(joined) == len(frame)
     np.testing.assert_allclose(joined["contribution"], joined["contribution_api"], rtol=1e-9, atol=1e-15)
 
@@ -162,6 +177,9 @@ BAD = [
     (["replay", "RUN", "--samples", "far.npy"], 2, "There is no training sample 30: the training set has 30 samples"),
     (["replay", "RUN", "--samples", "floats.npy"], 2, "one-dimensional array of integers"),
     (["replay", "RUN", "--targets", "far.npy"], 2, "There is no test sample 30"),
+    (["replay", "RUN", "--targets", "tokens:far.npy"], 2, "Tokens takes rows (test sample, start, stop)"),
+    (["replay", "RUN", "--targets", "contrasts:nowhere.npy"], 2, "there is no file nowhere.npy"),
+    (["replay", "RUN", "--targets", "tokens:places.npy"], 2, "Let Task(tokens=...) return them"),
     (["validate", "RUN", "--task", "nowhere.py:task"], 2, "There is no task file nowhere.py"),
     (["validate", "RUN", "--task", "summed_loss.py"], 3, "Replay drifted at step 1"),
     (["validate", "RUN", "--subsets", "0"], 2, "Nothing is to be trained again"),
@@ -209,6 +227,7 @@ def test_mistakes_have_their_message_and_exit_code(project, tmp_path, arguments,
     folder = tmp_path / "p"
     shutil.copytree(project, folder)
     np.save(folder / "far.npy", np.array([0, 30]))
+    np.save(folder / "places.npy", np.array([[0, 1]]))
     np.save(folder / "floats.npy", np.array([0.5]))
     np.save(folder / "none-given.npy", np.array([], dtype=np.int64))
     (folder / "empty.h5").touch()

@@ -49,6 +49,12 @@ train_set, test_set = data()
 task = trajrec.Task.supervised(Net, train_set, test_set)
 """
 
+# The same, with the losses of samples as those of a token each.
+AS_TOKENS = TASK.replace(
+    "test_set)",
+    "test_set, tokens=lambda m, b: torch.nn.functional.cross_entropy(m(b[0]), b[1], reduction='none')[:, None])",
+)
+
 # Tasks that do not describe the training, each in its own way.
 WRONG = {
     "not_a_task": "task = 3",
@@ -69,5 +75,5 @@ WRONG = {
 
 def write(folder):
     """Writes the project into a folder."""
-    for name, text in {"train": TRAIN, "net": NET, "task": TASK, **WRONG}.items():
+    for name, text in {"train": TRAIN, "net": NET, "task": TASK, "as_tokens": AS_TOKENS, **WRONG}.items():
         (folder / f"{name}.py").write_text(text)
