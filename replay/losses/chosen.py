@@ -30,7 +30,7 @@ class _Rows:
         if table.dtype.kind not in "iu" or table.ndim != 2 or not len(table) or not self._fits(table):
             shape = f"{table.dtype} of shape {table.shape}"
             raise SampleRangeError(f"{type(self).__name__} takes {self.needs}, at least one row; found {shape}.")
-        self.rows = self._whole(table.astype(np.int64))
+        self.rows: IntArray = self._whole(table.astype(np.int64))
         self.rows.setflags(write=False)
         self._check()
 
@@ -38,8 +38,9 @@ class _Rows:
         return len(self.rows)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _Rows) and self.kind == other.kind
-        return same and bool(np.array_equal(self.rows, other.rows))
+        if not isinstance(other, _Rows) or self.kind != other.kind:
+            return False
+        return bool(np.array_equal(self.rows, other.rows))
 
     def __hash__(self) -> int:
         return hash((self.kind, self.rows.tobytes()))
@@ -49,7 +50,7 @@ class _Rows:
 
     @classmethod
     def _fits(cls, table: IntArray) -> bool:
-        return table.shape[1] == 2
+        return bool(table.shape[1] == 2)
 
     def _whole(self, table: IntArray) -> IntArray:
         return table

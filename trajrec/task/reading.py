@@ -92,7 +92,8 @@ def unbatched(items: list[Any]) -> Any:
     """
     if len(items) != 1:
         raise RuntimeError(f"a loader with batch_size=None makes no batch of {len(items)} items")
-    return default_convert(items[0])
+    item: Any = default_convert(items[0])  # type: ignore[no-untyped-call]
+    return item
 
 
 def is_pair(batch: Any) -> bool:
