@@ -137,7 +137,7 @@ def _gather(pieces: Pieces, first: int, stop: int, length: int) -> Row:
     parts = []
     while first < stop:
         source = pieces.at(first)
-        rows = source.rows(first, min(stop, source.stop))
+        rows = source.rows(first, min(stop, source.stop))[:, :length]
         parts.append(np.pad(rows, ((0, 0), (0, length - rows.shape[1]))) if rows.shape[1] < length else rows)
         first = min(stop, source.stop)
     return np.concatenate(parts)
