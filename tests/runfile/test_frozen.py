@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import trajrec
 from trajrec.errors import DriftError, HalfPrecisionError, ModelMismatchError
 from trajrec.replay.methods.contributions import contributions
+from trajrec.runfile.folder import Folder
 from trajrec.runfile.reader.verify import verify
+from trajrec.runfile.recovery import pack
 
 STEPS, BATCH = 12, 4
 
@@ -334,3 +339,46 @@ def test_weights_in_half_precision_are_recorded_and_not_replayed(tmp_path):
         assert torch.equal(run.weights(STEPS)["head.weight"].bfloat16(), made.head.weight.detach())
         with pytest.raises(HalfPrecisionError, match=r"head\.weight was trained in bfloat16"):
             contributions(run, task(build), targets="mean", samples=np.arange(2))
+
+
+KILLED = """
+import os, signal, sys
+from tests.runfile.test_frozen import held, thaw_in_stages, train
+def between(model, optimizer, step):
+    thaw_in_stages(model, optimizer, step)
+    if step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+train(sys.argv[1], between=between, **eval(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "none"}, {"keep": 3}], ids=str)
+def test_a_recording_killed_in_a_later_stretch_is_read_and_packed(options, tmp_path):
+    path = tmp_path / "run.h5"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, path, repr(options)], check=False)
+    assert done.returncode == -9
+    whole = train(tmp_path / "whole.h5", between=thaw_in_stages, **options)
+    for _ in range(2):
+        with trajrec.open(path) as run, trajrec.open(tmp_path / "whole.h5") as other:
+            assert run.steps == 9
+            for t in (0, 3, 6, 9):
+                assert run.crc32(t) == other.crc32(t)
+                assert not run.stored(t) or np.array_equal(run.row(t), other.row(t))
+        assert verify(path) == []
+        pack(path)
+    assert len(dict(whole.named_parameters())) == 8
+
+
+def test_a_budget_drops_rows_of_all_stretches(tmp_path):
+    """As `trajrec.runfile.writer.rework` does it between two writers."""
+    path = tmp_path / "run.h5"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, path, "{'keyframe_every': 2}"], check=False)
+    folder = Folder.of(path)
+    subprocess.run([sys.executable, "-m", "trajrec.runfile.writer.rework", folder.path, "drop-rows"], check=True)
+    pack(path)
+    assert verify(path) == []
+    train(tmp_path / "whole.h5", between=thaw_in_stages)
+    with trajrec.open(path) as run, trajrec.open(tmp_path / "whole.h5") as other:
+        assert run.keep == "keyframes"
+        for t in (0, 2, 4, 6, 8):
+            np.testing.assert_array_equal(run.row(t), other.row(t))
