@@ -10,6 +10,7 @@ from trajrec.cli.say import say
 from trajrec.errors import printable
 
 if TYPE_CHECKING:
+    from trajrec.records import RunSpec
     from trajrec.runfile.reader.run import Run
 
 
@@ -86,7 +87,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     from trajrec.cli.runs import size_text
 
     spec = run.spec
-    trainable = sum(p.size for p in spec.params if p.trainable)
     last = run.hyperparameters(run.steps) if run.steps else []
     return [
         ("run", str(run.path)),
@@ -99,7 +99,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("keeps", "every step" if run.keep == "steps" else "keyframes; the steps between are recomputed"),
         ("keyframes", f"{len(run.keyframe_steps)}"),
         ("inputs", "stored" if run.spec.inputs == "store" else "checksums"),
-        ("weights", f"{spec.row_length:,} {spec.dtype} in {len(spec.params)} parameters, {trainable:,} trainable"),
+        ("weights", _weights(spec)),
         ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),
         ("loss", f"{run.loss(1):.4g} at step 1, {run.loss(run.steps):.4g} at step {run.steps:,}" if run.steps else "-"),
         ("samples", f"{spec.samples or 'unknown'} ({spec.data.get('dataset', 'unknown data set')})"),
@@ -108,6 +108,18 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("device", f"{spec.device}, {spec.threads} thread(s)"),
         ("versions", ", ".join(f"{name} {version}" for name, version in spec.versions.items())),
     ]
+
+
+def _weights(spec: RunSpec) -> str:
+    trainable = sum(p.size for p in spec.params if p.trainable)
+    once = sum(p.size for p in spec.stored_once)
+    found = f"{spec.row_length:,} {spec.dtype} in {len(spec.params)} parameters, {trainable:,} trainable"
+    if len(spec.stretches) > 1:
+        found += f" at first; rows are longer from step {', '.join(str(t) for t, _ in spec.stretches[1:])} on"
+    if once:
+        whole = f"{spec.row_length + once:,}"
+        found = f"{spec.row_length:,} of {whole} weights are trained; the rest is stored once. {found}"
+    return found
 
 
 def _duration(run: Run) -> str:

@@ -5,7 +5,9 @@ A run is a row of weights w_0, then for every step t = 1..T one `StepRecord` and
 during a run. All values are plain numbers, strings and numpy arrays: no torch, no HDF5, nothing executable.
 
 A row is flat: the parameters of `RunSpec.params` one after the other in table order, each C-contiguous. Its
-dtype is `RunSpec.dtype`, and its length is P = sum of the sizes.
+dtype is `RunSpec.dtype`, and its length is P = sum of the sizes. Only what is trained is in rows: the parameters that
+stay as they are (`RunSpec.frozen`) are in the keyframe of step 0, once. Where one of them is trained after all, a
+stretch of longer rows begins: it is appended to the table, and is constant before.
 
 Letters: A micro-batches and B samples in a step, G parameter groups, H numeric hyperparameters a group, N training
 samples, P weights, T steps.
@@ -16,13 +18,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from trajrec.checksum import crc32
 from trajrec.typed import typed
 
 # What an optimizer makes inside its steps, in a parameter group instead of its state.
@@ -35,6 +38,8 @@ Array = npt.NDArray[Any]  # of any dtype
 Json = dict[str, Any]  # what JSON can hold
 NO_IDS: IntArray = np.empty(0, dtype=np.int64)
 WEIGHT_DTYPES = ("float32", "float64")
+HALF_DTYPES = ("float16", "bfloat16")  # of trained parameters, whose bits a row has in float32
+FROZEN, FROZEN_CHECK = "frozen/", "check/frozen"  # paths of `Keyframe.arrays`
 # Of a run that is read: more were never recorded, and would only be made to fill the memory.
 _MOST_WEIGHTS, MOST_GROUPS, _DIGITS = 2**48, 100_000, 3
 
@@ -59,6 +64,28 @@ class ParamSpec:
     def span(self) -> slice:
         """The parameter's values in a row."""
         return slice(self.offset, self.offset + self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenSpec:
+    """One parameter that nobody trained at the first step: its values are stored once.
+
+    Attributes:
+        name: of the parameter; `shape` and `dtype` (torch's name) too.
+        group: of the optimizer, -1 if it was in none at the first step.
+        crc32: CRC-32 of the bytes of its arrays, one after the other.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int
+    crc32: int
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +124,7 @@ class RunSpec:
         created: start of the recording, ISO 8601 in UTC.
         params: parameter table in row order; `group` is -1 for parameters outside the optimizer.
         buffers: buffer table.
-        dtype: numpy name of a row's dtype ("float32", "float64").
+        dtype: numpy name of a row's dtype ("float32", "float64"); values of 16 bits are in it without loss.
         optimizer: class name; looked up in torch.optim, never imported from here. Of several "A + B".
         optimizer_module: module of that class, to be shown.
         defaults: the optimizer's `defaults`, numbers, booleans, strings and None only.
@@ -115,6 +142,9 @@ class RunSpec:
         device: where the parameters were ("cpu", "cuda:0").
         threads: torch's thread count within an operation.
         command: the command line.
+        frozen: the parameters that were not trained at the first step, stored once; those that were later are in
+            `params` too.
+        stretches: (first step, P) of every stretch of rows, the first from step 0; empty where all are alike.
     """
 
     run_id: str
@@ -139,11 +169,37 @@ class RunSpec:
     device: str = "cpu"
     threads: int = 1
     command: tuple[str, ...] = ()
+    frozen: tuple[FrozenSpec, ...] = ()
+    stretches: tuple[tuple[int, int], ...] = ()
 
     @property
     def row_length(self) -> int:
-        """P."""
+        """P, at the end of the run."""
         return sum(param.size for param in self.params)
+
+    def width(self, step: int) -> int:
+        """P at a step: how much of its row was trained by then."""
+        return next((p for first, p in reversed(self.stretches) if first <= step), self.row_length)
+
+    @property
+    def stored_once(self) -> tuple[FrozenSpec, ...]:
+        """The parameters that were never trained."""
+        trained = {p.name for p in self.params}
+        return tuple(p for p in self.frozen if p.name not in trained)
+
+    def widened(self, step: int, params: Sequence[ParamSpec]) -> RunSpec:
+        """The spec of a run whose rows have further parameters from a step on."""
+        before = self.stretches or ((0, self.row_length),)
+        wide = replace(self, params=(*self.params, *params))
+        return replace(wide, stretches=(*before, (step, wide.row_length)))
+
+    def until(self, step: int) -> RunSpec:
+        """The spec as it was at a step."""
+        if not self.stretches or self.stretches[-1][0] <= step:
+            return self
+        known = tuple(stretch for stretch in self.stretches if stretch[0] <= step)
+        params = tuple(p for p in self.params if p.span.stop <= known[-1][1])
+        return replace(self, params=params, stretches=known if len(known) > 1 else ())
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON-ready values."""
@@ -162,9 +218,21 @@ class RunSpec:
         return spec
 
     def is_like(self, other: RunSpec) -> bool:
-        """Whether rows and records of the other run are read like those of this one."""
-        names = ("run_id", "params", "dtype", "hyperparameters", "groups", "inputs", "rng")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        """Whether rows and records of the other run are read like those of this one, or of its first stretches."""
+        names = ("run_id", "dtype", "hyperparameters", "groups", "inputs", "rng", "frozen")
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
+        return same and self.params == other.params[: len(self.params)] and self.row_length in other.widths
+
+    @property
+    def rows_crc32(self) -> int:
+        """A checksum of what rows mean, and of the frozen parameters beside them: whether a training may go on here."""
+        table = [(p.name, p.shape, p.dtype) for p in self.params], self.dtype, [asdict(p) for p in self.frozen]
+        return crc32(json.dumps(table).encode())
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """P in every stretch."""
+        return tuple(width for _, width in self.stretches) or (self.row_length,)
 
     def _faults(self) -> Iterator[str]:
         """What does not fit together."""
@@ -174,9 +242,10 @@ class RunSpec:
                 yield f"parameter {p.name!r} of shape {list(p.shape)} at {p.offset} does not follow the one before it"
             if not (p.group >= 0 if p.trainable else p.group >= -1) or p.group >= self.groups:
                 yield f"parameter {p.name!r} is in group {p.group} of {self.groups}"
-            if p.trainable and p.dtype not in WEIGHT_DTYPES:
+            if p.trainable and p.dtype not in (*WEIGHT_DTYPES, *HALF_DTYPES):
                 yield f"parameter {p.name!r} is trained in {p.dtype!r}; {' and '.join(WEIGHT_DTYPES)} are known"
         yield from self._faulty_names()
+        yield from self._faulty_stretches()
         if self.dtype not in WEIGHT_DTYPES:
             yield f"rows are of {self.dtype!r}; {' and '.join(WEIGHT_DTYPES)} are known"
         if not 0 <= self.groups <= MOST_GROUPS or min((o.groups for o in self.optimizers), default=0) < 0:
@@ -190,9 +259,25 @@ class RunSpec:
         if not all(type(self.data.get(name, 0)) is int for name in ("seeded_from", "first_batch_crc32")):
             yield "data should hold whole numbers as seeded_from and first_batch_crc32"
 
+    def _faulty_stretches(self) -> Iterator[str]:
+        """Frozen parameters, or stretches, that cannot be."""
+        if any(min(p.shape, default=0) < 0 or p.size > _MOST_WEIGHTS or p.group < -1 for p in self.frozen):
+            yield "a frozen parameter has a shape, or is in a group, that there is not"
+        if not self.stretches:
+            return
+        ends, known = {p.span.stop for p in self.params}, {p.name: p.shape for p in self.frozen}
+        firsts, widths = zip(*self.stretches, strict=True)
+        ascending = all(a < b for column in (firsts, widths) for a, b in pairwise(column))
+        if firsts[0] != 0 or widths[-1] != self.row_length or not ascending or not ends.issuperset(widths):
+            yield f"there are no stretches of rows like {self.stretches}"
+        late = [p for p in self.params if p.offset >= widths[0]]
+        if any(known.get(p.name) != p.shape for p in late):
+            yield "a parameter that was trained later is not among those that were frozen"
+
     def _faulty_names(self) -> Iterator[str]:
         """Names that are there twice, or that lead nowhere."""
         lists = {"params": [p.name for p in self.params], "hyperparameters": self.hyperparameters}
+        lists |= {"frozen": [p.name for p in self.frozen]}
         lists |= {"buffers": [b.name for b in self.buffers], "rng": [name for name, _ in self.rng]}
         for what, names in lists.items():
             if len(set(names)) < len(names):
@@ -331,7 +416,9 @@ class Keyframe(LiveKeyframe):
             have it), "optimizer/NAME.scalar" [params] for values of one number (NaN where absent),
             "optimizer/NAME/INDEX" for state of any other shape; "optimizer/group:NAME.scalar" for an option that the
             optimizer put into its groups inside a step; "buffers/NAME"; "rng/python", "rng/numpy",
-            "rng/cpu", "rng/cuda:0". All paths but "weights" have one or two slashes.
+            "rng/cpu", "rng/cuda:0"; at step 0 "frozen/NAME", the bits of parameters that are stored once
+            (`trajrec.bits`), at others "check/frozen" [frozen], their CRC-32 then. All paths but "weights" have one
+            or two slashes.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]

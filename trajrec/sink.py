@@ -21,13 +21,14 @@ Where recording ends before the training does:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from trajrec.records import Inputs, Keyframe, LiveKeyframe, Row, RunSpec, StepRecord
+from trajrec.records import Inputs, Keyframe, LiveKeyframe, ParamSpec, Row, RunSpec, StepRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,9 @@ class Sink(Protocol):
 
     def commit(self, record: StepRecord) -> None:
         """Publishes the reserved row together with its record."""
+
+    def widen(self, params: Sequence[ParamSpec]) -> None:
+        """Takes in further parameters, which the rows of the coming steps have behind the others."""
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""
@@ -132,6 +136,11 @@ class MemorySink:
         assert self._row is not None
         self.rows.append(self._row)
         self.records.append(record)
+
+    def widen(self, params: Sequence[ParamSpec]) -> None:
+        """Takes in further parameters."""
+        if self.spec is not None and self.stopped is None:
+            self.spec = self.spec.widened(len(self.records), params)
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""

@@ -27,6 +27,7 @@ from trajrec.replay.losses.batches import OtherInputs, Samples
 from trajrec.replay.losses.finite import check_finite
 from trajrec.replay.losses.lazy import initialise
 from trajrec.replay.losses.objective import Objective, reduced
+from trajrec.replay.losses.parameters import load
 from trajrec.replay.losses.seen import Seen
 from trajrec.replay.losses.shapes import (
     COUNTED,
@@ -101,9 +102,7 @@ class LossFunction:
         self.device = device
         self.model = task.build_model()
         initialise(self.model, task, run, dtype, device)
-        check_model(self.model, self.spec)
-        self._load(self.model, run)
-        self.model.to(device=device, dtype=dtype)
+        load(self.model, run, dtype, device)
         self._module = _LossModule(self.model)
         self._checkpoints = PlainCheckpoints(self.model)
         self._recurrence = PlainRecurrence(self.model, device)
@@ -121,14 +120,6 @@ class LossFunction:
         modes = (self.spec.eval_modules, *(c.eval_modules for c in run.changes.values()))
         self.statistics = statistics if any(map(statistics.moved_in, modes)) else None
         self.train_mode()
-
-    def _load(self, model: nn.Module, run: RecordedRun) -> None:
-        row = run.row(0)
-        values = {p.name: torch.from_numpy(row[p.span].copy()).reshape(p.shape) for p in self.spec.params}
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(values[name])
-                parameter.requires_grad_(False)
 
     def train_mode(self) -> None:
         """The modes and buffers that training began with; inside of `running` the buffers stay."""
@@ -485,29 +476,6 @@ def split_rng(spec: RunSpec, rng: bytes) -> dict[str, Tensor]:
         states[name] = torch.from_numpy(np.frombuffer(rng, np.uint8, size, offset).copy())
         offset += size
     return states
-
-
-def check_model(model: nn.Module, spec: RunSpec) -> None:
-    """Checks that a model has the recorded parameters.
-
-    Raises:
-        ModelMismatchError: naming what differs.
-    """
-    recorded = {p.name: p.shape for p in spec.params}
-    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    missing = [f"{n} {s}" for n, s in recorded.items() if n not in found]
-    extra = [f"{n} {s}" for n, s in found.items() if n not in recorded]
-    shapes = [f"{n}: recorded {s}, task {found[n]}" for n, s in recorded.items() if n in found and found[n] != s]
-    problems = [
-        f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-        for title, names in (("missing in the task", missing), ("not recorded", extra), ("other shape", shapes))
-        if names
-    ]
-    if problems:
-        raise ModelMismatchError(
-            f"The task's model is not the recorded one. {'; '.join(problems)}. Task.model must build the model that "
-            "was trained."
-        )
 
 
 def _keyframe_buffers(keyframe: Keyframe, model: nn.Module) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trajrec.digest import digest
-from trajrec.errors import DataMismatchError, DriftError, ReplayError
-from trajrec.records import ParamSpec
+from trajrec.errors import DataMismatchError, DriftError, HalfPrecisionError, ReplayError
+from trajrec.records import FROZEN_CHECK, HALF_DTYPES, ParamSpec
 from trajrec.replay.step import RecordedRun
 from trajrec.rules import FlatLayout
 from trajrec.task.seeding import find_seeded
@@ -56,9 +56,19 @@ def check_trainable(run: RecordedRun, layout: FlatLayout, allow_drift: bool) -> 
 
     Raises:
         ReplayError: if none was ever stepped. DriftError: if one of the others moved.
+        HalfPrecisionError: if one was stepped in 16 bits.
     """
     if not layout.params:
         raise ReplayError("No parameter ever had a gradient in this recording: there is nothing to replay.")
+    half = next((p for p in layout.params if p.dtype in HALF_DTYPES), None)
+    if half is not None:
+        raise HalfPrecisionError(
+            f"Parameter {half.name} was trained in {half.dtype}: the recording has its bits, but its steps are rounded "
+            "so much that the derivative of the training cannot be checked against them. Keep the weights that are "
+            "trained in float32 and use torch.autocast for the forward pass; frozen ones may have any dtype."
+        )
+    if not allow_drift:
+        _check_frozen(run)
     last = run.steps if run.stored(run.steps) else run.keyframe_steps[-1]
     first_row, last_row = run.row(0), run.row(last)
     moved = [p for p in run.spec.params if not p.trainable and (first_row[p.span] != last_row[p.span]).any()]
@@ -69,6 +79,26 @@ def check_trainable(run: RecordedRun, layout: FlatLayout, allow_drift: bool) -> 
             "that a loss compares with, or an exponential average of weights. An average that no loss depends on "
             "belongs into a copy beside the model."
         )
+
+
+def _check_frozen(run: RecordedRun) -> None:
+    """Checks that the parameters which are stored once are what they were.
+
+    Raises:
+        DriftError: if one is not.
+    """
+    for t in reversed(run.keyframe_steps):
+        found = run.keyframe(t).arrays.get(FROZEN_CHECK)
+        if found is None:
+            continue
+        changed = [p.name for p, crc in zip(run.spec.frozen, found.tolist(), strict=True) if p.crc32 != crc]
+        if changed:
+            raise DriftError(
+                f"Parameter {changed[0]} is not in the optimizer and was changed by step {t}. Weights that change "
+                "outside the optimizer are not replayed: a mean teacher that a loss compares with, or an exponential "
+                "average of weights. An average that no loss depends on belongs into a copy beside the model."
+            )
+        return
 
 
 def _followed(run: RecordedRun, moved: ParamSpec) -> str:

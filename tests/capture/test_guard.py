@@ -93,12 +93,6 @@ class WithoutRule(Training):
         self.optimizer = Unknown(self.model.parameters(), lr=0.1)
 
 
-class Half(Training):
-    def __init__(self):
-        super().__init__()
-        self.model.to(torch.bfloat16)
-
-
 class BecomesDouble(Training):
     def before(self, step):
         if step == 3:
@@ -163,7 +157,6 @@ UNFOLLOWED = {
     Streamed: (0, "Stream is an iterable data set"),
     Closure: (0, r"step\(closure\) cannot be recorded"),
     WithoutRule: (0, "Unknown"),
-    Half: (0, "bfloat16"),
     BecomesDouble: (3, "0.weight was float32 of shape"),
     HookRaises: (3, "Step 4 changed the weights"),
     HookRaisesAtTheEnd: (STEPS - 1, f"Step {STEPS} changed the weights"),

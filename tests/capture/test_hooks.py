@@ -14,7 +14,7 @@ from trajrec.capture.attribution import reading
 from trajrec.capture.attribution.batches import Part, joined
 from trajrec.capture.observing.digesting import SampleSet
 from trajrec.capture.recorder import Recorder
-from trajrec.errors import HalfPrecisionError, RecordingError, UnknownBatchError, UnsupportedOptimizerError
+from trajrec.errors import RecordingError, UnknownBatchError, UnsupportedOptimizerError
 from trajrec.sink import MemorySink
 
 
@@ -304,15 +304,28 @@ def test_random_states_are_recorded_only_for_steps_that_consumed_randomness():
         assert {len(r.rng) for r in sink.records[1:]} == {expected}
 
 
-def test_half_precision_weights_are_refused_by_name():
-    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).to(torch.bfloat16))
+def test_half_precision_weights_are_recorded_as_their_bits():
+    model, sink = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).to(torch.bfloat16)), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with Recorder(sink, model=model, optimizer=optimizer, strict=True):
+        for x in DataLoader(Identified(), batch_size=4):
+            model[1](model[0](x).bfloat16()).mean().backward()
+            optimizer.step()
+    last = torch.from_numpy(sink.rows[-1])
+    assert [p.dtype for p in sink.spec.params] == ["float32"] * 2 + ["bfloat16"] * 2
+    assert torch.equal(last[2:].bfloat16(), torch.cat([p.detach().reshape(-1) for p in model[1].parameters()]))
+    assert torch.equal(last[2:].bfloat16().float(), last[2:])
+
+
+def test_complex_weights_are_refused_by_name():
+    model = nn.Linear(1, 1, dtype=torch.complex64)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with (
-        pytest.raises(HalfPrecisionError, match=r"1\.weight is torch\.bfloat16.*torch\.autocast"),
+        pytest.raises(RecordingError, match="weight is trained, and is complex64"),
         Recorder(MemorySink(), model=model, optimizer=optimizer, strict=True),
     ):
         for x in DataLoader(Identified(), batch_size=4):
-            model[0](x).mean().backward()
+            model(x.to(torch.complex64)).abs().mean().backward()
             optimizer.step()
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from trajrec.inputs import batches_of
 from trajrec.records import Conditions
 from trajrec.sink import MemorySink
+from trajrec.stretches import NOTHING, completed, completed_keyframe, constants
 
 
 class MemoryRun:
@@ -19,12 +20,13 @@ class MemoryRun:
         self.epochs = np.array([r.epoch for r in sink.records[1:]], dtype=np.int64)
         self._keyframes = {k.step: k for k in sink.keyframes}
         self.keyframe_steps = tuple(sorted(self._keyframes))
+        self._constant = constants(self.spec, self._keyframes[0]) if self.spec.stretches else NOTHING
 
     def keyframe(self, t):
-        return self._keyframes[t]
+        return completed_keyframe(self.spec, self._keyframes[t], self._constant)
 
     def row(self, t):
-        return self.sink.rows[t]
+        return completed(self.spec, t, self.sink.rows[t][None], self._constant)[0]
 
     def stored(self, t):
         return True
@@ -34,7 +36,7 @@ class MemoryRun:
 
     def walk(self, first, last):
         for t in range(first, last + 1) if first <= last else range(first, last - 1, -1):
-            yield t, self.sink.rows[t]
+            yield t, self.row(t)
 
     def sample_ids(self, t):
         return self.sink.records[t].ids

@@ -24,7 +24,7 @@ from trajrec.capture.observing.observer import Observer
 from trajrec.capture.stopwatch import Stopwatch
 from trajrec.errors import RecordingError
 from trajrec.inputs import arrays_of
-from trajrec.records import NO_IDS, FloatArray, Inputs, LiveKeyframe, StepRecord
+from trajrec.records import NO_IDS, FloatArray, Inputs, LiveKeyframe, ParamSpec, StepRecord
 from trajrec.sink import Sink
 from trajrec.snapshot.generators import consumed
 from trajrec.snapshot.model import Snapshot
@@ -105,6 +105,12 @@ class Rows:
         self.crc32 = copy_row(source, row)
         self._sink.commit(replace(record, loss=loss, crc32=self.crc32))
 
+    def widen(self, params: Sequence[ParamSpec]) -> None:
+        """From the coming step on rows have further parameters."""
+        self.flush()
+        self._sink.widen(params)
+        self._transfer = self._snapshot.transfer()
+
     def give_up(self) -> None:
         """Hands over nothing more."""
         self._travelling = None
@@ -179,7 +185,7 @@ class Steps:
         self.number = self._sink.resumed_at
         if self.number == 0:
             self._snapshot.begin_seeded(seeded_from)
-            self.keyframe()
+            self.keyframe(is_first=True)
         else:
             self._snapshot.begin_again()
 
@@ -248,6 +254,8 @@ class Steps:
         epoch, made_for = self._epoch(), observer.known.epochs.seeded_pass
         snapshot.tell_pass(None if made_for is None else made_for - epoch)
         changes = snapshot.changes(self.number + 1)
+        if thawed := snapshot.thawed():
+            self._rows.widen(thawed)
         if snapshot.enters_other_modes and snapshot.has_buffers:
             self.keyframe()
         rng = b"" if batch.rng is None else consumed(batch.rng, snapshot.generators.states())
@@ -298,14 +306,20 @@ class Steps:
             )
         self._sink.inputs(Inputs(self.number, arrays_of(batch.contents)))
 
-    def keyframe(self) -> None:
-        """Records the state after the last step."""
+    def keyframe(self, *, is_first: bool = False, is_last: bool = False) -> None:
+        """Records the state after the last step.
+
+        Raises:
+            RecordingError: a parameter that is stored once has changed.
+        """
         began = time.thread_time()
         self._rows.flush()
-        arrays = self._snapshot.keyframe(with_weights=not self._rows.are_kept)
+        with_weights = not self._rows.are_kept
+        arrays = self._snapshot.keyframe(with_weights, is_first=is_first, is_last=is_last)
         self._sink.keyframe(LiveKeyframe(self.number, arrays))
         self._last_keyframe = self.number
         self._watch.rare(began)
+        self._snapshot.check_frozen(arrays)
 
     # ---- the end
 
@@ -325,8 +339,8 @@ class Steps:
     def finish(self) -> None:
         """Records what is left: weights on their way, and the state at the end."""
         self._rows.flush()
-        if self._last_keyframe != self.number:
+        if self._last_keyframe != self.number or self._snapshot.owes_a_look:
             # Timed like one within a hook: what is rare is taken out of the hook that it happens in.
             began = self._watch.start()
-            self.keyframe()
+            self.keyframe(is_last=True)
             self._watch.stop(began)

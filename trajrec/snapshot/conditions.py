@@ -19,6 +19,7 @@ class Watch:
 
     Attributes:
         enters_other_modes: whether the step that was last asked about is the first in other modes.
+        has_changed: whether anything was other than at the step before, when it was last asked about.
         seeded_from: what `Conditions.seeded_from` would be of the coming step.
     """
 
@@ -27,7 +28,7 @@ class Watch:
         self._modules = list(model.modules())
         self._seen: Any = None
         self.seeded_from: int | None = None
-        self.enters_other_modes = False
+        self.enters_other_modes = self.has_changed = False
         self._last: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
 
     def changes(self, step: int) -> Conditions | None:
@@ -36,7 +37,7 @@ class Watch:
         Raises:
             RecordingError: if a parameter left the optimizer, or one came that the model does not have.
         """
-        self.enters_other_modes = False
+        self.enters_other_modes = self.has_changed = False
         seen = (
             [len(group["params"]) for group in self._groups.all],
             [*map(_MODE, self._modules)],
@@ -45,6 +46,7 @@ class Watch:
         )
         if seen == self._seen:
             return None
+        self.has_changed = True
         if seen[0] != self._groups.sizes:
             self._groups.take_in(step)
         self._seen = seen

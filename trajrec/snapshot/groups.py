@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trajrec.errors import HalfPrecisionError, RecordingError
+from trajrec.errors import RecordingError
 
 
 class Groups:
@@ -23,7 +22,6 @@ class Groups:
         joined: names of parameters that came in after the first step, with their group.
 
     Raises:
-        HalfPrecisionError: a weight has less than 32 bits.
         RecordingError: the optimizer has parameters that the model does not have.
     """
 
@@ -61,12 +59,6 @@ class Groups:
         self.members = [p for group in groups for p in group["params"]]
 
     def _check(self) -> None:
-        for name, parameter in self.parameters.items():
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise HalfPrecisionError(
-                    f"Parameter {name} is {parameter.dtype}. Replay differentiates the training and needs float32 or "
-                    "float64 weights: keep the weights in float32 and use torch.autocast for the forward pass."
-                )
         known = {id(p) for p in self.parameters.values()}
         if any(key not in known for key in self._known):
             raise RecordingError(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from trajrec.bits import is_known, widest
 from trajrec.records import GROUP_STATE, Parts
 from trajrec.snapshot.groups import Groups
 from trajrec.snapshot.options import Options
@@ -17,7 +18,7 @@ Arrays = dict[str, npt.NDArray[Any] | Parts]
 
 
 class OptimizerState:
-    """The state of the optimizers, as arrays over all parameters of the model.
+    """The state of the optimizers, as arrays over the parameters that rows have.
 
     States shaped like their parameters are parts that lie where the training has them: it will change them.
     """
@@ -26,6 +27,10 @@ class OptimizerState:
         self._parameters = list(parameters.values())
         self._groups, self._options = groups, options
         self._flats: dict[tuple[str, int], tuple[Tensor, int, npt.NDArray[Any]]] = {}
+
+    def append(self, parameters: Mapping[str, Tensor]) -> None:
+        """Takes in further parameters, behind the others."""
+        self._parameters += parameters.values()
 
     def read(self) -> Arrays:
         """The state by the paths of `Keyframe.arrays`."""
@@ -40,7 +45,7 @@ class OptimizerState:
                 if isinstance(value, bool | int | float) or (is_tensor and value.numel() == 1):
                     self._scalars(arrays, path)[index] = float(value)
                 elif is_tensor and value.shape != p.shape:
-                    arrays[f"{path}/{index}"] = value.detach().cpu().numpy().copy()
+                    arrays[f"{path}/{index}"] = widest(value).copy()
         for path, states in rows.items():
             arrays[f"{path}.present"] = np.isin(np.arange(len(self._parameters)), [*states]).astype(np.uint8)
         return arrays | self._late_options() | {path: self._row(states) for path, states in rows.items()}
@@ -53,14 +58,14 @@ class OptimizerState:
         known = self._flats.get(place)
         if known is not None and known[0] is value and known[1] == value.data_ptr():
             return known[2]
-        array: npt.NDArray[Any] = value.detach().cpu().reshape(-1).numpy()
-        if value.device.type == "cpu" and value.is_contiguous():
+        array: npt.NDArray[Any] = widest(value).reshape(-1)
+        if value.device.type == "cpu" and value.is_contiguous() and is_known(value.dtype):
             self._flats[place] = (value, value.data_ptr(), array)
         return array
 
     def _row(self, states: dict[int, npt.NDArray[Any]]) -> Parts:
         """A state of all parameters, with zeros for those that do not have it."""
-        dtype = next(iter(states.values())).dtype
+        dtype = np.result_type(*(state.dtype for state in states.values()))
         sizes = (p.numel() for p in self._parameters)
         parts = [states[k] if k in states else np.zeros(size, dtype) for k, size in enumerate(sizes)]
         return Parts([part.astype(dtype, copy=False) for part in parts])

@@ -7,14 +7,18 @@ Letters: G parameter groups, H hyperparameters, P weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trajrec.records import Conditions, FloatArray, Parts, Row, RunSpec
+from trajrec.bits import widest
+from trajrec.records import FROZEN_CHECK, Conditions, FloatArray, ParamSpec, Parts, Row, RunSpec
 from trajrec.snapshot.conditions import Watch
 from trajrec.snapshot.devicecopy import RowCopy
+from trajrec.snapshot.frozen import Frozen, trained
 from trajrec.snapshot.generators import AllStates, Generators
 from trajrec.snapshot.groups import Groups
 from trajrec.snapshot.keyframe import Arrays, OptimizerState
@@ -33,18 +37,20 @@ class Snapshot:
         generators: of random numbers, that a forward pass may use.
 
     Raises:
-        HalfPrecisionError, RecordingError: such weights, or such an optimizer, cannot be recorded.
+        RecordingError: such weights, or such an optimizer, cannot be recorded.
     """
 
     def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
         self.model = uncompiled(model)
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        self._parameters = parameters
         self._groups = Groups(parameters, optimizers)
         self._watch = Watch(self.model, self._groups)
         self._options = Options(self._groups)
-        self._weights = Weights(parameters)
-        self._state = OptimizerState(parameters, self._groups, self._options)
+        rows = trained(parameters, self._groups) or parameters
+        self._rows = rows
+        self._frozen = Frozen({name: p for name, p in parameters.items() if name not in rows}, self._groups)
+        self._weights = Weights(rows)
+        self._state = OptimizerState(rows, self._groups, self._options)
         self.generators = Generators(self._weights.device)
         self._all_states = AllStates()
         self._spec_seeded_from: int | None = None
@@ -52,7 +58,7 @@ class Snapshot:
     def spec(self, around: dict[str, Any]) -> RunSpec:
         """The run's spec; `around` gives the fields that model and optimizer do not know."""
         return RunSpec(
-            params=param_table(self._parameters, self._groups),
+            params=param_table(self._rows, self._groups),
             buffers=buffer_table(self.model),
             dtype=dtype_name(self._weights.dtype),
             **optimizer_fields(self._groups.optimizers),
@@ -62,6 +68,7 @@ class Snapshot:
             eval_modules=self._watch.eval_modules(),
             device=str(self._weights.device),
             **origin(self._weights.device),
+            frozen=self._frozen.table(),
             **around,
         )
 
@@ -78,6 +85,38 @@ class Snapshot:
     def transfer(self) -> RowCopy | None:
         """How rows travel to the host; None where the weights are in its memory."""
         return self._weights.transfer()
+
+    # ---- what is frozen
+
+    def thawed(self) -> tuple[ParamSpec, ...]:
+        """The frozen parameters that the coming step trains: from now on they are in rows, behind the others.
+
+        Raises:
+            RecordingError: one is not what it was at the first step.
+        """
+        if not self._watch.has_changed or not (specs := self._frozen.thawed()):
+            return ()
+        found = self._frozen.give(specs)
+        self._weights.append(found)
+        self._state.append(found)
+        offset = sum(p.numel() for p in self._rows.values())
+        self._rows |= found
+        table = param_table(found, self._groups, offset)
+        return tuple(replace(p, group=spec.group, trainable=False) for p, spec in zip(table, specs, strict=True))
+
+    @property
+    def owes_a_look(self) -> bool:
+        """Whether the last keyframe does not say whether the frozen parameters are still the same."""
+        return self._frozen.owes_a_look
+
+    def check_frozen(self, arrays: Arrays) -> None:
+        """Judges what a keyframe says of the frozen parameters.
+
+        Raises:
+            RecordingError: one is not what it was at the first step.
+        """
+        if FROZEN_CHECK in arrays:
+            self._frozen.check(np.asarray(arrays[FROZEN_CHECK]))
 
     # ---- options
 
@@ -127,16 +166,18 @@ class Snapshot:
 
     # ---- keyframes
 
-    def keyframe(self, with_weights: bool) -> Arrays:
+    def keyframe(self, with_weights: bool, *, is_first: bool = False, is_last: bool = False) -> Arrays:
         """Optimizer state, buffers and generator states, by the paths of `Keyframe.arrays`.
 
-        Weights and states are parts that lie where the training has them: it will change them.
+        With the frozen parameters in the first one, and whether they are still the same in others. Weights and states
+        are parts that lie where the training has them: it will change them.
         """
         arrays = self._state.read()
         if with_weights:
             arrays["weights"] = Parts(self._weights.memory())
         for name, buffer in self.model.named_buffers():
-            arrays[f"buffers/{name}"] = buffer.detach().cpu().numpy().copy()
+            arrays[f"buffers/{name}"] = widest(buffer).copy()
+        arrays |= self._frozen.arrays() if is_first else self._frozen.look(is_last)
         return arrays | self._all_states.read()
 
 

@@ -22,9 +22,9 @@ from trajrec.snapshot.weights import dtype_name
 from trajrec.version import __version__
 
 
-def param_table(parameters: Mapping[str, Tensor], groups: Groups) -> tuple[ParamSpec, ...]:
-    """The parameters in row order."""
-    table, offset = [], 0
+def param_table(parameters: Mapping[str, Tensor], groups: Groups, offset: int = 0) -> tuple[ParamSpec, ...]:
+    """The parameters of a row in their order, from a place in it on."""
+    table = []
     for name, p in parameters.items():
         group = groups.of(p)
         # A parameter without a gradient at the first step is skipped by the optimizer: constant, like a frozen one.

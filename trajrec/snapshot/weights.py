@@ -11,20 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trajrec.bits import is_composed
 from trajrec.checksum import copy_crc32, crc32
 from trajrec.errors import RecordingError
 from trajrec.records import Row
 from trajrec.snapshot.devicecopy import DeviceCopy, RowCopy
 
+_EXACT = {  # what a row has without loss
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.float64: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+}
 _CACHED = 1 << 20  # bytes that are still in a cache when the last of them has been copied
 
 
 class Weights:
     """The parameters of a model, one behind the other.
 
+    Values of 16 bits are in a row of 32 without loss: their bits come back.
+
     Attributes:
         dtype: of a row: float64 if any parameter has it.
         device: of the first parameter.
+
+    Raises:
+        RecordingError: a parameter is of no real floating type.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -32,6 +42,16 @@ class Weights:
         kinds = {p.dtype for p in self._values}
         self.dtype = torch.float64 if torch.float64 in kinds else torch.float32
         self.device = self._values[0].device
+        self._begin()
+
+    def append(self, parameters: Mapping[str, Tensor]) -> None:
+        """Takes in further parameters, behind the others."""
+        self._names += parameters
+        self._values += parameters.values()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._check_kinds()
         self._kinds = self._present_kinds()
         self._places: list[int] = []
         self._views: list[Row] = []
@@ -85,6 +105,15 @@ class Weights:
                     f"Parameter {name} was {_kind_name(*before)} at the first step and has become "
                     f"{_kind_name(*after)}. Rows of one recording have one form: record the two parts of the training "
                     "as separate runs."
+                )
+
+    def _check_kinds(self) -> None:
+        for name, p in zip(self._names, self._values, strict=True):
+            if p.dtype not in _EXACT[self.dtype] or is_composed(p):
+                raise RecordingError(
+                    f"Parameter {name} is trained, and is {dtype_name(p.dtype)}: rows hold "
+                    f"{', '.join(map(dtype_name, _EXACT[self.dtype]))} beside one another. Keep what is trained in one "
+                    "of them, or give the optimizer only the other parameters."
                 )
 
     def _is_seen(self, p: Tensor) -> bool:

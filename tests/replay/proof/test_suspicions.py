@@ -164,8 +164,29 @@ def follow(model, optimizer, t):
             a.mul_(0.9).add_(0.1 * b)
 
 
-def test_a_mean_teacher_in_the_model_is_named_with_its_decay():
+def test_a_mean_teacher_in_the_model_is_named():
     found = refusal(Loop(build=Taught, loss=consistent, objective=Objective(consistent), after_step=follow))
+    assert "teacher.0.weight is not in the optimizer and was changed by step 4" in found
+    assert "a mean teacher that a loss compares with" in found
+
+
+class Held(Taught):
+    """With a teacher that the optimizer holds, and passes by: it has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher.requires_grad_(True)
+
+
+def consistent_apart(model, batch):
+    with torch.no_grad():
+        taught = model.teacher(batch[0])
+    return loops.per_sample(model, batch) + (model.student(batch[0]) - taught).square().mean(1)
+
+
+def test_a_mean_teacher_whose_rows_are_stored_is_named_with_its_decay():
+    objective = Objective(consistent_apart)
+    found = refusal(Loop(build=Held, loss=consistent_apart, objective=objective, after_step=follow))
     assert "teacher.0.weight is not in the optimizer" in found
     assert "the exponential average of student.0.weight, with a decay of 0.9" in found
 

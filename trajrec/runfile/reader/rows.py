@@ -27,12 +27,14 @@ class RowReader:
         block: step to the steps [first, stop) that are read together with it.
         rows: [first, stop) to rows [n, P].
         crc32: step to the checksum its row must have.
+        width: step to the length of the row that has it.
         path: of the recording, for messages.
     """
 
     block: Callable[[int], Block]
     rows: Callable[[int, int], Row]
     crc32: Callable[[int], int]
+    width: Callable[[int], int]
     path: Path
 
     def load(self, first: int, stop: int) -> Row:
@@ -49,7 +51,7 @@ class RowReader:
         Raises:
             DamagedRunError: they differ.
         """
-        if crc32(row.data) != self.crc32(step):
+        if crc32(row[: self.width(step)].data) != self.crc32(step):
             raise DamagedRunError(
                 f"{self.path}: /weights, step {step}: the row does not match its checksum; the file is damaged. "
                 "Restore it from a copy; `trajrec verify` lists everything that is damaged.",

@@ -25,6 +25,7 @@ from trajrec.records import Conditions, FloatArray, IntArray, Keyframe, Row, Run
 from trajrec.runfile.format.table import StepTable, present
 from trajrec.runfile.reader.rows import RowReader
 from trajrec.runfile.reader.source import MovedError, Source, find
+from trajrec.stretches import NOTHING, completed, completed_keyframe, constants, frozen_arrays
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,11 @@ class Run:
         self._tables: OrderedDict[int, StepTable] = OrderedDict()
         self._block: tuple[int, Row] | None = None
         self._reader = RowReader(
-            lambda step: self._now(lambda s: s.block(step)), self._read_rows, self.crc32, self.path
+            block=lambda step: self._now(lambda s: s.block(step)),
+            rows=self._read_rows,
+            crc32=self.crc32,
+            width=self.spec.width,
+            path=self.path,
         )
 
     def __enter__(self) -> Run:
@@ -97,7 +102,7 @@ class Run:
             raise DamagedRunError(f"{self.path}: files that belong to it are missing. Restore it from a copy.")
 
     def _read_rows(self, first: int, stop: int) -> Row:
-        return self._now(lambda source: _in_blocks(source, first, stop))
+        return self._now(lambda source: _in_blocks(source, self.spec, first, stop, self._constants))
 
     # ---- weights
 
@@ -130,7 +135,8 @@ class Run:
         return row
 
     def _keyframe_row(self, t: int) -> Row:
-        row = self._now(lambda source: source.keyframe(t, "weights")).arrays["weights"]
+        found = self._now(lambda source: source.keyframe(t, "weights"))
+        row: Row = completed_keyframe(self.spec, found, self._constants).arrays["weights"]
         self._reader.check(t, row)
         row.flags.writeable = False
         return row
@@ -148,11 +154,37 @@ class Run:
         return ((t, self.row(t)) for t in range(first, last + direction, direction))
 
     def weights(self, t: int) -> dict[str, torch.Tensor]:
-        """The weights after step t (0..T) by parameter name, as tensors of their own."""
+        """The weights after step t (0..T) by parameter name, as tensors of their own; frozen ones in their own dtype.
+
+        One that is made of other tensors is there as those, by NAME:PART.
+        """
         import torch
 
         flat = torch.from_numpy(self.row(t).copy())
-        return {p.name: flat[p.span].view(p.shape) for p in self.spec.params}
+        return {p.name: flat[p.span].view(p.shape) for p in self.spec.params} | self._frozen()
+
+    def _frozen(self) -> dict[str, torch.Tensor]:
+        """The parameters that were never trained."""
+        import torch
+
+        from trajrec.bits import values_of
+
+        found: dict[str, torch.Tensor] = {}
+        for p in self.spec.stored_once:
+            for path, bits in frozen_arrays(self.keyframe(0), p.name).items():
+                kind = getattr(torch, p.dtype, None) if path == p.name else None
+                found[path] = values_of(bits, kind) if isinstance(kind, torch.dtype) else torch.from_numpy(bits.copy())
+        return found
+
+    @cached_property
+    def _constants(self) -> Row:
+        """The end of a row before it is trained."""
+        if not self.spec.stretches:
+            return np.empty(0, self.spec.dtype)
+        try:
+            return constants(self.spec, self._now(lambda source: source.keyframe(0)))
+        except (ValueError, IndexError, KeyError) as error:
+            raise DamagedRunError(f"{self.path}: {error}. Restore the file from a copy.") from error
 
     # ---- steps
 
@@ -242,7 +274,8 @@ class Run:
         """
         if t not in self._keyframes:
             raise IndexError(f"{self.path} has no keyframe of step {t}; it has those of {_some(self.keyframe_steps)}.")
-        return self._now(lambda source: source.keyframe(t))
+        found = self._now(lambda source: source.keyframe(t))
+        return completed_keyframe(self.spec, found, self._constants if "weights" in found.arrays else NOTHING)
 
     def inputs(self, t: int) -> list[Any] | None:
         """The batches of step t (1..T) as the loader made them, one for every micro-batch; None if they were not kept.
@@ -309,12 +342,12 @@ def open(path: str | Path) -> Run:
     return Run(Path(path))
 
 
-def _in_blocks(source: Source, first: int, stop: int) -> Row:
-    """Rows [first, stop), also when a new snapshot has cut them into other blocks."""
+def _in_blocks(source: Source, spec: RunSpec, first: int, stop: int, constant: Row) -> Row:
+    """Rows [first, stop), also when a new snapshot has cut them into other blocks; all as long as the last one."""
     parts = []
     while first < stop:
         end = min(source.block(first)[1], stop)
-        parts.append(source.rows(first, end))
+        parts.append(completed(spec, first, source.rows(first, end), constant))
         first = end
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 

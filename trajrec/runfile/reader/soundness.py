@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from trajrec.checksum import crc32
 from trajrec.errors import DamagedRunError
-from trajrec.records import Conditions, IntArray, Keyframe, RunSpec
+from trajrec.records import FROZEN_CHECK, Conditions, IntArray, Keyframe, RunSpec
 from trajrec.runfile.format.table import StepTable
+from trajrec.stretches import frozen_arrays
 
 _LATEST = 1e11  # seconds of Unix time, in the year 5138
 _EPOCHS = 2**31
@@ -116,21 +118,42 @@ def sound_keyframe(keyframe: Keyframe, step: int, spec: RunSpec, path: Path, onl
 def _keyframe_faults(keyframe: Keyframe, step: int, spec: RunSpec, only: str | None) -> Iterator[str]:
     if keyframe.step != step:
         yield f"it says step {keyframe.step}"
+    if step == 0 and only is None:
+        yield from _frozen_faults(keyframe, spec)
     if only is not None and only not in keyframe.arrays:
         yield f"it lacks {only}"
     for path, array in keyframe.arrays.items():
-        expected = _expected_shape(path, spec)
-        if expected is not None and array.shape != expected:
-            yield f"{path} has the shape {list(array.shape)}, {list(expected)} was expected"
+        expected = _expected_shapes(path, spec)
+        if expected and array.shape not in expected:
+            yield f"{path} has the shape {list(array.shape)}, {list(expected[-1])} was expected"
         if path == "weights" and array.dtype.name != spec.dtype:
             yield f"weights are {array.dtype}, {spec.dtype} was expected"
+        if path == FROZEN_CHECK and array.dtype != np.uint32:
+            yield f"{path} is {array.dtype}"
         if path.startswith("optimizer/") and array.dtype.kind not in "biuf":
             yield f"{path} is {array.dtype}"
 
 
-def _expected_shape(path: str, spec: RunSpec) -> tuple[int, ...] | None:
-    """The shape that an array must have; None where it may have any."""
+def _frozen_faults(keyframe: Keyframe, spec: RunSpec) -> Iterator[str]:
+    """Frozen parameters that are not there, or not those that the spec speaks of."""
+    for p in spec.frozen:
+        arrays = frozen_arrays(keyframe, p.name)
+        crc = 0
+        for name in sorted(arrays):
+            crc = crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8), crc)
+        if crc != p.crc32 or not arrays:
+            yield f"the frozen parameter {p.name} is missing, or another"
+        elif p.name in arrays and arrays[p.name].shape != p.shape:
+            yield f"the frozen parameter {p.name} has the shape {list(arrays[p.name].shape)}"
+
+
+def _expected_shapes(path: str, spec: RunSpec) -> list[tuple[int, ...]]:
+    """The shapes that an array may have, one of every stretch; none where it may have any."""
     kind, _, name = path.partition("/")
     if path == "weights" or (kind == "optimizer" and "/" not in name and not name.endswith((".present", ".scalar"))):
-        return (spec.row_length,)
-    return (len(spec.params),) if kind == "optimizer" and "/" not in name else None
+        return [(width,) for width in spec.widths]
+    if path == FROZEN_CHECK:
+        return [(len(spec.frozen),)]
+    if kind != "optimizer" or "/" in name:
+        return []
+    return [(sum(p.span.stop <= width for p in spec.params),) for width in spec.widths]

@@ -141,7 +141,7 @@ def _column_problems(stored: StoredRun, first: int, stop: int, error: DamagedRun
 
 
 def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
-    step, stop = table.first, table.first + len(table)
+    spec, step, stop = stored.spec(), table.first, table.first + len(table)
     while step < stop:
         end = min(stored.block(step)[1], stop)
         try:
@@ -150,7 +150,7 @@ def _row_problems(stored: StoredRun, table: StepTable) -> Iterator[Problem]:
             yield Problem(stored.rows_path, "/weights", step, end - 1, _short(error, stored.rows_path))
         else:
             for k, row in enumerate(rows):
-                if crc32(row.data) != int(table["crc32"][step + k - table.first]):
+                if crc32(row[: spec.width(step + k)].data) != int(table["crc32"][step + k - table.first]):
                     yield Problem(
                         stored.rows_path, "/weights", step + k, None, "the row does not match the checksum of its step"
                     )

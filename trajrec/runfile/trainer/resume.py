@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from trajrec.records import RunSpec
 from trajrec.runfile.place import Place
 from trajrec.runfile.trainer.process import rework
 
@@ -32,13 +33,13 @@ class Resumption:
     is_complete: bool
 
 
-def find(place: Place, checksum: int, keep: str, inputs: str) -> Resumption | None:
-    """Where the row with this checksum is; None: nowhere.
+def find(place: Place, checksum: int, keep: str, spec: RunSpec) -> Resumption | None:
+    """Where the row with this checksum is, of the parameters of a training that begins; None: nowhere.
 
     Raises:
         RecordingError: the recording keeps something else. DiskFullError: no room to seal what was left in its ring.
     """
-    found = rework(place.folder, place.lock, "find", str(checksum), keep, inputs)
+    found = rework(place.folder, place.lock, "find", str(checksum), keep, spec.inputs, str(spec.rows_crc32))
     if found is None:
         return None
     step, epochs, last, is_complete = found

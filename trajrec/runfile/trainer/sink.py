@@ -6,6 +6,7 @@
     commit()    encodes the record into the ring and publishes the slot; now and then wakes the writer
     inputs()    writes a raw file, which the writer takes into the step's segment
     keyframe()  writes a raw file
+    widen()     begins a stretch of longer rows: a frozen parameter is trained from now on
     close()     waits until the writer has packed everything
 
 No HDF5 here: on a full disk it takes its process down with it. When the writer has no room it ends, and nothing
@@ -20,13 +21,15 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from trajrec.errors import DiskFullError, RecordingError
-from trajrec.records import Inputs, LiveKeyframe, Row, RunSpec, StepRecord
+from trajrec.records import Inputs, LiveKeyframe, ParamSpec, Row, RunSpec, StepRecord
 from trajrec.runfile import register
 from trajrec.runfile.folder import Folder
 from trajrec.runfile.format.arrays import Piece, pieces_of, write_pieces
@@ -194,7 +197,7 @@ class RunFileSink:
         row, self._spare, self._is_resuming = self._spare, None, False
         keep = "any" if self._budget is not None else "steps" if self._options.keeps_rows else "keyframes"
         try:
-            found = resume.find(self.place, record.crc32, keep, self._spec.inputs)
+            found = resume.find(self.place, record.crc32, keep, self._spec)
             why = resume.why_kept(self.output, found)
             if found is not None and not why:
                 self._go_on(found)
@@ -208,7 +211,9 @@ class RunFileSink:
         resume.cut(self.place, found)
         self.resumed_at, self.resumed_epochs = found.step, found.epochs
         self._keyframes.know(self.folder.keyframes())
-        self._start(found.step + 1, self.folder.read_manifest())
+        manifest = self.folder.read_manifest()
+        self._spec = manifest.spec
+        self._start(found.step + 1, manifest)
         logger.warning("Recording of %s goes on after step %d.", self.output, found.step)
 
     def _begin_second_part(self, spec: RunSpec, record: StepRecord, row: Row | None, why: str) -> None:
@@ -300,6 +305,25 @@ class RunFileSink:
         while self.stopped is None and self._inputs.are_too_many(line.tail):
             line.flush_before(inputs.step)
             self._wait_for_writer()
+
+    def widen(self, params: Sequence[ParamSpec]) -> None:
+        """Begins a stretch of rows with further parameters: one writer seals what there is, another begins."""
+        while (
+            self.stopped is None and (status := self._at_work.finish(Finish.HAND_OVER, self._room)) is not Status.DONE
+        ):
+            self._act_on(status)
+        if self.stopped is not None:
+            return
+        self.writer.close()
+        self._line = self._spare = None
+        if self.folder.read_manifest().plain_rows:
+            # A file of rows has rows of one length; segments have their own.
+            rework(self.folder, self.place.lock, "compress")
+        manifest = self.folder.read_manifest()
+        self._spec = manifest.spec.widened(self._next, params)
+        self._start(self._next, replace(manifest, spec=self._spec), is_new=True)
+        if self._budget is not None:
+            self._budget.forget()
 
     def wants_keyframe(self, step: int) -> bool:
         """Whether the state after this step is to be kept."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -87,6 +88,7 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
 
 def copy_segment(folder: Folder, manifest: Manifest, pieces: Pieces, first: int, stop: int) -> None:
     """Makes a segment of steps [first, stop) out of others; rows only where the manifest keeps them."""
+    manifest = replace(manifest, spec=manifest.spec.until(stop - 1))
     inside = manifest.keep == "steps" and not manifest.plain_rows
     with durable(folder.segment(first, stop)) as tmp:
         head = head_of(manifest, "recording", first)
@@ -119,21 +121,24 @@ def _read_in_blocks(piece: StoredRun, first: int, stop: int) -> Iterator[Row]:
 
 
 def _copy_rows(weights: h5py.Dataset, pieces: Pieces, first: int, stop: int) -> None:
+    """Copies rows; those of an earlier stretch end with zeros, which nobody reads."""
     rows = weights.chunks[0] if weights.chunks else CHUNK_ROWS
     for start in range(first, stop, rows):
         end, source = min(start + rows, stop), pieces.at(start)
-        if weights.chunks and source.head.chunks == weights.chunks and source.block(start) == (start, end):
+        alike = source.row_length == weights.shape[1] and source.head.chunks == weights.chunks
+        if weights.chunks and alike and source.block(start) == (start, end):
             for column, mask, data in source.raw_chunks(start):
                 weights.id.write_direct_chunk((start - first, column), data, mask)
         else:
-            weights[start - first : end - first] = _gather(pieces, start, end)
+            weights[start - first : end - first] = _gather(pieces, start, end, weights.shape[1])
 
 
-def _gather(pieces: Pieces, first: int, stop: int) -> Row:
+def _gather(pieces: Pieces, first: int, stop: int, length: int) -> Row:
     parts = []
     while first < stop:
         source = pieces.at(first)
-        parts.append(source.rows(first, min(stop, source.stop)))
+        rows = source.rows(first, min(stop, source.stop))[:, :length]
+        parts.append(np.pad(rows, ((0, 0), (0, length - rows.shape[1]))) if rows.shape[1] < length else rows)
         first = min(stop, source.stop)
     return np.concatenate(parts)
 

@@ -1,9 +1,10 @@
 """Changes to a whole recording, between one writer and the next; a process of its own, because it calls HDF5.
 
-    python -m trajrec.runfile.writer.rework FOLDER find CRC32 KEEP INPUTS
+    python -m trajrec.runfile.writer.rework FOLDER find CRC32 KEEP INPUTS ROWS
         prints step, epochs begun, last step, 1 if the run is complete; or "none"
     python -m trajrec.runfile.writer.rework FOLDER cut STEP     prints the step
     python -m trajrec.runfile.writer.rework FOLDER drop-rows    prints the last step
+    python -m trajrec.runfile.writer.rework FOLDER compress     prints the last step
 
 find: a restarted training comes with weights from the user's own checkpoint. The step they belong to is the last one
 whose checksum equals theirs. Nothing goes yet: whether the run is to go on there is for the recorder to say.
@@ -15,7 +16,9 @@ drop-rows: a recording that outgrows its budget keeps the weights at keyframes o
 segments into the keyframes, then the manifest says so, then the segments are written again without rows, and a file of
 rows is deleted.
 
-Killed at any moment, either leaves a recording that can be read: the packed file goes only after the folder is
+compress: rows move from the file of rows into the segments, because those that follow will be longer.
+
+Killed at any moment, each leaves a recording that can be read: the packed file goes only after the folder is
 whole, later segments go before earlier ones, of two segments that begin alike the shorter counts (`Folder.segments`),
 and rows that the manifest does not mention are not looked at.
 """
@@ -49,8 +52,10 @@ from trajrec.runfile.writer.sealing import row_file
 _ENTRIES = 65536
 
 
-def find(folder: Folder, checksum: int, keep: str, inputs: str) -> tuple[int, int, int, int] | None:
+def find(folder: Folder, checksum: int, keep: str, inputs: str, rows: str) -> tuple[int, int, int, int] | None:
     """The last step whose row has this checksum, and what is known of the run; None: there is none.
+
+    The rows, and the frozen parameters beside them, have to be the same: `rows` is `RunSpec.rows_crc32`.
 
     Returns:
         The step, how many epochs had begun with it, the last step, and whether the run is complete.
@@ -61,7 +66,7 @@ def find(folder: Folder, checksum: int, keep: str, inputs: str) -> tuple[int, in
     if inputs != manifest.spec.inputs:
         raise RecordingError(f'It has inputs="{manifest.spec.inputs}", and would now have inputs="{inputs}".')
     step = _find(pieces, checksum)
-    if step is None:
+    if step is None or manifest.spec.until(step).rows_crc32 != int(rows):
         return None
     epochs = int(pieces.at(step).column("steps/epoch", step, step + 1)[0]) + 1 if step else 0
     return step, epochs, pieces.stop - 1, int(is_complete)
@@ -70,7 +75,8 @@ def find(folder: Folder, checksum: int, keep: str, inputs: str) -> tuple[int, in
 def cut(folder: Folder, step: int) -> int:
     """Makes the recording end at a step, and be a folder, whatever it was."""
     manifest, pieces, _ = _look(folder)
-    manifest = replace(manifest, resumed=(*(t for t in manifest.resumed if t <= step), step))
+    resumed = (*(t for t in manifest.resumed if t <= step), step)
+    manifest = replace(manifest, spec=manifest.spec.until(step), resumed=resumed)
     change = _unpack if folder.output.is_file() else _truncate
     change(folder, manifest, pieces, step)
     return step
@@ -179,12 +185,26 @@ def drop_rows(folder: Folder) -> int:
     return pieces.stop - 1
 
 
+def compress(folder: Folder) -> int:
+    """Puts the rows of an uncompressed recording into its segments, and returns its last step."""
+    manifest, segments = _of_folder(folder)
+    pieces = Pieces(segments, folder.rows)
+    manifest = replace(manifest, compression="zstd")
+    for segment in segments:
+        copy_segment(folder, manifest, Pieces([segment], folder.rows), segment.first, segment.stop)
+    folder.write_manifest(manifest)
+    pieces.close()
+    folder.rows.unlink(missing_ok=True)
+    folder.ring.unlink(missing_ok=True)
+    return pieces.stop - 1
+
+
 def _move_weights(pieces: Pieces, step: int, path: Path) -> None:
     keyframe = read_keyframe(path)
     if "weights" in keyframe.arrays:
         return  # an attempt that was cut off got this far
     stored = pieces.at(step)
-    row = stored.rows(step, step + 1)[0]
+    row = stored.rows(step, step + 1)[0, : stored.spec().width(step)]
     if crc32(row.data) != int(stored.column("steps/crc32", step, step + 1)[0]):
         raise DamagedRunError(f"{stored.rows_path}: /weights, step {step}: the row does not match its checksum.")
     write_arrays(path, Keyframe(step, {"weights": row, **keyframe.arrays}))
@@ -199,6 +219,8 @@ def main(arguments: list[str]) -> None:
         found: tuple[int, ...] | None
         if command == "drop-rows":
             found = (drop_rows(folder),)
+        elif command == "compress":
+            found = (compress(folder),)
         elif command == "cut":
             found = (cut(folder, int(arguments[2])),)
         else:
