@@ -244,6 +244,33 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Clip:
+    """One call of `torch.nn.utils.clip_grad_norm_` or `clip_grad_value_` between a backward pass and its step.
+
+    Attributes:
+        kind: "norm", "value", or "other" for a call whose effect on the step's gradient cannot be told.
+        limit: the largest norm, or absolute value, that it leaves.
+        order: of the norm; None for the largest absolute value.
+        params: names of the parameters whose gradients it was given; empty for all that the step moves.
+    """
+
+    kind: str
+    limit: float
+    order: float | None = 2.0
+    params: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Checks that there is such a call.
+
+        Raises:
+            ValueError: there is not.
+        """
+        numbers = (self.limit, 1.0 if self.order is None else self.order)
+        if self.kind not in ("norm", "value", "other") or not all(0 < number < math.inf for number in numbers):
+            raise ValueError(f"{self.kind!r:.40} to {self.limit} is no clipping of gradients")
+
+
+@dataclass(frozen=True, slots=True)
 class Conditions:
     """What rarely changes between steps; recorded where it does.
 
@@ -254,6 +281,7 @@ class Conditions:
         joined: parameters that came into the optimizer after the first step, with their group.
         seeded_from: the pass over seeded data that epoch 0 would have been, as `trajrec.seeded` counts, where a
             resumption or an evaluation on these data has changed it; None for `RunSpec.data["seeded_from"]`.
+        clips: how torch's own functions clipped the gradients before the step, one call after the other.
     """
 
     eval_modules: tuple[str, ...] = ()
@@ -261,10 +289,14 @@ class Conditions:
     frozen: tuple[str, ...] = ()
     joined: tuple[tuple[str, int], ...] = ()
     seeded_from: int | None = None
+    clips: tuple[Clip, ...] = ()
 
     def to_json(self) -> bytes:
         """As JSON."""
-        return json.dumps(asdict(self)).encode()
+        values = asdict(self)
+        if not self.clips:
+            del values["clips"]
+        return json.dumps(values).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> Conditions:
@@ -273,7 +305,10 @@ class Conditions:
         Raises:
             ValueError: it is no such value.
         """
-        return typed(cls, json.loads(text))
+        found = typed(cls, json.loads(text))
+        for clip in found.clips:
+            clip.check()
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
     DataLoader.__iter__        what the loop receives, and of which samples (`trajrec.capture.observing.loaders`)
     torch.autograd.backward    a backward pass, and what it is called on
     zero_grad                  gradients that were thrown away, which do not add up
+    clip_grad_norm_, _value_   gradients that were clipped, to what (`trajrec.capture.observing.clipping`)
 
 A class with an `__iter__` of its own that is a loader, or whose objects hold one (accelerate's are one batch ahead of
 the loop), is watched there, too. The model's forward passes are hooks of its own (`trajrec.capture.discovery`).
@@ -28,6 +29,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from trajrec.capture.attribution.batches import as_ids
+from trajrec.capture.observing.clipping import watch_clipping
 from trajrec.capture.observing.listeners import Listener, listeners
 from trajrec.capture.observing.loaders import (
     OuterIterator,
@@ -67,6 +69,7 @@ class _Watching:
         self._replace(torch.autograd, "backward", _watched_backward)
         for owner in (Optimizer, nn.Module):
             self._replace(owner, "zero_grad", _watched_clearing)
+        self._undo += watch_clipping()
         self._replace(DataLoader, "__init__", _watched_making)
         self.watch_class(DataLoader)
         for kind in (*_subclasses(DataLoader), *_holders()):

@@ -330,6 +330,7 @@ class Listening:
         self.cleared = around(observer.cleared, watch)
         self.draw = around(observer.draw, watch)
         self.backward = around(observer.backward, watch)
+        self.clipped = around(observer.clippings.clipped, watch)
 
 
 def _loaders(given: Any) -> list[Any] | None:

@@ -9,8 +9,23 @@ from torch import nn
 from trajrec.replay.proof.diagnosis.outside import weights_outside
 from trajrec.replay.proof.diagnosis.randomness import drawn_outside
 from trajrec.replay.proof.diagnosis.trial import Trial
+from trajrec.replay.trajectory.clipping import words
 
 _STATES = ("h", "hx", "hidden", "hidden_state", "state", "states", "memory", "mems", "past", "cache", "carry")
+
+
+def noted(trial: Trial) -> str:
+    """What the recording notes of the step that the replay did not follow, in sentences; "" for nothing."""
+    clips = trial.first.conditions.clips
+    if any(clip.kind == "other" for clip in clips):
+        return (
+            "The recorder saw torch's clipping of gradients before this step, and could not tell what it came to: it "
+            "was given parameters outside of the recorded optimizer, or gradients were added behind it."
+        )
+    if clips and trial.function.task.gradient is not None:
+        said = ", ".join(map(words, clips))
+        return f"Task.gradient was used; the recording notes that gradients were clipped, {said}: leave it out."
+    return ""
 
 
 def hints(trial: Trial) -> str:
