@@ -83,7 +83,9 @@ class Session:
         clipped = None if task.gradient is not None else as_clipped(as_seen(run))
         self.run: RecordedRun
         self.run = run = as_seen(run) if clipped is None else clipped
-        self.task, self.allow_drift, self.memory = task, allow_drift, memory
+        self.task = task if len(run.spec.criteria) != 1 else task.learned_by(run.spec.criteria[0])
+        self._takes_criterion, task = self.task is not task, self.task
+        self.allow_drift, self.memory = allow_drift, memory
         self.dtype, self.device = parse_dtype(dtype, run.spec.dtype), parse_device(device)
         self.layout = FlatLayout(run.spec)
         self.rule = rule_for(run.spec, self.layout, task.optimizer)
@@ -312,6 +314,8 @@ class Session:
     def notes(self) -> tuple[str, ...]:
         """What a reader of the numbers should know of the losses they are about, in sentences."""
         function, found = self.function, [self.run.note] if isinstance(self.run, ClippedRun) else []
+        if self._takes_criterion:
+            found.append(f"The criterion is the one that the training was seen to call, {self.run.spec.criteria[0]}.")
         if function.has_further:
             found.append(f"The loss has several values a sample: their {function.within} was taken.")
         if function.target_noise is not None and function.target_noise is not Noise.NONE:

@@ -36,6 +36,21 @@ Json = dict[str, Any]  # what JSON can hold
 NO_IDS: IntArray = np.empty(0, dtype=np.int64)
 WEIGHT_DTYPES = ("float32", "float64")
 # Of a run that is read: more were never recorded, and would only be made to fill the memory.
+MOST_CLASSES = 2048  # whose weights are noted
+# Criteria of torch.nn that are noted, with the options that decide their values, and those options' defaults.
+CRITERIA: dict[str, dict[str, float | None]] = {
+    "CrossEntropyLoss": {"weight": None, "ignore_index": -100.0, "label_smoothing": 0.0},
+    "NLLLoss": {"weight": None, "ignore_index": -100.0},
+    "BCEWithLogitsLoss": {"weight": None, "pos_weight": None},
+    "BCELoss": {"weight": None},
+    "MSELoss": {},
+    "L1Loss": {},
+    "SmoothL1Loss": {"beta": 1.0},
+    "HuberLoss": {"delta": 1.0},
+    "KLDivLoss": {"log_target": 0.0},
+    "SoftMarginLoss": {},
+    "MultiLabelSoftMarginLoss": {"weight": None},
+}
 _MOST_WEIGHTS, MOST_GROUPS, _DIGITS = 2**48, 100_000, 3
 
 
@@ -89,6 +104,43 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Criterion:
+    """A criterion of torch.nn that the training's loss was made of.
+
+    Attributes:
+        kind: its class, one of `CRITERIA`.
+        reduction: "mean", "sum", "none" or "batchmean".
+        options: its numbers, and truths as 0 and 1, by name.
+        weight: of the classes; pos_weight: of positive labels; empty for none.
+    """
+
+    kind: str
+    reduction: str
+    options: tuple[tuple[str, float], ...] = ()
+    weight: tuple[float, ...] = ()
+    pos_weight: tuple[float, ...] = ()
+
+    def faults(self) -> Iterator[str]:
+        """What there cannot be."""
+        names = CRITERIA.get(self.kind, ())
+        numbers = [*(value for _, value in self.options), *self.weight, *self.pos_weight]
+        if not {name for name, _ in self.options} <= {*names} or self.kind not in CRITERIA:
+            yield f"there is no criterion {self.kind!r:.40} with {len(self.options)} such options"
+        if not all(map(math.isfinite, numbers)) or max(len(self.weight), len(self.pos_weight)) > MOST_CLASSES:
+            yield f"the criterion {self.kind!r:.40} has weights or options that are no numbers"
+
+    def __str__(self) -> str:
+        said = [f"{name}={value:g}" for name, value in self.options if value != CRITERIA[self.kind].get(name)]
+        said += [f"{name}={_few(getattr(self, name))}" for name in ("weight", "pos_weight") if getattr(self, name)]
+        said += [] if self.reduction == "mean" else [f"reduction={self.reduction!r}"]
+        return f"{self.kind}({', '.join(said)})"
+
+
+def _few(values: tuple[float, ...]) -> str:
+    return f"[{', '.join(f'{value:g}' for value in values[:4])}{', ...' if len(values) > 4 else ''}]"
+
+
+@dataclass(frozen=True, slots=True)
 class RunSpec:
     """What stays the same during a run.
 
@@ -115,6 +167,8 @@ class RunSpec:
         device: where the parameters were ("cpu", "cuda:0").
         threads: torch's thread count within an operation.
         command: the command line.
+        folder: where it ran, if that could be told.
+        criteria: of torch.nn that the losses of the first step were made of.
     """
 
     run_id: str
@@ -139,6 +193,8 @@ class RunSpec:
     device: str = "cpu"
     threads: int = 1
     command: tuple[str, ...] = ()
+    folder: str | None = None
+    criteria: tuple[Criterion, ...] = ()
 
     @property
     def row_length(self) -> int:
@@ -187,6 +243,8 @@ class RunSpec:
             yield f'inputs is "digest" or "store", found {self.inputs!r}'
         if self.samples < 0 or min((size for _, size in self.rng), default=1) < 1:
             yield f"there are {self.samples} samples, and generator states of {[size for _, size in self.rng]} bytes"
+        for criterion in self.criteria:
+            yield from criterion.faults()
         if not all(type(self.data.get(name, 0)) is int for name in ("seeded_from", "first_batch_crc32")):
             yield "data should hold whole numbers as seeded_from and first_batch_crc32"
 

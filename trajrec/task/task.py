@@ -36,8 +36,10 @@ from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from trajrec.errors import TaskError, first_line
+from trajrec.records import Criterion
 from trajrec.task.criterion import cross_entropies, label_counts
 from trajrec.task.gradients import Gradients
+from trajrec.task.seen import made_of
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -99,6 +101,7 @@ class Task:
         self.penalty = penalty
         self.gradient = gradient
         self.optimizer = optimizer
+        self._learned_by: Callable[[Any, Any], Task] | None = None  # of `supervised`, if it was given no criterion
 
     @classmethod
     def supervised(
@@ -118,7 +121,7 @@ class Task:
         labels that are not -100. In a batch every label then counts the same, as in torch's mean. Outputs of shape
         [B, classes] beside integer labels are taken for scores of the classes. `options` are those of `Task`.
         """
-        score = criterion or cross_entropies
+        score, given = criterion or cross_entropies, {**options, "collate": collate}
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             inputs, labels = batch
@@ -130,7 +133,23 @@ class Task:
 
         if criterion is None and options.get("weight") is None:
             options["weight"] = label_counts
-        return cls(model, train, test, loss=loss, collate=collate, predict=predict, **options)
+        task = cls(model, train, test, loss=loss, collate=collate, predict=predict, **options)
+        if criterion is None:
+            task._learned_by = lambda seen, weight: cls.supervised(
+                model, task._train, task._test, seen, **(given if weight is None else {"weight": weight, **given})
+            )
+        return task
+
+    def learned_by(self, noted: Criterion) -> Task:
+        """This task by the criterion that the training was seen to call; itself where it has been given another."""
+        made = None if self._learned_by is None else made_of(noted)
+        if self._learned_by is None or made is None:
+            return self
+        score, counts = made
+        task = self._learned_by(score, None if counts is None else lambda batch: counts(batch[1]))
+        task.gradient, task.penalty = self.gradient, self.penalty
+        task.optimizer, task.reduction = self.optimizer, self.reduction
+        return task
 
     def build_model(self) -> nn.Module:
         """A new model.

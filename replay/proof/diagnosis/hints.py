@@ -16,6 +16,18 @@ _STATES = ("h", "hx", "hidden", "hidden_state", "state", "states", "memory", "me
 
 def noted(trial: Trial) -> str:
     """What the recording notes of the step that the replay did not follow, in sentences; "" for nothing."""
+    return " ".join(sentence for sentence in (_clipping(trial), _criterion(trial)) if sentence)
+
+
+def _criterion(trial: Trial) -> str:
+    """Which criteria the training was seen to call, where the loss is another than the recorded one."""
+    seen = [str(criterion) for criterion in trial.run.spec.criteria]
+    if not seen or trial.loss_agrees(trial.loss()):
+        return ""
+    return f"The training's loss was seen to be made of {' and '.join(seen)}."
+
+
+def _clipping(trial: Trial) -> str:
     clips = trial.first.conditions.clips
     if any(clip.kind == "other" for clip in clips):
         return (

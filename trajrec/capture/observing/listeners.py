@@ -48,6 +48,9 @@ class Listener(Protocol):
     def clipped(self, kind: str, limit: Any, order: Any, params: Sequence[Any]) -> None:
         """Gradients of parameters were clipped by "norm" or "value"."""
 
+    def criterion(self, criterion: Any, output: Any) -> None:
+        """A criterion of torch.nn has given a loss."""
+
     def give(self, ids: Any, weights: Any) -> None:
         """The user has named samples."""
 

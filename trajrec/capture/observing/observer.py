@@ -33,6 +33,7 @@ from trajrec.capture.attribution.facts import (
 from trajrec.capture.attribution.known import NOTHING, Habits, Known
 from trajrec.capture.attribution.reading import Outcome, read
 from trajrec.capture.observing.clipping import Clippings
+from trajrec.capture.observing.criteria import Criteria
 from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.observing.graph import GraphMarks, leaves_of
 from trajrec.capture.observing.listeners import Handed
@@ -64,7 +65,7 @@ class Observer:
         passes: over the loaders.
         backwards: how many backward passes were seen.
         owners: of the gradients: the model, its optimizers.
-        clippings: of gradients.
+        clippings: of gradients; criteria: of the losses.
     """
 
     def __init__(self, loaders: Sequence[Any] | None, keeps_contents: bool = False) -> None:
@@ -73,7 +74,7 @@ class Observer:
         self.known = Known(habits)
         self.backwards = 0
         self.owners: list[Any] = []
-        self.clippings = Clippings()
+        self.clippings, self.criteria = Clippings(), Criteria()
         self._keeps_contents = keeps_contents
         self._facts: list[Fact] = []
         self._lock = threading.RLock()
@@ -213,6 +214,7 @@ class Observer:
             is_nested = _running_backward() != -1
             self.backwards += not is_nested
             self.clippings.backward()
+            self.criteria.backward(loss)
             adds = not self._is_open or is_nested or self._is_cleared or self._adds_up(loss)
             if not is_nested and (self._is_cleared or not adds):
                 self._marks.begin_anew()
