@@ -327,6 +327,15 @@ class Clip:
         if self.kind not in ("norm", "value", "other") or not all(0 < number < math.inf for number in numbers):
             raise ValueError(f"{self.kind!r:.40} to {self.limit} is no clipping of gradients")
 
+    def __str__(self) -> str:
+        of = "" if not self.params else f" of {len(self.params)} parameter{'s' * (len(self.params) > 1)}"
+        if self.kind == "other":
+            return "a call of torch's clipping whose effect on the step could not be told"
+        if self.kind == "value":
+            return f"values{of} to {self.limit:g}"
+        order = "" if self.order == 2 else " (largest value)" if self.order is None else f" (of order {self.order:g})"
+        return f"the norm{of} to {self.limit:g}{order}"
+
 
 @dataclass(frozen=True, slots=True)
 class Conditions:

@@ -58,7 +58,7 @@ class ClippedRun:
     @property
     def note(self) -> str:
         """What was taken from the recording, in a sentence."""
-        said = list(dict.fromkeys(words(clip) for clips in self.ways for clip in clips if clip.kind != "other"))
+        said = list(dict.fromkeys(str(clip) for clips in self.ways for clip in clips if clip.kind != "other"))
         more = f", and {len(said) - _SHOWN} others" if len(said) > _SHOWN else ""
         changes = " at some steps" if len(self.ways) > 2 or not _always(self) else ""
         return f"Gradients were clipped{changes}, as the recording notes: {'; '.join(said[:_SHOWN])}{more}."
@@ -68,17 +68,6 @@ def _always(run: ClippedRun) -> bool:
     """Whether all steps were clipped."""
     at_first = run.ways[run._numbers[bisect_right(run._steps, 1) - 1]]
     return bool(at_first) and all(run.ways[number] for number in run._numbers[1:])
-
-
-def words(clip: Clip) -> str:
-    """A call in words."""
-    of = "" if not clip.params else f" of {len(clip.params)} parameter{'s' * (len(clip.params) > 1)}"
-    if clip.kind == "other":
-        return "a call of torch's clipping whose effect on the step could not be told"
-    if clip.kind == "value":
-        return f"values{of} to {clip.limit:g}"
-    order = "" if clip.order == 2 else " (largest value)" if clip.order is None else f" (of order {clip.order:g})"
-    return f"the norm{of} to {clip.limit:g}{order}"
 
 
 def as_clipped(run: RecordedRun) -> ClippedRun | None:

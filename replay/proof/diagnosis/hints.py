@@ -9,7 +9,6 @@ from torch import nn
 from trajrec.replay.proof.diagnosis.outside import weights_outside
 from trajrec.replay.proof.diagnosis.randomness import drawn_outside
 from trajrec.replay.proof.diagnosis.trial import Trial
-from trajrec.replay.trajectory.clipping import words
 
 _STATES = ("h", "hx", "hidden", "hidden_state", "state", "states", "memory", "mems", "past", "cache", "carry")
 
@@ -35,7 +34,7 @@ def _clipping(trial: Trial) -> str:
             "was given parameters outside of the recorded optimizer, or gradients were added behind it."
         )
     if clips and trial.function.task.gradient is not None:
-        said = ", ".join(map(words, clips))
+        said = ", ".join(map(str, clips))
         return f"Task.gradient was used; the recording notes that gradients were clipped, {said}: leave it out."
     return ""
 
