@@ -103,8 +103,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),
         ("loss", f"{run.loss(1):.4g} at step 1, {run.loss(run.steps):.4g} at step {run.steps:,}" if run.steps else "-"),
         ("samples", f"{spec.samples or 'unknown'} ({spec.data.get('dataset', 'unknown data set')})"),
+        ("criterion", " and ".join(map(str, spec.criteria)) or "none of torch.nn's classes was seen"),
+        ("clipping", _clipping(run)),
         ("task", spec.task or "none noted"),
         ("command", " ".join(spec.command)),
+        ("folder", spec.folder or "not noted"),
         ("device", f"{spec.device}, {spec.threads} thread(s)"),
         ("versions", ", ".join(f"{name} {version}" for name, version in spec.versions.items())),
     ]
@@ -120,6 +123,13 @@ def _weights(spec: RunSpec) -> str:
         whole = f"{spec.row_length + once:,}"
         found = f"{spec.row_length:,} of {whole} weights are trained; the rest is stored once. {found}"
     return found
+
+
+def _clipping(run: Run) -> str:
+    """How gradients were clipped, as far as it was seen."""
+    found = {str(clip): step for step, changes in reversed(run.changes.items()) for clip in changes.clips}
+    said = [f"{clip} (from step {step:,})" for clip, step in sorted(found.items(), key=lambda item: item[1])]
+    return ", ".join(said[:3]) + (f", and {len(said) - 3} others" if len(said) > 3 else "") or "none was seen"
 
 
 def _duration(run: Run) -> str:

@@ -20,10 +20,10 @@ def task_of(reference: str | None, run: Run, trust: bool) -> tuple[str, Task]:
         DataMismatchError: if the noted file has changed since.
     """
     from trajrec.runfile import register
-    from trajrec.task.loading import file_sha256, load_task, task_file
+    from trajrec.task.loading import file_sha256, task_file
 
     if reference is not None:
-        return reference, load_task(reference)
+        return reference, _loaded(reference, run)
     noted = run.spec.task
     if noted is None:
         raise TaskError(
@@ -44,4 +44,27 @@ def task_of(reference: str | None, run: Run, trust: bool) -> tuple[str, Task]:
             f"name it: --task {noted}. The certificate will tell."
         )
     say(f"Task: {noted} (noted in the run, unchanged)", err=True)
-    return noted, load_task(noted)
+    return noted, _loaded(noted, run)
+
+
+def _loaded(reference: str, run: Run) -> Task:
+    """The Task; of a file that it does not find it is said where the script's relative paths were seen from.
+
+    Raises:
+        TaskError: it cannot be loaded.
+    """
+    from trajrec.task.loading import load_task
+
+    try:
+        return load_task(reference)
+    except TaskError as error:
+        folder = run.spec.folder
+        if folder is None or not isinstance(error.__cause__, FileNotFoundError) or _is_here(folder):
+            raise
+        raise TaskError(f"{error}. The run was recorded in {folder}: relative paths were seen from there.") from None
+
+
+def _is_here(folder: str) -> bool:
+    import os
+
+    return os.path.realpath(folder) == os.path.realpath(os.getcwd())

@@ -41,6 +41,7 @@ from trajrec.replay.proof.stepwise import StepwiseChecks
 from trajrec.replay.proof.targets import prove_targets
 from trajrec.replay.question import DTYPES, FloatName, Question, parse_device, parse_dtype
 from trajrec.replay.step import RecordedRun, Step, Trajectory, initial_state, make_step, vector_of
+from trajrec.replay.trajectory.clipping import ClippedRun, as_clipped
 from trajrec.replay.trajectory.participation import as_seen
 from trajrec.replay.trajectory.source import trajectory_of
 from trajrec.rules import FlatLayout, rule_for
@@ -80,13 +81,19 @@ class Session:
         memory: int | None = None,
     ) -> None:
         fit.check_start(run)
-        self.run = run = as_seen(run)
-        self.task, self.allow_drift, self.memory = task, allow_drift, memory
+        clipped = None if task.gradient is not None else as_clipped(as_seen(run))
+        self.run: RecordedRun
+        self.run = run = as_seen(run) if clipped is None else clipped
+        self.task = task if len(run.spec.criteria) != 1 else task.learned_by(run.spec.criteria[0])
+        self._takes_criterion, task = self.task is not task, self.task
+        self.allow_drift, self.memory = allow_drift, memory
         self.dtype, self.device = parse_dtype(dtype, run.spec.dtype), parse_device(device)
         self.layout = FlatLayout(run.spec)
         self.rule = rule_for(run.spec, self.layout, task.optimizer)
         if task.gradient is not None:
             self.rule = TransformedRule(self.rule, task.gradient)
+        if clipped is not None:
+            self.rule = clipped.rule(self.rule)
         self.function = LossFunction(task, run, self.layout, self.dtype, self.device)
         self.train = self.training_samples(self.dtype)
         self._test: Samples | None = None
@@ -319,7 +326,9 @@ class Session:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the numbers should know of the losses they are about, in sentences."""
-        function, found = self.function, []
+        function, found = self.function, [self.run.note] if isinstance(self.run, ClippedRun) else []
+        if self._takes_criterion:
+            found.append(f"The criterion is the one that the training was seen to call, {self.run.spec.criteria[0]}.")
         if function.has_further:
             found.append(f"The loss has several values a sample: their {function.within} was taken.")
         if function.target_noise is not None and function.target_noise is not Noise.NONE:

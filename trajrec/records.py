@@ -41,6 +41,21 @@ WEIGHT_DTYPES = ("float32", "float64")
 HALF_DTYPES = ("float16", "bfloat16")  # of trained parameters, whose bits a row has in float32
 FROZEN, FROZEN_CHECK = "frozen/", "check/frozen"  # paths of `Keyframe.arrays`
 # Of a run that is read: more were never recorded, and would only be made to fill the memory.
+MOST_CLASSES = 2048  # whose weights are noted
+# Criteria of torch.nn that are noted, with the options that decide their values, and those options' defaults.
+CRITERIA: dict[str, dict[str, float | None]] = {
+    "CrossEntropyLoss": {"weight": None, "ignore_index": -100.0, "label_smoothing": 0.0},
+    "NLLLoss": {"weight": None, "ignore_index": -100.0},
+    "BCEWithLogitsLoss": {"weight": None, "pos_weight": None},
+    "BCELoss": {"weight": None},
+    "MSELoss": {},
+    "L1Loss": {},
+    "SmoothL1Loss": {"beta": 1.0},
+    "HuberLoss": {"delta": 1.0},
+    "KLDivLoss": {"log_target": 0.0},
+    "SoftMarginLoss": {},
+    "MultiLabelSoftMarginLoss": {"weight": None},
+}
 _MOST_WEIGHTS, MOST_GROUPS, _DIGITS = 2**48, 100_000, 3
 
 
@@ -116,6 +131,43 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Criterion:
+    """A criterion of torch.nn that the training's loss was made of.
+
+    Attributes:
+        kind: its class, one of `CRITERIA`.
+        reduction: "mean", "sum", "none" or "batchmean".
+        options: its numbers, and truths as 0 and 1, by name.
+        weight: of the classes; pos_weight: of positive labels; empty for none.
+    """
+
+    kind: str
+    reduction: str
+    options: tuple[tuple[str, float], ...] = ()
+    weight: tuple[float, ...] = ()
+    pos_weight: tuple[float, ...] = ()
+
+    def faults(self) -> Iterator[str]:
+        """What there cannot be."""
+        names = CRITERIA.get(self.kind, ())
+        numbers = [*(value for _, value in self.options), *self.weight, *self.pos_weight]
+        if not {name for name, _ in self.options} <= {*names} or self.kind not in CRITERIA:
+            yield f"there is no criterion {self.kind!r:.40} with {len(self.options)} such options"
+        if not all(map(math.isfinite, numbers)) or max(len(self.weight), len(self.pos_weight)) > MOST_CLASSES:
+            yield f"the criterion {self.kind!r:.40} has weights or options that are no numbers"
+
+    def __str__(self) -> str:
+        said = [f"{name}={value:g}" for name, value in self.options if value != CRITERIA[self.kind].get(name)]
+        said += [f"{name}={_few(getattr(self, name))}" for name in ("weight", "pos_weight") if getattr(self, name)]
+        said += [] if self.reduction == "mean" else [f"reduction={self.reduction!r}"]
+        return f"{self.kind}({', '.join(said)})"
+
+
+def _few(values: tuple[float, ...]) -> str:
+    return f"[{', '.join(f'{value:g}' for value in values[:4])}{', ...' if len(values) > 4 else ''}]"
+
+
+@dataclass(frozen=True, slots=True)
 class RunSpec:
     """What stays the same during a run.
 
@@ -145,6 +197,8 @@ class RunSpec:
         frozen: the parameters that were not trained at the first step, stored once; those that were later are in
             `params` too.
         stretches: (first step, P) of every stretch of rows, the first from step 0; empty where all are alike.
+        folder: where it ran, if that could be told.
+        criteria: of torch.nn that the losses of the first step were made of.
     """
 
     run_id: str
@@ -171,6 +225,8 @@ class RunSpec:
     command: tuple[str, ...] = ()
     frozen: tuple[FrozenSpec, ...] = ()
     stretches: tuple[tuple[int, int], ...] = ()
+    folder: str | None = None
+    criteria: tuple[Criterion, ...] = ()
 
     @property
     def row_length(self) -> int:
@@ -256,6 +312,8 @@ class RunSpec:
             yield f'inputs is "digest" or "store", found {self.inputs!r}'
         if self.samples < 0 or min((size for _, size in self.rng), default=1) < 1:
             yield f"there are {self.samples} samples, and generator states of {[size for _, size in self.rng]} bytes"
+        for criterion in self.criteria:
+            yield from criterion.faults()
         if not all(type(self.data.get(name, 0)) is int for name in ("seeded_from", "first_batch_crc32")):
             yield "data should hold whole numbers as seeded_from and first_batch_crc32"
 
@@ -329,6 +387,42 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Clip:
+    """One call of `torch.nn.utils.clip_grad_norm_` or `clip_grad_value_` between a backward pass and its step.
+
+    Attributes:
+        kind: "norm", "value", or "other" for a call whose effect on the step's gradient cannot be told.
+        limit: the largest norm, or absolute value, that it leaves.
+        order: of the norm; None for the largest absolute value.
+        params: names of the parameters whose gradients it was given; empty for all that the step moves.
+    """
+
+    kind: str
+    limit: float
+    order: float | None = 2.0
+    params: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Checks that there is such a call.
+
+        Raises:
+            ValueError: there is not.
+        """
+        numbers = (self.limit, 1.0 if self.order is None else self.order)
+        if self.kind not in ("norm", "value", "other") or not all(0 < number < math.inf for number in numbers):
+            raise ValueError(f"{self.kind!r:.40} to {self.limit} is no clipping of gradients")
+
+    def __str__(self) -> str:
+        of = "" if not self.params else f" of {len(self.params)} parameter{'s' * (len(self.params) > 1)}"
+        if self.kind == "other":
+            return "a call of torch's clipping whose effect on the step could not be told"
+        if self.kind == "value":
+            return f"values{of} to {self.limit:g}"
+        order = "" if self.order == 2 else " (largest value)" if self.order is None else f" (of order {self.order:g})"
+        return f"the norm{of} to {self.limit:g}{order}"
+
+
+@dataclass(frozen=True, slots=True)
 class Conditions:
     """What rarely changes between steps; recorded where it does.
 
@@ -339,6 +433,7 @@ class Conditions:
         joined: parameters that came into the optimizer after the first step, with their group.
         seeded_from: the pass over seeded data that epoch 0 would have been, as `trajrec.seeded` counts, where a
             resumption or an evaluation on these data has changed it; None for `RunSpec.data["seeded_from"]`.
+        clips: how torch's own functions clipped the gradients before the step, one call after the other.
     """
 
     eval_modules: tuple[str, ...] = ()
@@ -346,10 +441,14 @@ class Conditions:
     frozen: tuple[str, ...] = ()
     joined: tuple[tuple[str, int], ...] = ()
     seeded_from: int | None = None
+    clips: tuple[Clip, ...] = ()
 
     def to_json(self) -> bytes:
         """As JSON."""
-        return json.dumps(asdict(self)).encode()
+        values = asdict(self)
+        if not self.clips:
+            del values["clips"]
+        return json.dumps(values).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> Conditions:
@@ -358,7 +457,10 @@ class Conditions:
         Raises:
             ValueError: it is no such value.
         """
-        return typed(cls, json.loads(text))
+        found = typed(cls, json.loads(text))
+        for clip in found.clips:
+            clip.check()
+        return found
 
 
 @dataclass(frozen=True, slots=True)

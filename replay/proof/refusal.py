@@ -162,13 +162,14 @@ def _zeros(session: Session, error: NonFiniteError) -> DerivativeError | None:
 
 def explained(session: Session, drifted: Drifted) -> DriftError:
     """The refusal to raise for a drift: names the first bad step and the likely cause."""
-    from trajrec.replay.proof.diagnosis import Trial, cause_of, what_to_look_at
+    from trajrec.replay.proof.diagnosis import Trial, cause_of, what_to_look_at, what_was_noted
 
     first = session.find_drift() or drifted
     trial = Trial(session.run, session.function, session.train, session.rule, first)
     found = cause_of(trial)
     cause = found.sentence if found else ""
     more = "" if found else what_to_look_at(trial)
+    more = f"{what_was_noted(trial)} {more}"
     if session.data_changed:
         more += " The first batch also differs from the recorded one."
     probe = first.probe

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import trajrec
 
 STORED = Path(__file__).parents[1] / "golden" / "recordings.json"
-VOLATILE = ("run_id", "created", "versions", "command", "threads")
+VOLATILE = ("run_id", "created", "versions", "command", "threads", "folder")
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"compression": "none"},
     "zstd": {"compression": "zstd"},

@@ -3,6 +3,8 @@
     DataLoader.__iter__        what the loop receives, and of which samples (`trajrec.capture.observing.loaders`)
     torch.autograd.backward    a backward pass, and what it is called on
     zero_grad                  gradients that were thrown away, which do not add up
+    CrossEntropyLoss and such  how the losses are made (`trajrec.capture.observing.criteria`)
+    clip_grad_norm_, _value_   gradients that were clipped, to what (`trajrec.capture.observing.clipping`)
 
 A class with an `__iter__` of its own that is a loader, or whose objects hold one (accelerate's are one batch ahead of
 the loop), is watched there, too. The model's forward passes are hooks of its own (`trajrec.capture.discovery`).
@@ -28,6 +30,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from trajrec.capture.attribution.batches import as_ids
+from trajrec.capture.observing.clipping import watch_clipping
+from trajrec.capture.observing.criteria import KINDS, watched_criterion
 from trajrec.capture.observing.listeners import Listener, listeners
 from trajrec.capture.observing.loaders import (
     OuterIterator,
@@ -67,6 +71,9 @@ class _Watching:
         self._replace(torch.autograd, "backward", _watched_backward)
         for owner in (Optimizer, nn.Module):
             self._replace(owner, "zero_grad", _watched_clearing)
+        self._undo += watch_clipping()
+        for criterion in KINDS:
+            self._replace(criterion, "__call__", watched_criterion(_tell_criterion))
         self._replace(DataLoader, "__init__", _watched_making)
         self.watch_class(DataLoader)
         for kind in (*_subclasses(DataLoader), *_holders()):
@@ -163,6 +170,11 @@ def _watched_clearing(original: Any) -> Any:
         return original(cleared, *args, **named)
 
     return watched
+
+
+def _tell_criterion(criterion: Any, output: Any) -> None:
+    for listener in listeners.all:
+        listener.criterion(criterion, output)
 
 
 def _watched_iter(original: Any) -> Any:

@@ -16,6 +16,7 @@ or fails at, is said once, recording stops there, and the steps that follow are 
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -94,6 +95,7 @@ class Recorder:
         self._discovery = Discovery(self._observer)
         self._installed: list[Any] = []  # that has a `remove`
         self._steps: Steps | None = None
+        self._folder = folder_now()  # the script may go elsewhere
 
     @property
     def seconds(self) -> float:
@@ -313,6 +315,8 @@ class Recorder:
             "samples": length,
             "inputs": self.inputs,
             "data": data,
+            "criteria": self._observer.criteria.close(),
+            "folder": self._folder,
             "task": self.task,
             "task_sha256": file_sha256(file) if file is not None and file.is_file() else None,
         }
@@ -330,6 +334,18 @@ class Listening:
         self.cleared = around(observer.cleared, watch)
         self.draw = around(observer.draw, watch)
         self.backward = around(observer.backward, watch)
+        self.criterion = around(observer.criteria.called)
+        self.clipped = around(observer.clippings.clipped, watch)
+
+
+def folder_now() -> str | None:
+    """The folder that relative paths are seen from; None where it is gone, or has a name that is no text."""
+    try:
+        folder = os.getcwd()
+        folder.encode()
+    except (OSError, UnicodeError):
+        return None
+    return folder
 
 
 def _loaders(given: Any) -> list[Any] | None:

@@ -248,11 +248,13 @@ class Steps:
     def _prepare(self) -> Pending:
         """What the coming step uses."""
         snapshot, observer = self._snapshot, self._observer
+        is_tried_again = self._batch is not None and self._prepared_at == observer.backwards
         self._prepared_at = observer.backwards
         batch = self._batch or observer.take()
         self._batch = None
         epoch, made_for = self._epoch(), observer.known.epochs.seeded_pass
         snapshot.tell_pass(None if made_for is None else made_for - epoch)
+        snapshot.tell_clips(observer.clippings.take(), is_tried_again)
         changes = snapshot.changes(self.number + 1)
         if thawed := snapshot.thawed():
             self._rows.widen(thawed)
@@ -287,6 +289,7 @@ class Steps:
         if not self._round.end(optimizer):
             return False
         pending, self._pending = self._pending, None
+        self._observer.clippings.take()  # within the step: of no other
         self.number += 1
         self.is_made = True
         self._rows.flush()

@@ -1,14 +1,15 @@
-"""What rarely changes between steps: modes of modules, which parameters have a gradient, the pass over seeded data."""
+"""What rarely changes between steps: modes, which parameters have a gradient, the pass over seeded data, clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-from trajrec.records import Conditions
+from trajrec.records import Clip, Conditions
+from trajrec.snapshot.clips import ClipCall, Clips
 from trajrec.snapshot.groups import Groups
 
 _MODE = attrgetter("training")
@@ -20,7 +21,7 @@ class Watch:
     Attributes:
         enters_other_modes: whether the step that was last asked about is the first in other modes.
         has_changed: whether anything was other than at the step before, when it was last asked about.
-        seeded_from: what `Conditions.seeded_from` would be of the coming step.
+        seeded_from: what `Conditions.seeded_from` would be of the coming step; calls: that clipped its gradients.
     """
 
     def __init__(self, model: nn.Module, groups: Groups) -> None:
@@ -28,6 +29,9 @@ class Watch:
         self._modules = list(model.modules())
         self._seen: Any = None
         self.seeded_from: int | None = None
+        self.calls: Sequence[ClipCall] = ()
+        self._clips = Clips(groups)
+        self._present_clips: tuple[Clip, ...] = ()
         self.enters_other_modes = self.has_changed = False
         self._last: Conditions | None = Conditions(self.eval_modules(), self._where(lambda p: p.grad is None))
 
@@ -38,17 +42,20 @@ class Watch:
             RecordingError: if a parameter left the optimizer, or one came that the model does not have.
         """
         self.enters_other_modes = self.has_changed = False
+        sizes = [len(group["params"]) for group in self._groups.all]
+        if sizes != self._groups.sizes:
+            self._groups.take_in(step)
+        self._present_clips = self._clips.of(self.calls)
         seen = (
-            [len(group["params"]) for group in self._groups.all],
+            sizes,
             [*map(_MODE, self._modules)],
             [None if p.grad is None else p.requires_grad for p in self._groups.members],
             self.seeded_from,
+            self._present_clips,
         )
         if seen == self._seen:
             return None
         self.has_changed = True
-        if seen[0] != self._groups.sizes:
-            self._groups.take_in(step)
         self._seen = seen
         before, self._last = self._last, self._present()
         self.enters_other_modes = before is None or before.eval_modules != self._last.eval_modules
@@ -71,6 +78,7 @@ class Watch:
             frozen=self._where(lambda p: p.grad is not None and not p.requires_grad),
             joined=tuple(self._groups.joined.items()),
             seeded_from=self.seeded_from,
+            clips=self._present_clips,
         )
 
     def _where(self, holds: Callable[[Tensor], bool]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Letters: G parameter groups, H hyperparameters, P weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from trajrec.bits import widest
 from trajrec.records import FROZEN_CHECK, Conditions, FloatArray, ParamSpec, Parts, Row, RunSpec
+from trajrec.snapshot.clips import ClipCall
 from trajrec.snapshot.conditions import Watch
 from trajrec.snapshot.devicecopy import RowCopy
 from trajrec.snapshot.frozen import Frozen, trained
@@ -163,6 +165,10 @@ class Snapshot:
     def tell_pass(self, seeded_from: int | None) -> None:
         """What `Conditions.seeded_from` would be of the coming step."""
         self._watch.seeded_from = None if seeded_from == self._spec_seeded_from else seeded_from
+
+    def tell_clips(self, calls: Sequence[ClipCall], further: bool) -> None:
+        """The calls that clipped the gradients of the coming step; `further` ones come after those before."""
+        self._watch.calls = [*self._watch.calls, *calls] if further else calls
 
     # ---- keyframes
 

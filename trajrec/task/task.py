@@ -41,9 +41,11 @@ from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from trajrec.errors import TaskError, first_line
+from trajrec.records import Criterion
 from trajrec.task.criterion import CrossEntropies, LabelCounts, cross_entropies
 from trajrec.task.gradients import Gradients
 from trajrec.task.reading import Inputs, Key, Reading, scores_in
+from trajrec.task.seen import made_of
 
 Batch = Any
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -118,6 +120,7 @@ class Task:
         self.penalty = penalty
         self.gradient = gradient
         self.optimizer = optimizer
+        self._learned_by: Callable[[Any, Any], Task] | None = None  # of `supervised`, if it was given no criterion
 
     @classmethod
     def supervised(
@@ -156,6 +159,7 @@ class Task:
             TaskError: `inputs` or `labels` cannot be keys or positions.
         """
         score, reading = criterion or cross_entropies, Reading(inputs, labels)
+        given = {**options, "inputs": inputs, "labels": labels}
         takes_scores = isinstance(score, CrossEntropies | _Loss)
 
         def outputs(model: nn.Module, batch: Batch) -> Any:
@@ -175,6 +179,22 @@ class Task:
         task.reading = reading
         if options.get("weight") is None:
             task.label_counts = LabelCounts(reading.labels_in)
+        if criterion is None:
+            task._learned_by = lambda seen, weight: cls.supervised(
+                model, task._train, task._test, seen, **(given if weight is None else {"weight": weight, **given})
+            )
+        return task
+
+    def learned_by(self, noted: Criterion) -> Task:
+        """This task by the criterion that the training was seen to call; itself where it has been given another."""
+        made = None if self._learned_by is None else made_of(noted)
+        if self._learned_by is None or made is None:
+            return self
+        score, counts = made
+        labels_in = self.reading.labels_in
+        task = self._learned_by(score, None if counts is None else lambda batch: counts(labels_in(batch)))
+        task.gradient, task.penalty = self.gradient, self.penalty
+        task.optimizer, task.reduction = self.optimizer, self.reduction
         return task
 
     def classes_in(self, batch: Batch) -> Tensor | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from trajrec.replay.proof.diagnosis.gradient import scaled, weight_decay, with_l1_penalty, with_values_cut
-from trajrec.replay.proof.diagnosis.hints import hints
+from trajrec.replay.proof.diagnosis.hints import hints, noted
 from trajrec.replay.proof.diagnosis.outside import broadcast
 from trajrec.replay.proof.diagnosis.randomness import drawn_before_the_call, drawn_or_not
 from trajrec.replay.proof.diagnosis.step import given_change, other_batch, other_modes
@@ -59,3 +59,8 @@ def what_to_look_at(trial: Trial) -> str:
     """What may be the cause and cannot be tried, in a sentence; "" for nothing."""
     with trial.without_checking_inputs():
         return hints(trial)
+
+
+def what_was_noted(trial: Trial) -> str:
+    """What the recording notes and the replay did not follow, in a sentence; "" for nothing."""
+    return noted(trial)

@@ -13,6 +13,32 @@ from trajrec.replay.proof.diagnosis.trial import Trial
 _STATES = ("h", "hx", "hidden", "hidden_state", "state", "states", "memory", "mems", "past", "cache", "carry")
 
 
+def noted(trial: Trial) -> str:
+    """What the recording notes of the step that the replay did not follow, in sentences; "" for nothing."""
+    return " ".join(sentence for sentence in (_clipping(trial), _criterion(trial)) if sentence)
+
+
+def _criterion(trial: Trial) -> str:
+    """Which criteria the training was seen to call, where the loss is another than the recorded one."""
+    seen = [str(criterion) for criterion in trial.run.spec.criteria]
+    if not seen or trial.loss_agrees(trial.loss()):
+        return ""
+    return f"The training's loss was seen to be made of {' and '.join(seen)}."
+
+
+def _clipping(trial: Trial) -> str:
+    clips = trial.first.conditions.clips
+    if any(clip.kind == "other" for clip in clips):
+        return (
+            "The recorder saw torch's clipping of gradients before this step, and could not tell what it came to: it "
+            "was given parameters outside of the recorded optimizer, or gradients were added behind it."
+        )
+    if clips and trial.function.task.gradient is not None:
+        said = ", ".join(map(str, clips))
+        return f"Task.gradient was used; the recording notes that gradients were clipped, {said}: leave it out."
+    return ""
+
+
 def hints(trial: Trial) -> str:
     """Sentences; "" for nothing."""
     found = [drawn_outside(trial.run), weights_outside(trial), _carried(trial)]

@@ -15,13 +15,13 @@ def given_change(trial: Trial) -> Cause | None:
     rule = trial.rule
     if not isinstance(rule, TransformedRule):
         return None
-    trial.rule = rule.rule
+    trial.rule = rule.untransformed
     try:
         reached = trial.reached()
     finally:
         trial.rule = rule
     return trial.explained(
-        reached, "Task.gradient changes the gradient of this step, and the training left it as it was."
+        reached, f"{rule.source} changes the gradient of this step, and the training left it as it was."
     )
 
 

@@ -23,12 +23,21 @@ def adam(model):
     return torch.optim.Adam(model.parameters(), lr=0.02)
 
 
+def by_norm(model, limit):
+    """What `clip_grad_norm_` does, written by hand: the recorder does not see it."""
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    for p in model.parameters():
+        p.grad *= (limit / (norm + 1e-6)).clamp(max=1.0)
+    return float(norm)
+
+
 def clips(limit, by):
     def clip(model, optimizer):
         if by == "norm":
-            torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+            by_norm(model, limit)
         else:
-            torch.nn.utils.clip_grad_value_(model.parameters(), limit)
+            for p in model.parameters():
+                p.grad.clamp_(-limit, limit)
 
     return clip
 
@@ -125,7 +134,7 @@ def test_clipping_that_only_some_steps_need_is_named_at_the_first_that_does():
     norms = []
 
     def clip(limit):
-        return lambda model, _: norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        return lambda model, _: norms.append(by_norm(model, limit))
 
     loops.train(Loop(before_step=clip(1e9)))
     first = next(t for t, norm in enumerate(norms, 1) if norm > norms[0])
@@ -160,7 +169,7 @@ def test_faults_are_named_in_single_precision_and_between_keyframes(tmp_path, ke
         for x, y in loader:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+            by_norm(model, 0.2)
             optimizer.step()
     with trajrec.open(tmp_path / "run.h5") as run:
         told = r"drifted at step 1:.*clipped by its norm.*trajrec\.clip_norm\(0\.2\)"

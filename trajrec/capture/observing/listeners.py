@@ -45,6 +45,12 @@ class Listener(Protocol):
     def cleared(self, by: Any) -> None:
         """An optimizer or a module is about to set its gradients to zero."""
 
+    def clipped(self, kind: str, limit: Any, order: Any, params: Sequence[Any]) -> None:
+        """Gradients of parameters were clipped by "norm" or "value"."""
+
+    def criterion(self, criterion: Any, output: Any) -> None:
+        """A criterion of torch.nn has given a loss."""
+
     def give(self, ids: Any, weights: Any) -> None:
         """The user has named samples."""
 

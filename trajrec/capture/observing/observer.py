@@ -32,6 +32,8 @@ from trajrec.capture.attribution.facts import (
 )
 from trajrec.capture.attribution.known import NOTHING, Habits, Known
 from trajrec.capture.attribution.reading import Outcome, read
+from trajrec.capture.observing.clipping import Clippings
+from trajrec.capture.observing.criteria import Criteria
 from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.observing.graph import GraphMarks, leaves_of
 from trajrec.capture.observing.listeners import Handed
@@ -63,6 +65,7 @@ class Observer:
         passes: over the loaders.
         backwards: how many backward passes were seen.
         owners: of the gradients: the model, its optimizers.
+        clippings: of gradients; criteria: of the losses.
     """
 
     def __init__(self, loaders: Sequence[Any] | None, keeps_contents: bool = False) -> None:
@@ -71,6 +74,7 @@ class Observer:
         self.known = Known(habits)
         self.backwards = 0
         self.owners: list[Any] = []
+        self.clippings, self.criteria = Clippings(), Criteria()
         self._keeps_contents = keeps_contents
         self._facts: list[Fact] = []
         self._lock = threading.RLock()
@@ -209,6 +213,8 @@ class Observer:
             # A checkpoint calls backward within a backward pass.
             is_nested = _running_backward() != -1
             self.backwards += not is_nested
+            self.clippings.backward()
+            self.criteria.backward(loss)
             adds = not self._is_open or is_nested or self._is_cleared or self._adds_up(loss)
             if not is_nested and (self._is_cleared or not adds):
                 self._marks.begin_anew()

@@ -22,7 +22,13 @@ Gradients = dict[str, Tensor]
 
 
 class TransformedRule(Rule):
-    """Another rule behind a function of the gradients by parameter name."""
+    """Another rule behind a function of the gradients by parameter name.
+
+    Attributes:
+        source: who says that function.
+    """
+
+    source = "Task.gradient"
 
     def __init__(self, rule: Rule, transform: Callable[[Gradients], Gradients]) -> None:
         self.rule = rule
@@ -51,6 +57,11 @@ class TransformedRule(Rule):
     def accept(self, proved: Rule) -> None:
         """Tells the other rule."""
         self.rule.accept(proved.rule if isinstance(proved, TransformedRule) else proved)
+
+    @property
+    def untransformed(self) -> Rule:
+        """The step without the function, of the same hyperparameters."""
+        return self.rule
 
     def cut(self, part: Part) -> TransformedRule:
         """The other rule of a part of the weights, behind the same function."""

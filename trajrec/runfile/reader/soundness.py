@@ -64,7 +64,7 @@ def _table_faults(table: StepTable, spec: RunSpec) -> Iterator[tuple[str, _Marks
     yield "there are generator states, and the spec knows none", (_lengths(table, "rng") > 0) & (size == 0)
     yield "its epoch is out of range", (table["epoch"] < 0) | (table["epoch"] >= _EPOCHS)
     yield "its time is out of range", ~(np.abs(table["time"]) < _LATEST)
-    yield "its conditions cannot be read", _unreadable(table)
+    yield "its conditions cannot be read", _unreadable(table, {p.name for p in spec.params})
 
 
 def _lengths(table: StepTable, name: str) -> IntArray:
@@ -91,7 +91,7 @@ def _sums(table: StepTable) -> IntArray:
     return sums
 
 
-def _unreadable(table: StepTable) -> _Marks:
+def _unreadable(table: StepTable, names: set[str]) -> _Marks:
     """Entries at which conditions change, and that do not tell to which."""
     found = np.zeros(len(table), bool)
     for k in np.flatnonzero(_lengths(table, "changes")).tolist():
@@ -101,6 +101,7 @@ def _unreadable(table: StepTable) -> _Marks:
             found[k] = True
         else:
             found[k] = any(not 0 <= group < len(table["hyper"][k]) for _, group in conditions.joined)
+            found[k] |= any(not {*clip.params} <= names for clip in conditions.clips)
     return found
 
 
