@@ -26,6 +26,8 @@ _PUBLIC = {
     "register_rule": "trajrec.rules",
     "seeded": "trajrec.task.seeding",
     "set_batch": "trajrec.capture.hooks",
+    "start": "trajrec.api",
+    "stop": "trajrec.api",
     "TrajrecError": "trajrec.errors",
     "replay": "",
 }
@@ -43,11 +45,15 @@ __all__ = [
     "replay",
     "seeded",
     "set_batch",
+    "start",
+    "stop",
 ]
 
 if TYPE_CHECKING:
     from trajrec import replay as replay
     from trajrec.api import record as record
+    from trajrec.api import start as start
+    from trajrec.api import stop as stop
     from trajrec.capture.hooks import set_batch as set_batch
     from trajrec.errors import TrajrecError as TrajrecError
     from trajrec.rules import register_rule as register_rule

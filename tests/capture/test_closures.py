@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -109,11 +110,12 @@ class Loop:
         self.optimizer = kind(self.model.parameters(), lr=lr)
         self.by_name, self.passes, self.empty, self.failing = by_name, passes, empty, failing
         self.backward_before = backward_before
+        self.loader = DataLoader(Numbered(), 6, shuffle=True)
         self.made, self.calls, self.losses, self.number = [], 0, [], 0
 
     def run(self):
         for _ in range(3):
-            batches = iter(DataLoader(Numbered(), 6, shuffle=True))
+            batches = iter(self.loader)
             for first in batches:
                 micro = [first, *[batch for _ in range(self.passes - 1) if (batch := next(batches, None)) is not None]]
                 self.step(micro)
@@ -201,8 +203,8 @@ def test_it_is_recorded_as_a_step_after_a_backward_pass_is():
         loop.run()
     assert len(sink.records) == STEPS + 1
     for a, b in zip(sink.records, other.records, strict=True):
-        assert (a.ids.tolist(), a.crc32, a.rng, a.loss, a.changes) == (b.ids.tolist(), b.crc32, b.rng, b.loss, b.changes)
-        assert (a.hyper == b.hyper).all()
+        assert (a.ids.tolist(), a.crc32, a.rng, a.changes) == (b.ids.tolist(), b.crc32, b.rng, b.changes)
+        assert np.array_equal([a.loss, *a.hyper.ravel()], [b.loss, *b.hyper.ravel()], equal_nan=True)
 
 
 @pytest.mark.parametrize("found", [False, True])

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 from trajrec.capture import hooks
 from trajrec.capture.attribution.batches import StepBatch
 from trajrec.capture.closures import Closures, has_closure, is_no_step
+from trajrec.capture.companions import is_within_step
 from trajrec.capture.discovery import Discovery, companions, parameters_of, watch_model
 from trajrec.capture.guard import Guard, not_compiled
 from trajrec.capture.observing.observer import Observer
@@ -265,7 +266,8 @@ class Recorder:
             self._guard.run(self._after_step, optimizer)
         elif self._steps is not None and not self.is_abandoned and optimizer is self.optimizers[-1]:
             with suppress(Exception):
-                self._steps.pass_over()
+                if not is_within_step(optimizer):
+                    self._steps.pass_over()
 
     def _after_step(self, optimizer: Optimizer) -> None:
         if self.optimizers and not self._is_ours(optimizer):
