@@ -104,7 +104,9 @@ def _registered(monkeypatch):
 class Loop:
     """A training by closures; `made` are the samples of its steps, by its own account."""
 
-    def __init__(self, kind=torch.optim.SGD, by_name=False, passes=1, empty=(), failing=(), lr=0.1, backward_before=False):
+    def __init__(
+        self, kind=torch.optim.SGD, by_name=False, passes=1, empty=(), failing=(), lr=0.1, backward_before=False
+    ):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
         self.optimizer = kind(self.model.parameters(), lr=lr)
@@ -185,7 +187,9 @@ def test_a_closure_of_one_gradient_is_recorded(options, found):
     loop, sink, recorder = recorded(found, **options)
     assert recorder.problem is None
     assert ids_of(sink) == loop.made
-    assert torch.equal(torch.from_numpy(sink.rows[-1]), torch.cat([p.detach().reshape(-1) for p in loop.model.parameters()]))
+    assert torch.equal(
+        torch.from_numpy(sink.rows[-1]), torch.cat([p.detach().reshape(-1) for p in loop.model.parameters()])
+    )
 
 
 def test_it_is_recorded_as_a_step_after_a_backward_pass_is():

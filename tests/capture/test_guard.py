@@ -332,12 +332,12 @@ def command(*arguments, cwd, **options):
 
 def test_the_command_exits_with_5_and_says_why(tmp_path):
     (tmp_path / "train.py").write_text(
-        SCRIPT.format(extra="pass").replace("optimizer.step()", "optimizer.step(lambda: None, lambda: None)")
+        SCRIPT.format(extra="pass").replace("torch.optim.SGD(", "type('Mine', (torch.optim.SGD,), {})(")
     )
     done = command("record", "--out", "run.h5", "train.py", cwd=tmp_path)
     assert done.returncode == 5, done.stderr
     assert "weights" in done.stdout
-    assert "was given 2 functions" in done.stderr
+    assert "There is no rule for the optimizer Mine" in done.stderr
     assert "Traceback" not in done.stderr
     strict = command("record", "--strict", "--out", "run.h5", "train.py", cwd=tmp_path)
     assert strict.returncode == 2

@@ -98,7 +98,9 @@ class Closures:
         """
         callables = [*filter(callable, (*arguments[1:], *options.values()))]
         if len(callables) > 1:
-            raise RecordingError(f"{type(optimizer).__name__}.step() was given {len(callables)} functions. {_ONE_GRADIENT}")
+            raise RecordingError(
+                f"{type(optimizer).__name__}.step() was given {len(callables)} functions. {_ONE_GRADIENT}"
+            )
         kind = type(optimizer)
         handed = self._handed = Handed(optimizer, keeps=kind not in self._known and not is_torchs(optimizer))
         self._known.add(kind)

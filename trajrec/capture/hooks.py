@@ -40,7 +40,10 @@ from trajrec.capture.observing.loaders import (
 from trajrec.errors import UnknownBatchError
 
 _DEPTH = 8  # calls between the making of an object and that of its loader
-_PUT_AROUND = {"timm.data.loader": ("PrefetchLoader",), "torch_geometric.loader": ("PrefetchLoader",)}  # finished loaders
+_PUT_AROUND = {
+    "timm.data.loader": ("PrefetchLoader",),
+    "torch_geometric.loader": ("PrefetchLoader",),
+}  # finished loaders
 _HEAP = 1 << 9  # of the flags of a type: made by a class statement
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from tests.capture.frameworks.common import Numbered, certified, numbers, same_and_right, weights_of
-from trajrec import Task
+from trajrec import Task, clip_norm
 from trajrec.vision import import_torchvision
 
 with warnings.catch_warnings():
@@ -95,11 +95,5 @@ def test_lightning(options):
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}], ids=str)
 def test_what_lightning_has_trained_is_certified(options):
     sink = same_and_right(trained(**options))
-    clips = {"gradient_transform": trajrec_clip()} if options else {}
+    clips = {"gradient_transform": clip_norm(0.1)} if options else {}
     certified(sink, Task.supervised(Module, Numbered(), Numbered(), **clips))
-
-
-def trajrec_clip():
-    import trajrec
-
-    return trajrec.clip_norm(0.1)
