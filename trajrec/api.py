@@ -123,8 +123,8 @@ def start(path: str | Path, **options: Any) -> Recorder:
         ...
         trajrec.stop()
 
-    A cell that fails does not end it. If the interpreter ends before `stop`, what was recorded is finished as a training
-    that was cut off; where it is killed, `trajrec pack` finishes the folder that is left.
+    A cell that fails does not end it. If the interpreter ends before `stop`, what was recorded is finished as a
+    training that was cut off; where it is killed, `trajrec pack` finishes the folder that is left.
 
     Args:
         path: the run file to be written.

@@ -1,4 +1,4 @@
-"""step(closure): one gradient is recorded as if backward() had been called before; of several none, and training goes on."""
+"""step(closure): one gradient is recorded like a backward() before the step; of several none, and training goes on."""
 
 import re
 

@@ -149,8 +149,8 @@ class Closures:
             return False
         self._handed = None
         raise RecordingError(
-            f"{type(optimizer).__name__}.step(closure) did not call the closure it was given, so what the step was made "
-            "of was not seen. Call backward() yourself, and step() without a closure."
+            f"{type(optimizer).__name__}.step(closure) did not call the closure it was given, so what it was made of "
+            "was not seen. Call backward() yourself, and step() without a closure."
         )
 
 

@@ -23,7 +23,7 @@ class Numbered(Dataset):
 
 def numbers(x):
     """Which samples inputs [B, 4] are of."""
-    return [int((X == row).all(1).nonzero()) for row in x]
+    return [int((row == X).all(1).nonzero()) for row in x]
 
 
 def same_and_right(train):

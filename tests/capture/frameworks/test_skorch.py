@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.capture.frameworks.common import X, Y, Numbered, certified, numbers, same_and_right, weights_of
+from tests.capture.frameworks.common import Numbered, X, Y, certified, numbers, same_and_right, weights_of
 from trajrec import Task
 
 skorch = pytest.importorskip("skorch")
