@@ -28,6 +28,8 @@ _PUBLIC = {
     "seeded": "trajrec.task.seeding",
     "unbatched": "trajrec.task.reading",
     "set_batch": "trajrec.capture.hooks",
+    "start": "trajrec.api",
+    "stop": "trajrec.api",
     "TrajrecError": "trajrec.errors",
     "replay": "",
 }
@@ -46,12 +48,16 @@ __all__ = [
     "replay",
     "seeded",
     "set_batch",
+    "start",
+    "stop",
     "unbatched",
 ]
 
 if TYPE_CHECKING:
     from trajrec import replay as replay
     from trajrec.api import record as record
+    from trajrec.api import start as start
+    from trajrec.api import stop as stop
     from trajrec.capture.hooks import set_batch as set_batch
     from trajrec.errors import TrajrecError as TrajrecError
     from trajrec.rules import register_rule as register_rule

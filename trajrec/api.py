@@ -1,8 +1,14 @@
-"""`trajrec.record`: a recorder that writes a run file."""
+"""`trajrec.record`: a recorder that writes a run file; `start` and `stop` where no `with` fits, as in a notebook.
+
+A process has at most one recording that was begun by `start`. If the interpreter ends before `stop`, what was recorded
+is finished as a training that was cut off; if it is killed, a folder is left that `trajrec pack` finishes.
+"""
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +17,9 @@ from torch.optim import Optimizer
 
 from trajrec.capture.processes import processes
 from trajrec.capture.recorder import Recorder
+from trajrec.errors import RecordingError
 from trajrec.runfile.trainer.sink import RunFileSink
-from trajrec.sink import MemorySink, Sink
+from trajrec.sink import MemorySink, Sink, Summary
 
 
 def record(
@@ -75,3 +82,79 @@ def record(
             keyframe_every=keyframe_every,
         )
     return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task, inputs=inputs, strict=strict)
+
+
+class _Started:
+    """The recording that `start` has begun, if one is on."""
+
+    def __init__(self) -> None:
+        self._recorder: Recorder | None = None
+
+    def is_on(self) -> bool:
+        """Whether one is on; not in a forked child, which has no recorder."""
+        return self._recorder is not None and not self._recorder.is_abandoned
+
+    def begin(self, recorder: Recorder) -> None:
+        """This one is on from now on."""
+        self._recorder = recorder.__enter__()
+        atexit.register(self.cut_off)
+
+    def take(self) -> Recorder | None:
+        """The recording that is on, which is none from now on."""
+        recorder, self._recorder = (self._recorder if self.is_on() else None), None
+        atexit.unregister(self.cut_off)
+        return recorder
+
+    def cut_off(self) -> None:
+        """The interpreter ends, and nobody has said that the training is whole."""
+        recorder = self.take()
+        if recorder is not None:
+            with suppress(Exception):
+                recorder.__exit__(InterruptedError, InterruptedError(), None)
+
+
+_started = _Started()
+
+
+def start(path: str | Path, **options: Any) -> Recorder:
+    """Begins a recording that goes on until `trajrec.stop()`, as over the cells of a notebook.
+
+        trajrec.start("run.h5", model=model, optimizer=optimizer, loader=loader)
+        ...
+        trajrec.stop()
+
+    A cell that fails does not end it. If the interpreter ends before `stop`, what was recorded is finished as a
+    training that was cut off; where it is killed, `trajrec pack` finishes the folder that is left.
+
+    Args:
+        path: the run file to be written.
+        options: those of `trajrec.record`.
+
+    Returns:
+        The recorder; its `problem` says why recording has stopped, if it has.
+
+    Raises:
+        RecordingError: if a recording that was begun by `start` is still on.
+        TrajrecError: what `trajrec.record` raises.
+    """
+    if _started.is_on():
+        raise RecordingError("A recording is on already: end it by trajrec.stop() before another one is started.")
+    recorder = record(path, **options)
+    _started.begin(recorder)
+    return recorder
+
+
+def stop() -> Summary | None:
+    """Ends the recording that `trajrec.start` has begun.
+
+    Returns:
+        What was written (path, steps, size in bytes, gaps); None if the optimizer made no step.
+
+    Raises:
+        RecordingError: if none is on; with `strict`, if the recording is not whole.
+    """
+    recorder = _started.take()
+    if recorder is None:
+        raise RecordingError("No recording is on: trajrec.start(path) begins one.")
+    recorder.__exit__(None, None, None)
+    return recorder.summary

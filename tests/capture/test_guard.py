@@ -83,8 +83,22 @@ class Streamed(Training):
 
 
 class Closure(Training):
+    """Takes several gradients a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.optimizer = torch.optim.LBFGS(self.model.parameters(), lr=0.1, max_iter=3)
+
     def step(self):
-        self.optimizer.step(lambda: None)
+        x, y = data()[:4]
+
+        def closure():
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.model(x), y)
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
 
 
 class WithoutRule(Training):
@@ -155,7 +169,7 @@ class Wrapped(torch.Tensor):
 UNFOLLOWED = {
     NoLoader: (0, "No batch of a DataLoader was seen"),
     Streamed: (0, "Stream is an iterable data set"),
-    Closure: (0, r"step\(closure\) cannot be recorded"),
+    Closure: (0, "LBFGS takes several gradients a step"),
     WithoutRule: (0, "Unknown"),
     BecomesDouble: (3, "0.weight was float32 of shape"),
     HookRaises: (3, "Step 4 changed the weights"),
@@ -311,12 +325,12 @@ def command(*arguments, cwd, **options):
 
 def test_the_command_exits_with_5_and_says_why(tmp_path):
     (tmp_path / "train.py").write_text(
-        SCRIPT.format(extra="pass").replace("optimizer.step()", "optimizer.step(lambda: None)")
+        SCRIPT.format(extra="pass").replace("torch.optim.SGD(", "type('Mine', (torch.optim.SGD,), {})(")
     )
     done = command("record", "--out", "run.h5", "train.py", cwd=tmp_path)
     assert done.returncode == 5, done.stderr
     assert "weights" in done.stdout
-    assert "step(closure) cannot be recorded" in done.stderr
+    assert "There is no rule for the optimizer Mine" in done.stderr
     assert "Traceback" not in done.stderr
     strict = command("record", "--strict", "--out", "run.h5", "train.py", cwd=tmp_path)
     assert strict.returncode == 2

@@ -370,9 +370,9 @@ def three_steps(change, optimizer=None, **options):
     return sink
 
 
-def test_a_closure_is_refused():
-    with pytest.raises(RecordingError, match=r"step\(closure\) cannot be recorded"):
-        three_steps(lambda *_: (lambda: None,), strict=True)
+def test_several_functions_of_a_step_are_refused():
+    with pytest.raises(RecordingError, match=r"SGD.step\(\) was given 2 functions"):
+        three_steps(lambda *_: (lambda: None, lambda: None), strict=True)
 
 
 def test_parameters_that_the_model_did_not_have_are_refused_at_their_step():

@@ -44,6 +44,10 @@ from trajrec.capture.observing.loaders import (
 from trajrec.errors import UnknownBatchError
 
 _DEPTH = 8  # calls between the making of an object and that of its loader
+_PUT_AROUND = {
+    "timm.data.loader": ("PrefetchLoader",),
+    "torch_geometric.loader": ("PrefetchLoader",),
+}  # finished loaders
 _HEAP = 1 << 9  # of the flags of a type: made by a class statement
 
 
@@ -78,7 +82,16 @@ class _Watching:
         self.watch_class(DataLoader)
         for kind in (*_subclasses(DataLoader), *_holders()):
             self.watch_class(kind)
+        self.watch_known()
         self._watch_new_classes()
+
+    def watch_known(self) -> None:
+        """Watches classes that are known to be put around loaders which are finished by then."""
+        for module, names in _PUT_AROUND.items():
+            for name in names if module in sys.modules else ():
+                kind = getattr(sys.modules[module], name, None)
+                if isinstance(kind, type):
+                    self.watch_class(kind)
 
     def _uninstall(self) -> None:
         for undo in reversed(self._undo):
@@ -231,6 +244,7 @@ def _watched_making(original: Any) -> Any:
 
 def _watch_maker() -> None:
     """Watches the class of an object that is being made, and makes a loader for itself."""
+    _watching.watch_known()
     frame: FrameType | None = sys._getframe(2)
     for _ in range(_DEPTH):
         if frame is None:

@@ -30,6 +30,8 @@ from torch.utils.data import DataLoader
 
 from trajrec.capture import hooks
 from trajrec.capture.attribution.batches import StepBatch
+from trajrec.capture.closures import Closures, has_closure, is_no_step
+from trajrec.capture.companions import is_within_step
 from trajrec.capture.discovery import Discovery, companions, parameters_of, watch_model
 from trajrec.capture.guard import Guard, not_compiled
 from trajrec.capture.observing.observer import Observer
@@ -93,6 +95,7 @@ class Recorder:
         self._watch = Stopwatch()
         self._observer = Observer(_loaders(loader), keeps_contents=inputs == "store")
         self._discovery = Discovery(self._observer)
+        self._closures = Closures(self._guard, self._prepare_closure)
         self._installed: list[Any] = []  # that has a `remove`
         self._steps: Steps | None = None
         self._folder = folder_now()  # the script may go elsewhere
@@ -221,24 +224,33 @@ class Recorder:
 
     # ---- steps
 
-    def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Torch's hook before a step: what it returns is taken in place of the step's arguments."""
         if self.optimizers and not self._is_ours(optimizer):
             self._refuse_second(optimizer)
             self.others[type(optimizer).__name__] += 1
-            return
-        if self._steps is not None and self._steps.is_within(optimizer):
-            return
-        if (options or len(arguments) > 1) and any(map(callable, (*arguments[1:], *options.values()))):
-            raise RecordingError(
-                "optimizer.step(closure) cannot be recorded: the gradient is made inside the step. Call backward() "
-                "yourself and then optimizer.step() without a closure (in Lightning: automatic_optimization = False)."
-            )
+            return None
+        if self._closures.is_within(optimizer) or (self._steps is not None and self._steps.is_within(optimizer)):
+            return None
+        self._closures.forget()
+        if has_closure(arguments, options):
+            check_recordable(optimizer)
+            return self._closures.hand_on(optimizer, arguments, options)
+        self._prepare(optimizer)
+        return None
+
+    def _prepare(self, optimizer: Optimizer, inner: int = 0) -> None:
+        """The gradient is there, and the optimizer about to change the weights, within so many steps of a step."""
         began = self._watch.start()
         if self._steps is None:
             self._begin(optimizer)
         assert self._steps is not None
-        self._steps.before(optimizer)
+        self._steps.before(optimizer, inner)
         self._watch.stop(began)
+
+    def _prepare_closure(self, optimizer: Optimizer, inner: int) -> None:
+        if not is_no_step(self.optimizers or [optimizer]):
+            self._prepare(optimizer, inner)
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
         return optimizer is self.optimizers[0] or any(optimizer is known for known in self.optimizers[1:])
@@ -256,11 +268,20 @@ class Recorder:
             self._guard.run(self._after_step, optimizer)
         elif self._steps is not None and not self.is_abandoned and optimizer is self.optimizers[-1]:
             with suppress(Exception):
-                self._steps.pass_over()
+                if not is_within_step(optimizer):
+                    self._steps.pass_over()
 
     def _after_step(self, optimizer: Optimizer) -> None:
+        if self.optimizers and not self._is_ours(optimizer):
+            return
+        try:
+            is_seen = self._closures.ends(optimizer)
+        except RecordingError:
+            if self._steps is not None:
+                self._steps.was_not_seen()
+            raise
         steps = self._steps
-        if steps is None or not self._is_ours(optimizer):
+        if steps is None or not is_seen:
             return
         began = self._watch.start()
         is_whole = steps.after(optimizer)

@@ -198,15 +198,15 @@ class Steps:
         self._inner += 1
         return True
 
-    def before(self, optimizer: Optimizer) -> None:
-        """An optimizer is about to step.
+    def before(self, optimizer: Optimizer, inner: int = 0) -> None:
+        """An optimizer is about to step, within so many steps of its own step.
 
         Raises:
             RecordingError: if what it does cannot be recorded.
         """
         if self.is_made:
             raise RecordingError(f"Step {self.number} was interrupted while it was being recorded.")
-        self._inner = 0
+        self._inner = inner
         if not self._round.is_open:
             self.check_pending()
         if self._round.begin(optimizer, self._observer.backwards):
@@ -333,6 +333,11 @@ class Steps:
         self._pending = self._batch = None
         self._rows.give_up()
         self.is_made = False
+
+    def was_not_seen(self) -> None:
+        """A step was made, and what it was made of was not seen: recording ends with it."""
+        self.number += 1
+        self.is_made = True
 
     def pass_over(self) -> None:
         """A step was made that is not recorded."""
