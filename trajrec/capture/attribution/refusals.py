@@ -8,9 +8,21 @@ from trajrec.capture.attribution.batches import Batch, Source
 
 HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optimizer.step()."
 
+ORDER = (
+    'To number them in the order in which they arrive: trajrec record --ids order, or trajrec.record(ids="order"); '
+    'with --inputs store a replay needs no stream.'
+)
 NONE_SEEN = (
     "No batch of a DataLoader was seen that this optimizer step could have been made of: none was drawn, or another "
     f"step has used it. {HINT}"
+)
+NOT_ROWS = (
+    "The batches of this training are cut out of a tensor, and what the model was called on in this step is not seen to "
+    f"be rows of it: it was changed after it was cut out, or comes from elsewhere. {HINT}"
+)
+PICKED = (
+    "The loss of this step is of some rows of the model's outputs, and it cannot be told of which: they were picked "
+    f"more than once. {HINT}"
 )
 THREADS_CALL = f"More than one thread calls the model, and it cannot be told which of them makes a step. {HINT}"
 THREAD_STEPS = (
@@ -39,7 +51,7 @@ def several(batches: Sequence[Batch]) -> str:
 def no_ids(source: Source) -> str:
     """The samples of a loader have no ids."""
     if source.is_iterable:
-        return f"{source.name} is an iterable data set: its samples have no ids. {HINT}"
+        return f"{source.name} is an iterable data set: its samples have no ids. {ORDER} {HINT}"
     if not source.in_order:
         return f"The DataLoader over {source.name} has in_order=False: batches come in any order. {HINT}"
     return (
