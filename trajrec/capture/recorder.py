@@ -302,6 +302,10 @@ class Recorder:
         # Without a data set (ids named by the user) N is not known yet; the Task's data set tells it at replay.
         length = len(dataset) if hasattr(dataset, "__len__") else 0
         data: dict[str, Any] = {"dataset": type(dataset).__name__, "length": length}
+        cut = self._observer.cut_out()
+        if cut is not None:
+            length = cut.count
+            data = {"dataset": cut.words, "length": length, "ids": cut.ids}
         if find_seeded(dataset) is not None:
             data["seeded_from"] = self._observer.passes.before
         if batch.checksum is not None:
@@ -329,6 +333,8 @@ class Listening:
         self.give = around(observer.give)
         self.cleared = around(observer.cleared, watch)
         self.draw = around(observer.draw, watch)
+        self.stacked = around(observer.stacked, watch)
+        self.wants_stacked = around(observer.wants_stacked)
         self.backward = around(observer.backward, watch)
 
 

@@ -307,7 +307,8 @@ class _Reading:
 
     def _step_named(self, named: tuple[Part, ...], made: list[Use], losses: tuple[Any, ...]) -> StepBatch:
         """The step whose samples the user has named."""
-        batches = list({use.batch: None for use in made if use.batch is not None})
+        drawn = [use.batch for use in made if use.batch is not None and not use.batch.source.is_indexed]
+        batches = list(dict.fromkeys(drawn))
         if len(named) == len(batches):
             named = tuple([replace(p, contents=b.contents) for p, b in zip(named, batches, strict=True)])
         self._has_stepped(batches[-1:])

@@ -24,6 +24,14 @@ PICKED = (
     "The loss of this step is of some rows of the model's outputs, and it cannot be told of which: they were picked "
     f"more than once. {HINT}"
 )
+_ROWS = {
+    "changed": "The tensor that the batches were cut out of was changed, or made anew in another order, since the first "
+    "step: ids would be places in another order.",
+    "twins": "The batch is cut out of a tensor in which some of its rows are there twice: which of them were used cannot "
+    "be told.",
+    "strange": "No DataLoader made the batch, and what the model was called on is not rows of a tensor or an array that "
+    "is at hand: it was changed after it was cut out, or comes from elsewhere.",
+}
 THREADS_CALL = f"More than one thread calls the model, and it cannot be told which of them makes a step. {HINT}"
 THREAD_STEPS = (
     "The optimizer steps in another thread than the one that calls the model, so it cannot be told which batches made "
@@ -33,6 +41,11 @@ UNPROVEN = (
     "The gradient is that of another model, too, as in adversarial training, and what the recorded model was called on "
     f"is no batch of a DataLoader, nor a copy of one: it cannot be told whether samples made this step. {HINT}"
 )
+
+
+def rows_unknown(whys: Sequence[str]) -> str:
+    """No rows of a tensor were found, for one of these reasons."""
+    return next((f"{words} {HINT}" for key, words in _ROWS.items() if key in whys), "")
 
 
 def several(batches: Sequence[Batch]) -> str:

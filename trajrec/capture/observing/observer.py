@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,10 +33,12 @@ from trajrec.capture.attribution.facts import (
 )
 from trajrec.capture.attribution.known import NOTHING, Habits, Known
 from trajrec.capture.attribution.reading import Outcome, read
+from trajrec.capture.observing.cut_out import Cut, CutOut, Described
 from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.observing.graph import GraphMarks, leaves_of
 from trajrec.capture.observing.listeners import Handed
 from trajrec.capture.observing.passes import Passes
+from trajrec.capture.observing.picked import picked_from
 from trajrec.capture.observing.traces import BatchTensors, Held, tensors_of
 from trajrec.digest import digest, sampled_digest
 from trajrec.errors import RecordingError, UnknownBatchError
@@ -74,6 +77,8 @@ class Observer:
         self._keeps_contents = keeps_contents
         self._facts: list[Fact] = []
         self._lock = threading.RLock()
+        self._cut = CutOut(self.passes.new_source)
+        self._whole: dict[int, int] = {}  # N of forward passes on what was cut out, by their numbers
         self._tensors = BatchTensors()
         self._marks = GraphMarks(self._released)
         self._digests = Sums(self._samples)
@@ -161,7 +166,9 @@ class Observer:
             return
         with self._lock:
             given = tensors_of(inputs)
-            shown = self._tensors.shown(given, not gradients or self._is_value_wanted())
+            shown, why = self._tensors.shown(given, not gradients or self._is_value_wanted()), ""
+            if shown is None and gradients and self._is_cut_out():
+                shown, why = self._rows(given)
             if not gradients:
                 self._facts.append(Evaluated(shown))
                 self._is_evaluated = True
@@ -171,15 +178,53 @@ class Observer:
             self._thread = self._thread or thread
             self._forwards += 1
             shape = tuple(given[0].shape) if given else ()
-            fact = Forward(self._forwards, thread, training, _samples_in(inputs, given), shape, states(), shown)
+            fact = Forward(self._forwards, thread, training, _samples_in(inputs, given), shape, states(), shown, why)
             self._facts.append(fact)
+            if shown is not None and shown.ids is not None and shown.source.is_indexed:
+                self._whole[fact.number] = len(shown.ids)
             self._running.append(fact.number)
 
     def _is_value_wanted(self) -> bool:
         """Whether copies of a batch are to be told, too: not where there is one batch only, as in most steps."""
         habits, only = self.known.habits, self._tensors.only
         is_plain = habits.has_stepped and not (habits.needs_proof or habits.draws_ahead or self._is_evaluated)
-        return not is_plain or only is None or only.source.loader not in habits.trained
+        return not is_plain or only is None or only.source.is_indexed or only.source.loader not in habits.trained
+
+    def _is_cut_out(self) -> bool:
+        """Whether the model may be called on rows of a tensor: not where a loader's batches are trained on."""
+        habits = self.known.habits
+        if habits.has_stepped:
+            return self._cut.described(habits.dataset) is not None
+        return self.passes.loaders is None
+
+    def _rows(self, given: Sequence[Tensor]) -> tuple[Batch | None, str]:
+        """The rows of a tensor that the model is called on, or why they cannot be told."""
+        cut = self._cut.find(given, may_search=not self.known.habits.has_stepped)
+        return (None, cut) if isinstance(cut, str) else (self._cut_batch(cut), "")
+
+    def _cut_batch(self, cut: Cut) -> Batch:
+        self._batches += 1
+        return Batch(self._batches, cut.source, cut.ids, self._cut.serial(cut.source), threading.get_ident())
+
+    def stacked(self, pieces: Any, stacked: Any, frame: FrameType) -> None:
+        """Tensors were stacked in this frame: a batch, if they are windows of a tensor."""
+        cut = self._cut.stacked(pieces, frame) if isinstance(stacked, Tensor) and self._is_cut_out() else None
+        if cut is None:
+            return
+        with self._lock:
+            batch = self._cut_batch(cut)
+            self._facts.append(Drawn(batch))
+            self._tensors.add(Held(batch, [stacked], None))
+            self._is_evaluated = False
+            self._tidy()
+
+    def wants_stacked(self) -> bool:
+        """Whether what is stacked may be a batch: not once steps are made of something else."""
+        return not self.known.habits.has_stepped or self._is_cut_out()
+
+    def cut_out(self) -> Described | None:
+        """What the training data are where the loop cuts batches out of a tensor; None where a loader makes them."""
+        return self._cut.described(self.known.habits.dataset)
 
     def forwarded(self, outputs: Any) -> None:
         """The forward pass with gradients that began last has ended with these outputs."""
@@ -219,7 +264,9 @@ class Observer:
             is_number = isinstance(loss, Tensor) and loss.numel() == 1
             # A number that is at hand is read at once; from another device it is fetched with the weights.
             value = None if not is_number else loss.item() if loss.is_cpu else loss.detach()
-            self._facts.append(Backward(thread, reaches, adds, is_nested, value))
+            of_whole = {number: count for number, count in self._whole.items() if number in reaches}
+            picked = picked_from(loss, self._marks, of_whole) if of_whole else {}
+            self._facts.append(Backward(thread, reaches, adds, is_nested, value, picked))
             self._is_open, self._is_cleared = True, False
 
     def _adds_up(self, loss: Any) -> bool:
@@ -247,6 +294,8 @@ class Observer:
             if not isinstance(step, StepBatch):
                 raise UnknownBatchError(str(step))
             for batch in step.drawn:
+                if batch.source.is_indexed:
+                    self._cut.note(batch.source, len(step.ids) // len(step.drawn))
                 if batch.digest is not None:
                     self._digests.note(batch.ids)
             return step
@@ -264,6 +313,9 @@ class Observer:
         number, left = self.known.habits.dataset, self.known.unfinished
         if number is not None and (self.passes.dataset is None or not had_stepped):
             self.passes.train_on(number)
+        if self._whole:
+            used_by = {use.number for use in (*self.known.unfinished.uses, *self.known.unfinished.made)}
+            self._whole = {number: count for number, count in self._whole.items() if number in used_by}
         made = step.drawn if isinstance(step, StepBatch) and not self._keeps_contents else ()
         if left is NOTHING:
             self._marks.keep((), ())
