@@ -103,6 +103,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),
         ("loss", f"{run.loss(1):.4g} at step 1, {run.loss(run.steps):.4g} at step {run.steps:,}" if run.steps else "-"),
         ("samples", f"{spec.samples or 'unknown'} ({spec.data.get('dataset', 'unknown data set')})"),
+        *([("ids", str(spec.data["ids"]))] if "ids" in spec.data else []),
         ("task", spec.task or "none noted"),
         ("command", " ".join(spec.command)),
         ("device", f"{spec.device}, {spec.threads} thread(s)"),

@@ -89,8 +89,8 @@ class _Watching:
         self._undo.append(lambda: setattr(owner, name, original) if own else delattr(owner, name))
 
     def _watch_stacking(self) -> None:
-        """Watches torch.stack as long as somebody wants to hear of it; scripts that are compiled by torch.jit know it."""
-        original, known = torch.stack, torch.jit._builtins._get_builtin_table()  # type: ignore[attr-defined]
+        """Watches torch.stack as long as somebody wants to hear of it; torch.jit takes it for what it is."""
+        original, known = torch.stack, torch.jit._builtins._get_builtin_table()  # type: ignore[no-untyped-call]
         watched = _watched_stack(original)
         known[id(watched)] = known.get(id(original))
 

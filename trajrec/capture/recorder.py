@@ -44,6 +44,7 @@ from trajrec.task.seeding import find_seeded
 from trajrec.tf32 import rounds_products
 
 logger = logging.getLogger("trajrec")
+_ARRIVAL = "order of arrival"
 
 
 class Recorder:
@@ -57,6 +58,7 @@ class Recorder:
         loader: the training loader or loaders; None to watch all.
         task: "FILE.py:ATTR" to be noted in the recording.
         inputs: "store" to keep what the loader yielded, "digest" to keep checksums of it.
+        ids: "found", or "order" to number samples without ids in the order in which the loop receives them.
         strict: raise what cannot be recorded into the training, instead of going on without recording.
 
     Attributes:
@@ -75,10 +77,13 @@ class Recorder:
         loader: Any = None,
         task: str | None = None,
         inputs: Literal["digest", "store"] = "digest",
+        ids: Literal["found", "order"] = "found",
         strict: bool = False,
     ) -> None:
         if inputs not in ("digest", "store"):
             raise ValueError(f'inputs is "digest" or "store"; found {inputs!r}.')
+        if ids not in ("found", "order"):
+            raise ValueError(f'ids is "found" or "order"; found {ids!r}.')
         self.inputs = inputs
         self.sink = sink
         self.model = model
@@ -90,7 +95,7 @@ class Recorder:
         self.others: Counter[str] = Counter()
         self._guard = Guard(self._fail, strict)
         self._watch = Stopwatch()
-        self._observer = Observer(_loaders(loader), keeps_contents=inputs == "store")
+        self._observer = Observer(_loaders(loader), inputs == "store", ids == "order")
         self._discovery = Discovery(self._observer)
         self._installed: list[Any] = []  # that has a `remove`
         self._steps: Steps | None = None
@@ -304,8 +309,10 @@ class Recorder:
         data: dict[str, Any] = {"dataset": type(dataset).__name__, "length": length}
         cut = self._observer.cut_out()
         if cut is not None:
-            length = cut.count
+            length = cut.samples
             data = {"dataset": cut.words, "length": length, "ids": cut.ids}
+        elif self._observer.is_numbered:
+            length, data["ids"] = 0, _ARRIVAL
         if find_seeded(dataset) is not None:
             data["seeded_from"] = self._observer.passes.before
         if batch.checksum is not None:

@@ -10,27 +10,28 @@ HINT = "Call trajrec.set_batch(ids) with the sample ids of the step before optim
 
 ORDER = (
     'To number them in the order in which they arrive: trajrec record --ids order, or trajrec.record(ids="order"); '
-    'with --inputs store a replay needs no stream.'
+    "with --inputs store a replay needs no stream."
 )
 NONE_SEEN = (
     "No batch of a DataLoader was seen that this optimizer step could have been made of: none was drawn, or another "
     f"step has used it. {HINT}"
 )
 NOT_ROWS = (
-    "The batches of this training are cut out of a tensor, and what the model was called on in this step is not seen to "
-    f"be rows of it: it was changed after it was cut out, or comes from elsewhere. {HINT}"
+    "The batches of this training are cut out of a tensor, and what the model was called on in this step is not seen "
+    f"to be rows of it: it was changed after it was cut out, or comes from elsewhere. {HINT}"
 )
 PICKED = (
     "The loss of this step is of some rows of the model's outputs, and it cannot be told of which: they were picked "
     f"more than once. {HINT}"
 )
 _ROWS = {
-    "changed": "The tensor that the batches were cut out of was changed, or made anew in another order, since the first "
-    "step: ids would be places in another order.",
-    "twins": "The batch is cut out of a tensor in which some of its rows are there twice: which of them were used cannot "
-    "be told.",
-    "strange": "No DataLoader made the batch, and what the model was called on is not rows of a tensor or an array that "
-    "is at hand: it was changed after it was cut out, or comes from elsewhere.",
+    "changed": "The tensor that the batches were cut out of was changed, or made anew in another order, since the "
+    "first step: ids would be places in another order.",
+    "twins": "The batch is cut out of a tensor in which some of its rows are there twice: which of them were used "
+    "cannot be told.",
+    "strange": "No batch of a DataLoader was seen that this optimizer step could have been made of, and what the model "
+    "was called on is not rows of a tensor or an array that stays the same while the loop runs: it was changed after "
+    "it was cut out of one, or comes from elsewhere.",
 }
 THREADS_CALL = f"More than one thread calls the model, and it cannot be told which of them makes a step. {HINT}"
 THREAD_STEPS = (

@@ -24,12 +24,8 @@ _MOST_VALUES = 10_000
 
 def tensors_alive() -> list[Tensor]:
     """Plain tensors of which no gradient is taken, about in the order in which they were made."""
-    found = []
-    for generation in (2, 1, 0):
-        for value in gc.get_objects(generation):
-            if type(value) is Tensor and not value.requires_grad:
-                found.append(value)
-    return found
+    everything = [value for generation in (2, 1, 0) for value in gc.get_objects(generation)]
+    return [value for value in everything if type(value) is Tensor and not value.requires_grad]
 
 
 def arrays_in_sight() -> list[np.ndarray[Any, Any]]:

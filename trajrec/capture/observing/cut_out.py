@@ -9,6 +9,7 @@ where the training is known to be of rows. So a loop with a loader has none of i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor
 from trajrec.capture.attribution import refusals
 from trajrec.capture.attribution.batches import Source
 from trajrec.capture.observing.at_hand import arrays_in_sight, is_of_script, tensors_alive
+from trajrec.capture.observing.lasting import lasts
 from trajrec.capture.observing.rows import Rows, could_be
 from trajrec.capture.observing.windows import Windows, windows_of
 from trajrec.records import IntArray
@@ -39,7 +41,7 @@ class Described(NamedTuple):
     """A source in words, with N, how many samples it has; and what an id is."""
 
     words: str
-    count: int
+    samples: int
     ids: str
 
 
@@ -70,7 +72,7 @@ class CutOut:
 
     def serial(self, source: Source) -> int:
         """The epoch, from 1: as many as all samples together fit into what was used."""
-        return 1 + self._used.get(source.dataset, 0) // max(1, self._described[source.dataset].count)
+        return 1 + self._used.get(source.dataset, 0) // max(1, self._described[source.dataset].samples)
 
     def note(self, source: Source, count: int) -> None:
         """A step was made of so many samples of this source."""
@@ -114,13 +116,13 @@ class CutOut:
         return refusals.rows_unknown(whys)
 
     def _kept(self, given: Tensor, cut: Cut) -> Cut:
-        if len(cut.ids) == self._described[cut.source.dataset].count and not given.is_inference():
+        if len(cut.ids) == self._described[cut.source.dataset].samples and not given.is_inference():
             self._whole = ref(given), _version(given), cut
         return cut
 
     def _search(self, given: Tensor, first: Tensor) -> Cut | str:
         """Looks for the tensor or array that the model is called on rows of; of several, the smallest and oldest."""
-        everyone = [data for data in (*tensors_alive(), *arrays_in_sight()) if data.ndim and data.nbytes]
+        everyone: list[Any] = [data for data in (*tensors_alive(), *arrays_in_sight()) if data.ndim and data.nbytes]
         longer = [data for data in everyone if len(data) > len(given)]
         whole = [data for data in everyone if len(data) == len(given) and data.ndim == first.dim() > 1]
         if whole and any(could_be(data, given[None]) for data in longer if data.ndim == given.dim() + 1):
@@ -129,7 +131,7 @@ class CutOut:
         for data in (*sorted(longer, key=len), *whole):
             is_plain = given[0].numel() > 1 or given.is_floating_point() or data is first
             way = could_be(data, given) if is_plain else None
-            if way is None:
+            if way is None or not lasts(data, sys._getframe(1)):
                 continue
             rows = Rows(data, way, given)
             found = rows.ids_of(given)
@@ -166,8 +168,6 @@ class CutOut:
         self._windows[windows.key, windows.length] = source, mark
         self._described[source.dataset] = Described(windows.words, windows.count, "starts of windows")
         return source
-
-
 
 
 def _is_shifted(before: Windows, windows: Windows) -> bool:

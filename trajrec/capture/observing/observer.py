@@ -33,6 +33,7 @@ from trajrec.capture.attribution.facts import (
 )
 from trajrec.capture.attribution.known import NOTHING, Habits, Known
 from trajrec.capture.attribution.reading import Outcome, read
+from trajrec.capture.observing.arrivals import Arrivals
 from trajrec.capture.observing.cut_out import Cut, CutOut, Described
 from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.observing.graph import GraphMarks, leaves_of
@@ -60,15 +61,19 @@ class Observer:
         loaders: the training loaders, or None to watch every loader and take the training set to be the data set
             whose batch made the first step.
         keeps_contents: whether batches are copied as the loop receives them.
+        numbers_arrivals: whether samples whose ids cannot be told get them in the order in which they arrive.
 
     Attributes:
         known: what the facts have told so far.
         passes: over the loaders.
         backwards: how many backward passes were seen.
         owners: of the gradients: the model, its optimizers.
+        arrivals: the samples that are numbered as they arrive; None if none are.
     """
 
-    def __init__(self, loaders: Sequence[Any] | None, keeps_contents: bool = False) -> None:
+    def __init__(
+        self, loaders: Sequence[Any] | None, keeps_contents: bool = False, numbers_arrivals: bool = False
+    ) -> None:
         self.passes = Passes(loaders, self._forgotten)
         habits = Habits() if loaders is None else Habits(self.passes.source(loaders[0]).dataset)
         self.known = Known(habits)
@@ -78,6 +83,7 @@ class Observer:
         self._facts: list[Fact] = []
         self._lock = threading.RLock()
         self._cut = CutOut(self.passes.new_source)
+        self.arrivals = Arrivals() if numbers_arrivals else None
         self._whole: dict[int, int] = {}  # N of forward passes on what was cut out, by their numbers
         self._tensors = BatchTensors()
         self._marks = GraphMarks(self._released)
@@ -118,20 +124,23 @@ class Observer:
             source = self.passes.source(handed.loader)
             made = handed.content if handed.made is None else handed.made
             is_training = self.passes.is_training(handed.loader)
-            batch = self._batch(handed.ids, source, serial, made if is_training else None)
+            ids = handed.ids
+            if ids is None and self.arrivals is not None:
+                ids = self.arrivals.number(source, made)
+            batch = self._batch(ids, source, serial, made if is_training else None, handed.ids is None)
             self._facts.append(Drawn(batch, handed.about is None or handed.about.is_over))
             content = made if handed.made is None else (handed.content, made)
             self._tensors.add(Held(batch, content, handed.loader))
             self._is_evaluated = False
             self._tidy()
 
-    def _batch(self, ids: IntArray | None, source: Source, serial: int, content: Any) -> Batch:
+    def _batch(self, ids: IntArray | None, source: Source, serial: int, content: Any, is_new: bool) -> Batch:
         """A batch with what is kept of its content: now, because loops change batches in place."""
         self._batches += 1
         found = checksum = contents = None
         if content is not None:
             epochs = self.known.epochs
-            is_first = not epochs.count or (epochs.count == 1 and serial == epochs.serial)
+            is_first = is_new or not epochs.count or (epochs.count == 1 and serial == epochs.serial)
             if self._digests.wants(ids, self._steps + 1, is_first):
                 found = sampled_digest(content)
             if self._keeps_contents:
@@ -221,6 +230,11 @@ class Observer:
     def wants_stacked(self) -> bool:
         """Whether what is stacked may be a batch: not once steps are made of something else."""
         return not self.known.habits.has_stepped or self._is_cut_out()
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the training samples get their ids in the order in which they arrive."""
+        return self.arrivals is not None and self.arrivals.counts(self.known.habits.dataset)
 
     def cut_out(self) -> Described | None:
         """What the training data are where the loop cuts batches out of a tensor; None where a loader makes them."""

@@ -47,20 +47,24 @@ def picked_from(loss: Any, marks: GraphMarks, sizes: Mapping[int, int]) -> dict[
         after = rows if own is None else own if rows is None else "twice"
         left += [(before, after) for before, _ in node.next_functions if before is not None]
     merged = {number: _same(several) for number, several in found.items()}
-    return {number: rows if isinstance(rows, np.ndarray) else None for number, rows in merged.items() if rows is not None}
+    return {
+        number: rows if isinstance(rows, np.ndarray) else None for number, rows in merged.items() if rows is not None
+    }
 
 
 def _same(several: list[_Rows]) -> _Rows:
     first = several[0]
     if all(rows is first for rows in several):
         return first
-    if all(isinstance(rows, np.ndarray) and np.array_equal(rows, several[0]) for rows in several):
+    if isinstance(first, np.ndarray) and all(
+        isinstance(rows, np.ndarray) and np.array_equal(rows, first) for rows in several
+    ):
         return first
     return "twice"
 
 
 def _picked_by(node: Any, lengths: set[int]) -> IntArray | None:
-    """The rows that a node of the graph picks of a tensor of one of these lengths; None if it does not, or takes all."""
+    """The rows that a node of the graph picks of a tensor of such a length; None if it does not, or takes all."""
     size = getattr(node, "_saved_self_sym_sizes", None)
     if not size or size[0] not in lengths:
         return None

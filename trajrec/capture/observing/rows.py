@@ -1,6 +1,6 @@
 """Which rows of a tensor a batch is: found by their values, and compared before they are believed.
 
-    data [N, ...]   a tensor or an array that the loop has at hand. Every row gets a number of 64 bits made of its values
+    data [N, ...]   a tensor or an array at hand. Every row gets a number of 64 bits, made of its values
     x [B, ...]      what the model is called on: its rows are looked up, and are of data where data[ids] equals x
 
 So shuffling before the batches are cut, indices, slices, masks and copies to another device or dtype are all the same.

@@ -73,7 +73,7 @@ def _views(pieces: Sequence[Tensor]) -> Windows | None:
         return None
     starts = []
     for piece in pieces:
-        start, rest = divmod(piece.storage_offset() - base.storage_offset(), base.stride(0))
+        start, rest = divmod(int(piece.storage_offset()) - int(base.storage_offset()), base.stride(0))
         if piece._base is not base or piece.stride() != base.stride() or rest:
             return None
         starts.append(start)
@@ -84,13 +84,17 @@ def _copies(pieces: Sequence[Tensor], frame: FrameType) -> Windows | None:
     values = variables(frame)
     starts = [found for value in values if (found := _integers(value, len(pieces))) is not None]
     windows = [piece.detach().cpu().numpy() for piece in pieces] if starts else []
-    fitting = [
-        Windows(data, ids, len(windows[0]))
-        for data in values
-        if isinstance(data, Tensor | np.ndarray) and tuple(data.shape[1:]) == windows[0].shape[1:]
-        for ids in starts
-        if _are(data, ids, windows)
-    ] if windows else []
+    fitting = (
+        [
+            Windows(data, ids, len(windows[0]))
+            for data in values
+            if isinstance(data, Tensor | np.ndarray) and tuple(data.shape[1:]) == windows[0].shape[1:]
+            for ids in starts
+            if _are(data, ids, windows)
+        ]
+        if windows
+        else []
+    )
     if not fitting or any((each.starts != fitting[0].starts).any() for each in fitting):
         return None
     keys = {each.key for each in fitting}
