@@ -56,8 +56,8 @@ def record(
         inputs: "digest" keeps a checksum of every batch, "store" the batches themselves, as the loader yielded them:
             then a replay needs no data set but for its length, and random augmentation comes back as it was.
         ids: "found" for what samplers draw, or the rows of a tensor that batches are cut out of; "order" to number
-            samples that have no ids (of an iterable data set) in the order in which the loop receives them, from 0 on: a
-            second pass over a stream brings new ids.
+            samples that have no ids (of an iterable data set) in the order in which the loop receives them, from 0:
+            a second pass over a stream brings new ids.
         strict: raise a RecordingError into the training where it cannot be recorded. Otherwise that is logged once as
             an error, recording stops there, the training goes on to its end with the same bits, and the recorder's
             `problem` says why; the steps that are missing are noted in the run as a gap.

@@ -122,7 +122,8 @@ class CutOut:
 
     def _search(self, given: Tensor, first: Tensor) -> Cut | str:
         """Looks for the tensor or array that the model is called on rows of; of several, the smallest and oldest."""
-        everyone: list[Any] = [data for data in (*tensors_alive(), *arrays_in_sight()) if data.ndim and data.nbytes]
+        at_hand: list[Any] = [*tensors_alive(), *arrays_in_sight()]
+        everyone = [data for data in at_hand if data.ndim and data.nbytes]
         longer = [data for data in everyone if len(data) > len(given)]
         whole = [data for data in everyone if len(data) == len(given) and data.ndim == first.dim() > 1]
         if whole and any(could_be(data, given[None]) for data in longer if data.ndim == given.dim() + 1):
@@ -166,7 +167,7 @@ class CutOut:
         source = self._new_source(type(windows.data).__name__)
         mark = None if isinstance(windows.data, np.memmap) else ref(windows.data)
         self._windows[windows.key, windows.length] = source, mark
-        self._described[source.dataset] = Described(windows.words, windows.count, "starts of windows")
+        self._described[source.dataset] = Described(windows.words, windows.samples, "starts of windows")
         return source
 
 

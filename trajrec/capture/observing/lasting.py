@@ -43,8 +43,16 @@ def _names(frame: FrameType, data: Any) -> set[str]:
 def _is_held(data: Any, frames: list[FrameType]) -> bool:
     """Whether an object, a dictionary or another module holds it; lists and tuples hold the arguments of calls, too."""
     own = {id(each.f_locals) for each in frames}
-    holders = [each for each in gc.get_referrers(data) if id(each) not in own]
-    return any(type(each) is dict or (hasattr(each, "__dict__") and not _is_ours(each)) for each in holders)
+    for holder in gc.get_referrers(data):
+        if id(holder) in own or isinstance(holder, FrameType | list | tuple):
+            continue
+        if type(holder) is dict:
+            beyond = [each for each in gc.get_referrers(holder) if id(each) not in own]
+            if any(not isinstance(each, FrameType | list | tuple) for each in beyond):
+                return True  # not what Python keeps of a function's variables
+        elif hasattr(holder, "__dict__") and not _is_ours(holder):
+            return True
+    return False
 
 
 def _is_ours(holder: Any) -> bool:

@@ -45,7 +45,7 @@ class Windows(NamedTuple):
         return type(data).__name__, place, tuple(data.shape), str(data.dtype)
 
     @property
-    def count(self) -> int:
+    def samples(self) -> int:
         """How many windows there are."""
         return len(self.data) - self.length + 1
 
