@@ -1,5 +1,7 @@
 """Loops without a loader: the ids that they have cut their batches by are found, or the step is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
 
 N, B = 40, 8
+COUNT = itertools.count()  # other data for every test: those of one before may be at hand yet
 LABELS = torch.arange(N) % 3
 
 
@@ -27,7 +30,7 @@ class Loop:
     def __init__(self):
         self.net = model()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
-        self.data = torch.randn(N, 4)
+        self.data = torch.randn(N, 4, generator=torch.Generator().manual_seed(next(COUNT)))
         self.used = []
 
     def step(self, x, ids, picked=slice(None)):
@@ -344,8 +347,9 @@ def train_on_stream(path, **options):
     net = model().double()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     with trajrec.record(path, model=net, optimizer=optimizer, **options) as recorder:
+        loader = DataLoader(Stream(), 6)
         for _ in range(2):
-            for x, y in DataLoader(Stream(), 6):
+            for x, y in loader:
                 optimizer.zero_grad()
                 cross_entropy(net(x.double()), y).backward()
                 optimizer.step()
@@ -356,6 +360,50 @@ def test_a_stream_is_numbered_in_the_order_of_arrival_only_if_asked(tmp_path):
     assert "--ids order" in train_on_stream(tmp_path / "no.h5").problem
     train_on_stream(tmp_path / "run.h5", ids="order")
     with trajrec.open(tmp_path / "run.h5") as run:
-        ids = np.concatenate([run.batch(t).ids for t in range(1, run.steps + 1)])
+        ids = np.concatenate([run.sample_ids(t) for t in range(1, run.steps + 1)])
         assert ids.tolist() == [*range(40)]
         assert run.spec.data["ids"] == "order of arrival"
+
+
+HELD_OUT = TensorDataset(torch.linspace(-1, 1, 12).reshape(3, 4).double(), torch.tensor([0, 1, 2]))
+
+
+def losses(net, batch):
+    return cross_entropy(net(batch[0].to(next(net.parameters()).dtype)), batch[1], reduction="none")
+
+
+def held_out_loss(batches, factor):
+    """The mean test loss after these steps; `factor` counts the loss of a sample, by step and place."""
+    net = model().double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for t, batch in enumerate(batches):
+        optimizer.zero_grad()
+        (losses(net, batch) * factor(t, len(batch[1]))).mean().backward()
+        optimizer.step()
+    return losses(net, HELD_OUT.tensors).mean().item()
+
+
+def weighed(step, place, by):
+    return lambda t, count: torch.ones(count).double() + by * (torch.arange(count) == place) * (t == step)
+
+
+def test_a_stored_stream_is_replayed_exactly_without_it(tmp_path):
+    train_on_stream(tmp_path / "run.h5", ids="order", inputs="store")
+    task = trajrec.Task(lambda: model().double(), range(40), HELD_OUT, loss=losses)
+    with trajrec.open(tmp_path / "run.h5") as run:
+        found = trajrec.replay.contributions(run, task, targets="mean")
+    batches = [*DataLoader(Stream(), 6)] * 2
+    for step, place, i in [(0, 1, 1), (2, 0, 12), (4, 3, 23), (7, 1, 39)]:
+        up, down = (held_out_loss(batches, weighed(step, place, by)) for by in (1e-4, -1e-4))
+        assert np.asarray(found.values).reshape(-1)[i] == pytest.approx(-(up - down) / 2e-4, rel=1e-5)
+
+
+def test_a_run_found_by_its_rows_is_replayed_with_a_certificate(tmp_path):
+    loop = Loop()
+    with trajrec.record(tmp_path / "run.h5", model=loop.net, optimizer=loop.optimizer):
+        by_permutation(loop)
+    task = trajrec.Task(model, TensorDataset(loop.data, LABELS), HELD_OUT, loss=losses)
+    with trajrec.open(tmp_path / "run.h5") as run:
+        found = trajrec.replay.contributions(run, task, targets="mean")
+    assert found.samples.tolist() == [*range(N)]
+    assert np.isfinite(found.values).all()

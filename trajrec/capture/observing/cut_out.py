@@ -103,6 +103,8 @@ class CutOut:
         whys = []
         for source, rows in self._rows:
             if rows.fits(given):
+                if not rows.is_alive:
+                    self._look_again(rows, given)
                 found = rows.ids_of(given)
                 if not isinstance(found, str):
                     return self._kept(first, Cut(source, found))
@@ -114,6 +116,15 @@ class CutOut:
                 return self._kept(first, cut)
             whys.append(cut)
         return refusals.rows_unknown(whys)
+
+    def _look_again(self, rows: Rows, given: Tensor) -> None:
+        """The data are gone: they may have been a copy of what the loop cuts its batches out of."""
+        at_hand: list[Any] = [*tensors_alive(), *arrays_in_sight()] if self._searches < _MOST_SEARCHES else []
+        self._searches += 1
+        for data in at_hand:
+            is_like = data.ndim and len(data) == rows.count and data is not given and could_be(data, given)
+            if is_like and rows.stands_for(data):
+                return
 
     def _kept(self, given: Tensor, cut: Cut) -> Cut:
         if len(cut.ids) == self._described[cut.source.dataset].samples and not given.is_inference():
@@ -128,21 +139,24 @@ class CutOut:
         whole = [data for data in everyone if len(data) == len(given) and data.ndim == first.dim() > 1]
         if whole and any(could_be(data, given[None]) for data in longer if data.ndim == given.dim() + 1):
             whole = []  # one item of those, or a batch of items that was made before: who knows
-        why = "strange"
+        fitting, whys = [], ["strange"]
         for data in (*sorted(longer, key=len), *whole):
             is_plain = given[0].numel() > 1 or given.is_floating_point() or data is first
             way = could_be(data, given) if is_plain else None
-            if way is None or not lasts(data, sys._getframe(1)):
-                continue
-            rows = Rows(data, way, given)
-            found = rows.ids_of(given)
-            if not isinstance(found, str):
-                source = self._new_source("Tensor" if isinstance(data, Tensor) else "ndarray")
-                self._rows.append((source, rows))
-                self._described[source.dataset] = Described(f"{rows.words}{way.name}", rows.count, "rows")
-                return Cut(source, found)
-            why = found if why == "strange" else why
-        return why
+            if way is not None and lasts(data, sys._getframe(1)):
+                rows = Rows(data, way, given)
+                found = rows.ids_of(given)
+                if isinstance(found, str):
+                    whys.append(found)
+                else:
+                    fitting.append((rows, found, data))
+        if not fitting or "twins" in whys:
+            return next((why for why in whys if why != "strange"), "strange")
+        rows, ids, data = fitting[0]
+        source = self._new_source("Tensor" if isinstance(data, Tensor) else "ndarray")
+        self._rows.append((source, rows))
+        self._described[source.dataset] = Described(f"{rows.words}{rows.way.name}", rows.count, "rows")
+        return Cut(source, ids)
 
     # ---- windows
 
