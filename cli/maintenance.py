@@ -105,6 +105,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("samples", f"{spec.samples or 'unknown'} ({spec.data.get('dataset', 'unknown data set')})"),
         ("criterion", " and ".join(map(str, spec.criteria)) or "none of torch.nn's classes was seen"),
         ("clipping", _clipping(run)),
+        *([("ids", str(spec.data["ids"]))] if "ids" in spec.data else []),
         ("task", spec.task or "none noted"),
         ("command", " ".join(spec.command)),
         ("folder", spec.folder or "not noted"),

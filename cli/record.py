@@ -54,6 +54,9 @@ def record(
     inputs: Annotated[
         str, choice("digest|store", "Checksums of the batches (default), or the batches themselves.", RUN)
     ] = "digest",
+    ids: Annotated[
+        str, choice("found|order", "Ids of samples as found (default), or as they arrive where they have none.", RUN)
+    ] = "found",
     budget: Annotated[str | None, choice("20GB", "Stay below this size, thinning as the run grows.", RUN)] = None,
     resume: Annotated[bool, flag("--resume", "Go on with the run that --out names.", RUN)] = False,
     force: Annotated[bool, flag("--force", "Replace an existing run.", RUN)] = False,
@@ -82,7 +85,7 @@ def record(
         _make_folder(path.parent)
     reference = _task_reference(task, script if module is None else None)
     options: dict[str, Any] = {"keep": _keep(keep), "compression": compression, "budget": budget, "on_full": on_full}
-    options |= {"inputs": inputs, "strict": strict}
+    options |= {"inputs": inputs, "ids": ids, "strict": strict}
     try:
         recorder: Recorder = make_recorder(path, task=reference, force=force, resume=resume, **options)
     except ValueError as error:

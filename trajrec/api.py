@@ -37,6 +37,7 @@ def record(
     resume: bool = False,
     keyframe_every: int = 64,
     inputs: Literal["digest", "store"] = "digest",
+    ids: Literal["found", "order"] = "found",
     strict: bool = False,
 ) -> Recorder:
     """A recorder, to be used as a context manager around a training loop.
@@ -60,6 +61,9 @@ def record(
         keyframe_every: steps between keyframes with keep="steps".
         inputs: "digest" keeps a checksum of every batch, "store" the batches themselves, as the loader yielded them:
             then a replay needs no data set but for its length, and random augmentation comes back as it was.
+        ids: "found" for what samplers draw, or the rows of a tensor that batches are cut out of; "order" to number
+            samples that have no ids (of an iterable data set) in the order in which the loop receives them, from 0:
+            a second pass over a stream brings new ids.
         strict: raise a RecordingError into the training where it cannot be recorded. Otherwise that is logged once as
             an error, recording stops there, the training goes on to its end with the same bits, and the recorder's
             `problem` says why; the steps that are missing are noted in the run as a gap.
@@ -69,6 +73,8 @@ def record(
         RecordingError: if `loader` or `optimizer` is none; with `strict`, if this training cannot be recorded (see
             `trajrec.errors`).
     """
+    if resume and ids == "order":
+        raise RecordingError("Samples that are numbered as they arrive would get ids again: such a run is not resumed.")
     sink: Sink = MemorySink()
     if processes() == 1:  # of several none records, so that none stands in the way of another
         sink = RunFileSink(
@@ -81,7 +87,9 @@ def record(
             budget=budget,
             keyframe_every=keyframe_every,
         )
-    return Recorder(sink, model=model, optimizer=optimizer, loader=loader, task=task, inputs=inputs, strict=strict)
+    return Recorder(
+        sink, model=model, optimizer=optimizer, loader=loader, task=task, inputs=inputs, ids=ids, strict=strict
+    )
 
 
 class _Started:

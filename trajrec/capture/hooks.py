@@ -79,6 +79,7 @@ class _Watching:
         for criterion in KINDS:
             self._replace(criterion, "__call__", watched_criterion(_tell_criterion))
         self._replace(DataLoader, "__init__", _watched_making)
+        self._watch_stacking()
         self.watch_class(DataLoader)
         for kind in (*_subclasses(DataLoader), *_holders()):
             self.watch_class(kind)
@@ -106,6 +107,20 @@ class _Watching:
         own, original = name in vars(owner), getattr(owner, name)
         setattr(owner, name, watched(original))
         self._undo.append(lambda: setattr(owner, name, original) if own else delattr(owner, name))
+
+    def _watch_stacking(self) -> None:
+        """Watches torch.stack as long as somebody wants to hear of it; torch.jit takes it for what it is."""
+        original, known = torch.stack, torch.jit._builtins._get_builtin_table()  # type: ignore[no-untyped-call]
+        watched = _watched_stack(original)
+        known[id(watched)] = known.get(id(original))
+
+        def undo() -> None:
+            if torch.stack is watched:
+                torch.stack = original
+            known.pop(id(watched), None)
+
+        torch.stack = watched
+        self._undo.append(undo)
 
     def watch_class(self, kind: type) -> None:
         """Watches the `__iter__` that a class of loaders, or of what holds one, has of its own."""
@@ -188,6 +203,29 @@ def _watched_clearing(original: Any) -> Any:
 def _tell_criterion(criterion: Any, output: Any) -> None:
     for listener in listeners.all:
         listener.criterion(criterion, output)
+
+
+def _watched_stack(original: Any) -> Any:
+    @wraps(original)
+    def watched(*args: Any, **named: Any) -> Any:
+        stacked = original(*args, **named)
+        if not torch.compiler.is_compiling():
+            listeners.safely(_tell_of_stack, original, watched, args, named, stacked)
+        return stacked
+
+    return watched
+
+
+def _tell_of_stack(original: Any, watched: Any, args: Any, named: Any, stacked: Any) -> None:
+    wanting = [listener for listener in listeners.all if listener.wants_stacked()]
+    if not wanting:
+        if torch.stack is watched:
+            torch.stack = original
+        return
+    dim = named.get("dim", args[1] if len(args) > 1 else 0)
+    if dim == 0 and "out" not in named:
+        for listener in wanting:
+            listener.stacked(args[0] if args else named["tensors"], stacked, sys._getframe(3))
 
 
 def _watched_iter(original: Any) -> Any:

@@ -47,6 +47,7 @@ from trajrec.task.seeding import find_seeded
 from trajrec.tf32 import rounds_products
 
 logger = logging.getLogger("trajrec")
+_ARRIVAL = "order of arrival"
 
 
 class Recorder:
@@ -60,6 +61,7 @@ class Recorder:
         loader: the training loader or loaders; None to watch all.
         task: "FILE.py:ATTR" to be noted in the recording.
         inputs: "store" to keep what the loader yielded, "digest" to keep checksums of it.
+        ids: "found", or "order" to number samples without ids in the order in which the loop receives them.
         strict: raise what cannot be recorded into the training, instead of going on without recording.
 
     Attributes:
@@ -78,10 +80,13 @@ class Recorder:
         loader: Any = None,
         task: str | None = None,
         inputs: Literal["digest", "store"] = "digest",
+        ids: Literal["found", "order"] = "found",
         strict: bool = False,
     ) -> None:
         if inputs not in ("digest", "store"):
             raise ValueError(f'inputs is "digest" or "store"; found {inputs!r}.')
+        if ids not in ("found", "order"):
+            raise ValueError(f'ids is "found" or "order"; found {ids!r}.')
         self.inputs = inputs
         self.sink = sink
         self.model = model
@@ -93,7 +98,7 @@ class Recorder:
         self.others: Counter[str] = Counter()
         self._guard = Guard(self._fail, strict)
         self._watch = Stopwatch()
-        self._observer = Observer(_loaders(loader), keeps_contents=inputs == "store")
+        self._observer = Observer(_loaders(loader), inputs == "store", ids == "order")
         self._discovery = Discovery(self._observer)
         self._closures = Closures(self._guard, self._prepare_closure)
         self._installed: list[Any] = []  # that has a `remove`
@@ -325,6 +330,12 @@ class Recorder:
         # Without a data set (ids named by the user) N is not known yet; the Task's data set tells it at replay.
         length = len(dataset) if hasattr(dataset, "__len__") else 0
         data: dict[str, Any] = {"dataset": type(dataset).__name__, "length": length}
+        cut = self._observer.cut_out()
+        if cut is not None:
+            length = cut.samples
+            data = {"dataset": cut.words, "length": length, "ids": cut.ids}
+        elif self._observer.is_numbered:
+            length, data["ids"] = 0, _ARRIVAL
         if find_seeded(dataset) is not None:
             data["seeded_from"] = self._observer.passes.before
         if batch.checksum is not None:
@@ -354,6 +365,8 @@ class Listening:
         self.give = around(observer.give)
         self.cleared = around(observer.cleared, watch)
         self.draw = around(observer.draw, watch)
+        self.stacked = around(observer.stacked, watch)
+        self.wants_stacked = around(observer.wants_stacked)
         self.backward = around(observer.backward, watch)
         self.criterion = around(observer.criteria.called)
         self.clipped = around(observer.clippings.clipped, watch)

@@ -24,7 +24,7 @@ States = tuple[Any, ...]
 
 
 class Source(NamedTuple):
-    """A loader.
+    """Where batches come from: a loader, most often.
 
     Attributes:
         loader: its number.
@@ -32,6 +32,8 @@ class Source(NamedTuple):
         name: the class of the data set.
         is_iterable: whether the data set is one without ids.
         in_order: whether it hands out batches in the order in which they were drawn.
+        is_indexed: whether it is no loader, but a tensor that the loop cuts its batches out of: what the model is
+            called on has to be seen to be of it.
     """
 
     loader: int
@@ -39,6 +41,7 @@ class Source(NamedTuple):
     name: str = ""
     is_iterable: bool = False
     in_order: bool = True
+    is_indexed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

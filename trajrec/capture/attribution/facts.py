@@ -14,6 +14,8 @@ be made up and read without torch. `trajrec.capture.attribution.reading` reads i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from trajrec.capture.attribution.batches import Batch, States
@@ -63,6 +65,7 @@ class Forward(NamedTuple):
         shape: of the first tensor that goes in.
         states: of the generators before it.
         shown: the batch whose tensors, views of them or copies the model is called on; None if nothing tells.
+        why: why no rows of a tensor were found in what the model is called on, where that was looked for.
     """
 
     number: int
@@ -72,6 +75,7 @@ class Forward(NamedTuple):
     shape: tuple[int, ...] = ()
     states: States | None = None
     shown: Batch | None = None
+    why: str = ""
 
 
 class Returned(NamedTuple):
@@ -101,6 +105,8 @@ class Backward(NamedTuple):
         adds: whether gradients of an earlier one are there, to which it adds; looked at after the first of a step.
         is_nested: whether it runs within another one.
         loss: what it is called on, if that is a number.
+        picked: positions of the samples that the loss is of among those of a forward pass, by its number, where it is
+            of some of them only (a mask of a graph's nodes); None in their place if they cannot be told.
     """
 
     thread: int
@@ -108,6 +114,7 @@ class Backward(NamedTuple):
     adds: bool = True
     is_nested: bool = False
     loss: Any = None
+    picked: Mapping[int, IntArray | None] = MappingProxyType({})
 
 
 class Shared(NamedTuple):

@@ -6,11 +6,12 @@ Letters: B samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from trajrec.capture.attribution import refusals
 from trajrec.capture.attribution.batches import Batch, Part
-from trajrec.capture.attribution.facts import Forward
+from trajrec.capture.attribution.facts import Backward, Forward
 from trajrec.capture.attribution.known import NONE, Habits, Use
 from trajrec.errors import UnknownBatchError
 
@@ -31,7 +32,10 @@ def uses_by_batch(made: Sequence[Use], habits: Habits) -> dict[Batch, list[Use]]
     for batch, of_it in uses.items():
         if batch.ids is None:
             raise UnknownBatchError(refusals.no_ids(batch.source))
-        if habits.needs_proof and not any(use.is_shown for use in of_it):
+        is_shown = any(use.is_shown for use in of_it)
+        if batch.source.is_indexed and not is_shown:
+            raise UnknownBatchError(refusals.NOT_ROWS)
+        if habits.needs_proof and not is_shown:
             raise UnknownBatchError(refusals.UNPROVEN)
     return uses
 
@@ -55,8 +59,8 @@ def lengths_after(uses: dict[Batch, list[Use]], habits: Habits) -> frozenset[int
     lengths = habits.lengths
     for batch, of_it in uses.items():
         passes = [use.forward for use in of_it if use.forward is not None]
-        if batch.ids is None or len(passes) < len(of_it):
-            continue  # nobody saw what the model was called on
+        if batch.source.is_indexed or batch.ids is None or len(passes) < len(of_it):
+            continue  # its rows were seen to be the samples; or nobody saw what the model was called on
         size = sum(forward.size for forward in passes)
         in_pieces = len(passes) > 1 and size == len(batch.ids)
         found = frozenset({0}) if in_pieces else NONE.union(*[lengths_of(forward, batch) for forward in passes])
@@ -78,3 +82,15 @@ def part_of(batch: Batch, passes: Sequence[Forward]) -> Part:
     ids: Any = batch.ids
     kept = tuple([(forward.size, forward.states) for forward in passes if forward.states is not None])
     return Part(ids, kept, None, batch.digest, batch.checksum, batch.contents)
+
+
+def picked(use: Use, backward: Backward) -> Use:
+    """The use of those samples that the loss is of, where it is of some rows of the outputs only."""
+    if use.batch is None or use.batch.ids is None or not use.batch.source.is_indexed:
+        return use
+    if use.number not in backward.picked:
+        return use
+    positions = backward.picked[use.number]
+    if positions is None:
+        return use._replace(batch=None, why=refusals.PICKED)
+    return use._replace(batch=replace(use.batch, ids=use.batch.ids[positions]))

@@ -37,7 +37,8 @@ def read_ordinary(known: Known, facts: Sequence[Any]) -> tuple[Known, StepBatch]
         return None
     drawn, forward, backward = [facts[place] for place in places]
     batch, habits = drawn.batch, known.habits
-    is_meant = forward.shown is batch or (forward.shown is None and not habits.needs_proof)
+    needs_proof = habits.needs_proof or batch.source.is_indexed
+    is_meant = forward.shown is batch or (forward.shown is None and not needs_proof)
     if not (
         is_meant
         and batch.ids is not None

@@ -44,7 +44,7 @@ from trajrec.capture.attribution.facts import (
     Stepped,
 )
 from trajrec.capture.attribution.known import NOTHING, Known, Unfinished, Use, Waiting
-from trajrec.capture.attribution.making import lengths_after, part_of, uses_by_batch
+from trajrec.capture.attribution.making import lengths_after, part_of, picked, uses_by_batch
 from trajrec.capture.attribution.ordinary import read_ordinary
 from trajrec.errors import UnknownBatchError
 
@@ -149,7 +149,8 @@ class _Reading:
         single = next((w for w in self.waiting if w.batch.number == self.single), None)
         if single and self._is_usual(single) and not (single.is_evaluated and self.habits.dataset is None):
             return Use(fact, single.batch, is_newest=self._is_newest(single.batch, fact.thread))
-        return Use(fact, *self._only())
+        batch, why = self._only()
+        return Use(fact, batch, fact.why if fact.why and why == refusals.NONE_SEEN else why)
 
     def _is_usual(self, waiting: Waiting) -> bool:
         """Whether steps were made of this batch's loader before, or of none that is still there."""
@@ -267,7 +268,7 @@ class _Reading:
         if not self.uses and not any(use.forward for use in self.made):
             reached = self._guessed(fact.thread)
         self.uses = [use for use in self.uses if use not in reached]
-        self.made += [use._replace(is_stale=False) if use.is_stale else use for use in reached]
+        self.made += [picked(use._replace(is_stale=False), fact) for use in reached]
         self._lay_aside()
 
     def _guessed(self, thread: int) -> list[Use]:
@@ -306,7 +307,8 @@ class _Reading:
 
     def _step_named(self, named: tuple[Part, ...], made: list[Use], losses: tuple[Any, ...]) -> StepBatch:
         """The step whose samples the user has named."""
-        batches = list({use.batch: None for use in made if use.batch is not None})
+        drawn = [use.batch for use in made if use.batch is not None and not use.batch.source.is_indexed]
+        batches = list(dict.fromkeys(drawn))
         if len(named) == len(batches):
             named = tuple([replace(p, contents=b.contents) for p, b in zip(named, batches, strict=True)])
         self._has_stepped(batches[-1:])

@@ -73,6 +73,11 @@ class GraphMarks:
         self._reached |= found
         return frozenset(found)
 
+    def numbers_at(self, node: Any) -> set[int]:
+        """The numbers of the forward passes whose outputs a node of the graph made."""
+        tokens = _metadata(node).get(_MARK) or ()
+        return {token.number for token in tokens if token.number in self._tokens and token.marks() is self}
+
     def begin_anew(self) -> None:
         """The gradients of earlier backward passes were thrown away."""
         self._reached.clear()
@@ -92,10 +97,15 @@ class GraphMarks:
         self._tokens = {number: mark for number, mark in [*self._tokens.items()] if number in numbers}
 
 
+def roots_of(loss: Any) -> list[Any]:
+    """The nodes of autograd's graph that made a loss, or several."""
+    losses = [loss] if type(loss) is Tensor else tensors_of(loss)
+    return [tensor.grad_fn for tensor in losses if tensor.grad_fn is not None]
+
+
 def graph_of(loss: Any) -> Iterator[Any]:
     """The nodes of autograd's graph behind a loss, nearest first."""
-    losses = [loss] if type(loss) is Tensor else tensors_of(loss)
-    nodes: list[Any] = [tensor.grad_fn for tensor in losses if tensor.grad_fn is not None]
+    nodes = roots_of(loss)
     seen: set[Any] = {None, *nodes}
     for node in nodes:  # which grows meanwhile
         yield node

@@ -6,6 +6,7 @@ They are told in the thread in which it happens. What fails while they are told 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 
@@ -38,6 +39,12 @@ class Listener(Protocol):
 
     def draw(self, handed: Handed, serial: int) -> None:
         """The loop has received a batch."""
+
+    def stacked(self, pieces: Any, stacked: Any, frame: FrameType) -> None:
+        """Tensors were stacked in this frame."""
+
+    def wants_stacked(self) -> bool | None:
+        """Whether that is of interest."""
 
     def backward(self, tensors: Any) -> None:
         """A backward pass begins."""

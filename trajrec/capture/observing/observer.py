@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,12 +33,15 @@ from trajrec.capture.attribution.facts import (
 )
 from trajrec.capture.attribution.known import NOTHING, Habits, Known
 from trajrec.capture.attribution.reading import Outcome, read
+from trajrec.capture.observing.arrivals import Arrivals
 from trajrec.capture.observing.clipping import Clippings
 from trajrec.capture.observing.criteria import Criteria
+from trajrec.capture.observing.cut_out import Cut, CutOut, Described
 from trajrec.capture.observing.digesting import Sums
 from trajrec.capture.observing.graph import GraphMarks, leaves_of
 from trajrec.capture.observing.listeners import Handed
 from trajrec.capture.observing.passes import Passes
+from trajrec.capture.observing.picked import picked_from
 from trajrec.capture.observing.traces import BatchTensors, Held, tensors_of
 from trajrec.digest import digest, sampled_digest
 from trajrec.errors import RecordingError, UnknownBatchError
@@ -59,6 +63,7 @@ class Observer:
         loaders: the training loaders, or None to watch every loader and take the training set to be the data set
             whose batch made the first step.
         keeps_contents: whether batches are copied as the loop receives them.
+        numbers_arrivals: whether samples whose ids cannot be told get them in the order in which they arrive.
 
     Attributes:
         known: what the facts have told so far.
@@ -66,9 +71,12 @@ class Observer:
         backwards: how many backward passes were seen.
         owners: of the gradients: the model, its optimizers.
         clippings: of gradients; criteria: of the losses.
+        arrivals: the samples that are numbered as they arrive; None if none are.
     """
 
-    def __init__(self, loaders: Sequence[Any] | None, keeps_contents: bool = False) -> None:
+    def __init__(
+        self, loaders: Sequence[Any] | None, keeps_contents: bool = False, numbers_arrivals: bool = False
+    ) -> None:
         self.passes = Passes(loaders, self._forgotten)
         habits = Habits() if loaders is None else Habits(self.passes.source(loaders[0]).dataset)
         self.known = Known(habits)
@@ -78,6 +86,9 @@ class Observer:
         self._keeps_contents = keeps_contents
         self._facts: list[Fact] = []
         self._lock = threading.RLock()
+        self._cut = CutOut(self.passes.new_source)
+        self.arrivals = Arrivals() if numbers_arrivals else None
+        self._whole: dict[int, int] = {}  # N of forward passes on what was cut out, by their numbers
         self._tensors = BatchTensors()
         self._marks = GraphMarks(self._released)
         self._digests = Sums(self._samples)
@@ -117,20 +128,23 @@ class Observer:
             source = self.passes.source(handed.loader)
             made = handed.content if handed.made is None else handed.made
             is_training = self.passes.is_training(handed.loader)
-            batch = self._batch(handed.ids, source, serial, made if is_training else None)
+            ids = handed.ids
+            if ids is None and self.arrivals is not None:
+                ids = self.arrivals.number(source, made)
+            batch = self._batch(ids, source, serial, made if is_training else None, handed.ids is None)
             self._facts.append(Drawn(batch, handed.about is None or handed.about.is_over))
             content = made if handed.made is None else (handed.content, made)
             self._tensors.add(Held(batch, content, handed.loader))
             self._is_evaluated = False
             self._tidy()
 
-    def _batch(self, ids: IntArray | None, source: Source, serial: int, content: Any) -> Batch:
+    def _batch(self, ids: IntArray | None, source: Source, serial: int, content: Any, is_new: bool) -> Batch:
         """A batch with what is kept of its content: now, because loops change batches in place."""
         self._batches += 1
         found = checksum = contents = None
         if content is not None:
             epochs = self.known.epochs
-            is_first = not epochs.count or (epochs.count == 1 and serial == epochs.serial)
+            is_first = is_new or not epochs.count or (epochs.count == 1 and serial == epochs.serial)
             if self._digests.wants(ids, self._steps + 1, is_first):
                 found = sampled_digest(content)
             if self._keeps_contents:
@@ -165,7 +179,9 @@ class Observer:
             return
         with self._lock:
             given = tensors_of(inputs)
-            shown = self._tensors.shown(given, not gradients or self._is_value_wanted())
+            shown, why = self._tensors.shown(given, not gradients or self._is_value_wanted()), ""
+            if shown is None and gradients and self._is_cut_out():
+                shown, why = self._rows(given)
             if not gradients:
                 self._facts.append(Evaluated(shown))
                 self._is_evaluated = True
@@ -175,15 +191,58 @@ class Observer:
             self._thread = self._thread or thread
             self._forwards += 1
             shape = tuple(given[0].shape) if given else ()
-            fact = Forward(self._forwards, thread, training, _samples_in(inputs, given), shape, states(), shown)
+            fact = Forward(self._forwards, thread, training, _samples_in(inputs, given), shape, states(), shown, why)
             self._facts.append(fact)
+            if shown is not None and shown.ids is not None and shown.source.is_indexed:
+                self._whole[fact.number] = len(shown.ids)
             self._running.append(fact.number)
 
     def _is_value_wanted(self) -> bool:
         """Whether copies of a batch are to be told, too: not where there is one batch only, as in most steps."""
         habits, only = self.known.habits, self._tensors.only
         is_plain = habits.has_stepped and not (habits.needs_proof or habits.draws_ahead or self._is_evaluated)
-        return not is_plain or only is None or only.source.loader not in habits.trained
+        return not is_plain or only is None or only.source.is_indexed or only.source.loader not in habits.trained
+
+    def _is_cut_out(self) -> bool:
+        """Whether the model may be called on rows of a tensor: not where a loader's batches are trained on."""
+        habits = self.known.habits
+        if habits.has_stepped:
+            return self._cut.described(habits.dataset) is not None
+        return self.passes.loaders is None
+
+    def _rows(self, given: Sequence[Tensor]) -> tuple[Batch | None, str]:
+        """The rows of a tensor that the model is called on, or why they cannot be told."""
+        cut = self._cut.find(given, may_search=not self.known.habits.has_stepped)
+        return (None, cut) if isinstance(cut, str) else (self._cut_batch(cut), "")
+
+    def _cut_batch(self, cut: Cut) -> Batch:
+        self._batches += 1
+        return Batch(self._batches, cut.source, cut.ids, self._cut.serial(cut.source), threading.get_ident())
+
+    def stacked(self, pieces: Any, stacked: Any, frame: FrameType) -> None:
+        """Tensors were stacked in this frame: a batch, if they are windows of a tensor."""
+        cut = self._cut.stacked(pieces, frame) if isinstance(stacked, Tensor) and self._is_cut_out() else None
+        if cut is None:
+            return
+        with self._lock:
+            batch = self._cut_batch(cut)
+            self._facts.append(Drawn(batch))
+            self._tensors.add(Held(batch, [stacked], None))
+            self._is_evaluated = False
+            self._tidy()
+
+    def wants_stacked(self) -> bool:
+        """Whether what is stacked may be a batch: not once steps are made of something else."""
+        return not self.known.habits.has_stepped or self._is_cut_out()
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the training samples get their ids in the order in which they arrive."""
+        return self.arrivals is not None and self.arrivals.counts(self.known.habits.dataset)
+
+    def cut_out(self) -> Described | None:
+        """What the training data are where the loop cuts batches out of a tensor; None where a loader makes them."""
+        return self._cut.described(self.known.habits.dataset)
 
     def forwarded(self, outputs: Any) -> None:
         """The forward pass with gradients that began last has ended with these outputs."""
@@ -225,7 +284,9 @@ class Observer:
             is_number = isinstance(loss, Tensor) and loss.numel() == 1
             # A number that is at hand is read at once; from another device it is fetched with the weights.
             value = None if not is_number else loss.item() if loss.is_cpu else loss.detach()
-            self._facts.append(Backward(thread, reaches, adds, is_nested, value))
+            of_whole = {number: count for number, count in self._whole.items() if number in reaches}
+            picked = picked_from(loss, self._marks, of_whole) if of_whole else {}
+            self._facts.append(Backward(thread, reaches, adds, is_nested, value, picked))
             self._is_open, self._is_cleared = True, False
 
     def _adds_up(self, loss: Any) -> bool:
@@ -253,6 +314,8 @@ class Observer:
             if not isinstance(step, StepBatch):
                 raise UnknownBatchError(str(step))
             for batch in step.drawn:
+                if batch.source.is_indexed:
+                    self._cut.note(batch.source, len(step.ids) // len(step.drawn))
                 if batch.digest is not None:
                     self._digests.note(batch.ids)
             return step
@@ -270,6 +333,9 @@ class Observer:
         number, left = self.known.habits.dataset, self.known.unfinished
         if number is not None and (self.passes.dataset is None or not had_stepped):
             self.passes.train_on(number)
+        if self._whole:
+            used_by = {use.number for use in (*self.known.unfinished.uses, *self.known.unfinished.made)}
+            self._whole = {number: count for number, count in self._whole.items() if number in used_by}
         made = step.drawn if isinstance(step, StepBatch) and not self._keeps_contents else ()
         if left is NOTHING:
             self._marks.keep((), ())

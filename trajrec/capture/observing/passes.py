@@ -84,6 +84,12 @@ class Passes:
         self._sources[key] = ref(loader, gone), source
         return source
 
+    def new_source(self, name: str) -> Source:
+        """A data set without a loader, that batches are cut out of."""
+        self._last_loader += 1
+        self._last_dataset += 1
+        return Source(self._last_loader, self._last_dataset, name, is_indexed=True)
+
     def _dataset(self, dataset: Any) -> int:
         """The number of a data set: that of a loader which is over the same one."""
         if self._training and dataset is self.dataset:
