@@ -95,5 +95,5 @@ def test_lightning(options):
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.1}], ids=str)
 def test_what_lightning_has_trained_is_certified(options):
     sink = same_and_right(trained(**options))
-    clips = {"gradient_transform": clip_norm(0.1)} if options else {}
+    clips = {"gradient": clip_norm(0.1)} if options else {}
     certified(sink, Task.supervised(Module, Numbered(), Numbered(), **clips))
