@@ -15,6 +15,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 _OURS = str(Path(__file__).parents[2])
@@ -25,7 +26,14 @@ _MOST_VALUES = 10_000
 def tensors_alive() -> list[Tensor]:
     """Plain tensors of which no gradient is taken, about in the order in which they were made."""
     everything = [value for generation in (2, 1, 0) for value in gc.get_objects(generation)]
-    return [value for value in everything if type(value) is Tensor and not value.requires_grad]
+    return [value for value in everything if type(value) is Tensor and is_strided(value) and not value.requires_grad]
+
+
+def is_strided(value: Any) -> bool:
+    """Whether this is an array, or a tensor whose values lie in memory as those of an array do."""
+    if isinstance(value, Tensor):
+        return value.layout is torch.strided and not value.is_meta and not value.is_quantized
+    return isinstance(value, np.ndarray)
 
 
 def arrays_in_sight() -> list[np.ndarray[Any, Any]]:

@@ -89,7 +89,7 @@ class CutOut:
         """
         self._last = None
         first = next(iter(given), None)
-        if first is None or type(first) is not Tensor or not first.dim() or first.layout is not torch.strided:
+        if first is None or type(first) is not Tensor or not first.dim() or first.is_meta or first.is_quantized:
             return ""
         with torch.no_grad():
             return self._find(first, may_search)
@@ -97,6 +97,8 @@ class CutOut:
     def _find(self, first: Tensor, may_search: bool) -> Cut | str:
         if self._whole is not None and self._whole[0]() is first and self._whole[1] == _version(first):
             return self._whole[2]
+        if first.layout is not torch.strided:
+            return self._whole_of(first, may_search)
         given = first[None] if first.dim() == 1 else first  # one sample without a dimension for the batch
         if not given.numel():
             return ""
@@ -116,6 +118,17 @@ class CutOut:
                 return self._kept(first, cut)
             whys.append(cut)
         return refusals.rows_unknown(whys)
+
+    def _whole_of(self, first: Tensor, may_search: bool) -> Cut | str:
+        """All rows of a sparse tensor that lasts, whose single rows are not looked for."""
+        if self._whole is not None and self._whole[0]() is first:
+            return refusals.rows_unknown(["changed"])
+        if not may_search or not lasts(first, sys._getframe(1)):
+            return ""
+        source = self._new_source("Tensor")
+        words = f"sparse tensor {[*first.shape]} of {str(first.dtype).removeprefix('torch.')}"
+        self._described[source.dataset] = Described(words, len(first), "rows")
+        return self._kept(first, Cut(source, np.arange(len(first))))
 
     def _look_again(self, rows: Rows, given: Tensor) -> None:
         """The data are gone: they may have been a copy of what the loop cuts its batches out of."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from trajrec.capture.observing.at_hand import variables
+from trajrec.capture.observing.at_hand import is_strided, variables
 from trajrec.records import IntArray
 
 
@@ -88,7 +88,7 @@ def _copies(pieces: Sequence[Tensor], frame: FrameType) -> Windows | None:
         [
             Windows(data, ids, len(windows[0]))
             for data in values
-            if isinstance(data, Tensor | np.ndarray) and tuple(data.shape[1:]) == windows[0].shape[1:]
+            if is_strided(data) and data.ndim and tuple(data.shape[1:]) == windows[0].shape[1:]
             for ids in starts
             if _are(data, ids, windows)
         ]
