@@ -125,9 +125,9 @@ class RecomputedTrajectory:
                 case Load():
                     current = first
                 case Recall(t):
-                    current = held[t]
+                    current = self._stored(held[t])
                 case Hold(t):
-                    held[t] = current
+                    held[t] = self._to_be_held(current)
                 case Drop(t):
                     del held[t]
                 case Advance(t):
@@ -188,9 +188,10 @@ class RecomputedTrajectory:
                 )
 
     def _slots(self, point: Point) -> int:
-        size = sum(v.nbytes for v in (point.weights, *point.state.values())) or 1
-        # A state holds the weights and about as much again for each buffer that the first keyframe may not have yet.
-        return max(1, int(self._memory // max(size, 2 * point.weights.nbytes)))
+        held = self._to_be_held(point)
+        # The first keyframe may not have the buffers yet: about as much as the weights.
+        size = held.weights.nbytes + (point.weights.nbytes or 1)
+        return max(1, int(self._memory // max(size, held.weights.nbytes + sum(v.nbytes for v in held.state.values()))))
 
     def _keyframe_before(self, t: int) -> int:
         steps = self.run.keyframe_steps
@@ -220,6 +221,10 @@ class RecomputedTrajectory:
     def _stored(self, made: Point) -> Point:
         """With the recorded weights in place of those that were made again, where all are stored."""
         return replace(made, weights=self._weights_at(made.t)) if self.checks is None else made
+
+    def _to_be_held(self, point: Point) -> Point:
+        """Without the weights, where all are stored."""
+        return replace(point, weights=point.weights.new_empty(0)) if self.checks is None else point
 
     def _step(self, t: int, before: Point, after: Tensor) -> Step:
         scalars = self._rule.scalars
