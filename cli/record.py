@@ -48,8 +48,9 @@ def record(
         choice("FILE.py:ATTR", "The Task, noted for replay (default: task.py beside SCRIPT, if there).", RUN),
     ] = None,
     keep: Annotated[
-        str, choice("steps|K", "Weights of every step (default), or keyframes every K steps.", RUN)
-    ] = "steps",
+        str | None,
+        choice("steps|K", "Weights of every step (default, while the disk has room), or keyframes every K steps.", RUN),
+    ] = None,
     compression: Annotated[str, choice("zstd|none", "How rows are compressed (default: zstd).", RUN)] = "zstd",
     inputs: Annotated[
         str, choice("digest|store", "Checksums of the batches (default), or the batches themselves.", RUN)
@@ -124,8 +125,8 @@ def _unrecorded(recorder: Recorder) -> int:
     return NOT_RECORDED
 
 
-def _keep(value: str) -> str | int:
-    return int(value) if value.isdecimal() else value
+def _keep(value: str | None) -> str | int | None:
+    return int(value) if value is not None and value.isdecimal() else value
 
 
 def _script(arguments: list[str], module: str | None) -> tuple[Path, list[str]]:

@@ -30,7 +30,7 @@ def record(
     loader: Any = None,
     task: str | None = None,
     force: bool = False,
-    keep: Literal["steps"] | int = "steps",
+    keep: Literal["steps"] | int | None = None,
     compression: Literal["zstd", "none"] = "zstd",
     budget: str | int | None = None,
     on_full: Literal["wait", "stop-recording", "raise"] = "wait",
@@ -54,6 +54,8 @@ def record(
         task: "FILE.py:ATTR" of the Task, noted in the recording so that `trajrec replay` finds it.
         force: replace an existing recording.
         keep: "steps" for the weights of every step, or K for keyframes every K steps, recomputed between at replay.
+            Left out, every step is kept until the recording would take three quarters of the free disk, and keyframes
+            from then on, which is said.
         compression: "zstd" or "none".
         budget: limit on disk space, "20GB" or bytes; rows and keyframes are thinned to stay below it.
         on_full: what to do when the disk is full: "wait" for room, "stop-recording" or "raise".

@@ -62,12 +62,20 @@ class Budget:
         Raises:
             RecordingError: it does.
         """
-        needed = ring_bytes(geometry) + 8 * geometry.chunk_rows * geometry.row_bytes + 4 * _OVERHEAD
-        if self.limit < needed:
+        if not self.suffices(geometry):
+            needed = self._least(geometry)
             raise RecordingError(
                 f"A budget of {self.limit / 1e6:.0f} MB is too small for this model: recording needs "
                 f"{needed / 1e6:.0f} MB to begin with. Raise the budget, or pass keep=K instead."
             )
+
+    def suffices(self, geometry: Geometry) -> bool:
+        """Whether a recording can begin within the limit."""
+        return self.limit >= self._least(geometry)
+
+    @staticmethod
+    def _least(geometry: Geometry) -> int:
+        return ring_bytes(geometry) + 8 * geometry.chunk_rows * geometry.row_bytes + 4 * _OVERHEAD
 
     def exceeded(self, geometry: Geometry, pending: int) -> bool:
         """Whether what is on disk, `pending` bytes in the ring and the next few steps may pass the limit."""

@@ -78,10 +78,12 @@ class Room:
         """Waits until there are `needed` bytes."""
         logger.warning("%s Training WAITS until there is room (about %d MB).", where, needed // 10**6 + 1)
         Folder.of(self.output).sweep()
+        began = time.monotonic()
         time.sleep(_RETRY)
         while self.free < max(needed, 2**20):
             time.sleep(_RETRY)
-        logger.warning("There is room again: recording of %s goes on.", self.output)
+        waited = time.monotonic() - began
+        logger.warning("There is room again after %.0f s: recording of %s goes on.", waited, self.output)
 
 
 def no_start(error: OSError, path: Path, size: int) -> RecordingError:

@@ -18,7 +18,7 @@ class Options:
     """How a run is to be recorded.
 
     Attributes:
-        keep: "steps", or K for keyframes every K steps.
+        keep: "steps", or K for keyframes every K steps; None is "steps" up to a share of the disk, keyframes then.
         compression: "zstd" or "none".
         on_full: "wait", "stop-recording" or "raise".
         budget: bytes on disk; None for no limit.
@@ -29,7 +29,7 @@ class Options:
         ValueError: an option has none of these values.
     """
 
-    keep: Literal["steps"] | int
+    keep: Literal["steps"] | int | None
     compression: Literal["zstd", "none"]
     on_full: OnFull
     budget: int | None
@@ -47,12 +47,17 @@ class Options:
     @property
     def keeps_rows(self) -> bool:
         """Whether the rows of all steps are kept, to begin with."""
-        return self.keep == "steps"
+        return self.keep is None or self.keep == "steps"
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a recording that would fill the disk goes over to keyframes by itself."""
+        return self.keep is None and self.budget is None
 
     @property
     def interval(self) -> int:
         """Steps between keyframes, to begin with."""
-        return self.keyframe_every if isinstance(self.keep, str) else self.keep
+        return self.keep if isinstance(self.keep, int) else self.keyframe_every
 
     def geometry(self, spec: RunSpec, keeps_rows: bool) -> Geometry:
         """The sizes of a recording of this run."""

@@ -37,14 +37,16 @@ from trajrec.runfile.format.geometry import LIMITS, Geometry, Limits
 from trajrec.runfile.manifest import Manifest
 from trajrec.runfile.place import Place
 from trajrec.runfile.ring import Control, Finish, Status, ring_bytes
-from trajrec.runfile.trainer import resume
+from trajrec.runfile.trainer import outlook, resume
 from trajrec.runfile.trainer.budget import Budget, parse_size
 from trajrec.runfile.trainer.ending import Ending
 from trajrec.runfile.trainer.fulldisk import Room, no_start
 from trajrec.runfile.trainer.inputs import RawInputs
 from trajrec.runfile.trainer.keyframes import Schedule
 from trajrec.runfile.trainer.options import OnFull, Options
+from trajrec.runfile.trainer.outlook import Outlook
 from trajrec.runfile.trainer.process import Line, WriterProcess, rework, start
+from trajrec.runfile.trainer.waiting import Waiting
 from trajrec.sink import Summary
 
 logger = logging.getLogger("trajrec")
@@ -57,7 +59,8 @@ class RunFileSink:
 
     Args:
         path: the run file; it is a folder `path.rec` until the run ends. Made absolute here and now.
-        keep: "steps" for the weights of every step, or K for keyframes every K steps and checksums between.
+        keep: "steps" for the weights of every step, or K for keyframes every K steps and checksums between; None is
+            "steps" until that would take three quarters of the free disk, and keyframes then (outlook.py).
         compression: "zstd" or "none".
         on_full: what to do when the disk is full: "wait", "stop-recording" or "raise".
         force: replace an existing recording, once the new one has begun; nothing but a recording is replaced.
@@ -83,7 +86,7 @@ class RunFileSink:
         self,
         path: str | Path,
         *,
-        keep: Literal["steps"] | int = "steps",
+        keep: Literal["steps"] | int | None = None,
         compression: Literal["zstd", "none"] = "zstd",
         on_full: OnFull = "wait",
         force: bool = False,
@@ -96,7 +99,7 @@ class RunFileSink:
         self._options = Options(keep, compression, on_full, size, keyframe_every, limits)
         self._move_to(Place(Path(os.path.abspath(path)), force, resume))
         self.resumed_at = self.resumed_epochs = 0
-        self._ending = Ending()
+        self._ending, self._waiting = Ending(), Waiting()
         self._spec: RunSpec | None = None
         self._line: Line | None = None
         self._next = 0
@@ -104,6 +107,7 @@ class RunFileSink:
         self._spare: Row | None = None
         self._inputs = RawInputs(limits.input_bytes)
         self._keyframes = Schedule(self._options.interval)
+        self._limit = 0
         self.place.check()
 
     def _move_to(self, place: Place) -> None:
@@ -182,7 +186,15 @@ class RunFileSink:
         """Makes a ring for the steps from `first` on, and starts a writer."""
         self._next = first
         geometry = self._options.geometry(manifest.spec, manifest.keep == "steps")
+        self._limit_to_free(geometry)
         self._line = start(self.place, geometry, first, manifest, is_new)
+
+    def _limit_to_free(self, geometry: Geometry) -> None:
+        """Makes a part of what is free a budget of a recording that chooses what to keep, if it can begin in that."""
+        self._limit = self._limit or outlook.limit_of(self._room.free)
+        if self._options.chooses and self._budget is None:
+            budget = Budget(self._limit, self.folder)
+            self._budget = budget if budget.suffices(geometry) else None
 
     def _undo_start(self) -> None:
         if self._line is not None:
@@ -195,7 +207,13 @@ class RunFileSink:
         """Goes on where training starts again, told by the weights; elsewhere begins a second part."""
         assert self._spec is not None
         row, self._spare, self._is_resuming = self._spare, None, False
-        keep = "any" if self._budget is not None else "steps" if self._options.keeps_rows else "keyframes"
+        keep = (
+            "any"
+            if self._budget is not None or self._options.chooses
+            else "steps"
+            if self._options.keeps_rows
+            else "keyframes"
+        )
         try:
             found = resume.find(self.place, record.crc32, keep, self._spec)
             why = resume.why_kept(self.output, found)
@@ -267,6 +285,8 @@ class RunFileSink:
             return
         self._next = record.step + 1
         self._glance()
+        if record.step == outlook.AFTER:
+            self._say_what_is_coming()
 
     def _publish(self, record: StepRecord) -> bool:
         """Publishes a record; False where there was no room, and may be now."""
@@ -283,7 +303,7 @@ class RunFileSink:
     def _glance(self) -> None:
         """Looks after the writer now and then."""
         line = self._at_work
-        if self._next % line.pause(self._budget is not None) == 0:
+        if self._next % line.pause(self._options.budget is not None) == 0:
             line.writer.wake()
             if line.writer.status() is Status.DISK_FULL and self._room.free > 2 * line.geometry.segment_bytes:
                 line.writer.restart()
@@ -372,7 +392,9 @@ class RunFileSink:
 
     def _wait_for_writer(self) -> None:
         """Waits a moment for the writer to free slots; acts if it has no room to."""
-        if not self._at_work.wait_for_tail():
+        with self._waiting.for_writer(self.output):
+            is_going_on = self._at_work.wait_for_tail()
+        if not is_going_on:
             self._act_on(self.writer.status())
 
     def _act_on(self, status: Status) -> None:
@@ -389,16 +411,35 @@ class RunFileSink:
     # ---- the budget
 
     def _stay_in_budget(self) -> None:
-        budget = self._budget
-        if budget is None:
+        budget, line = self._budget, self._at_work
+        if budget is None or (self._options.chooses and outlook.is_far(self._next, line.geometry, budget.limit)):
             return
-        line = self._at_work
         inputs = self._inputs.pending(line.tail) + line.geometry.chunk_rows * self._inputs.largest
         while self.stopped is None and budget.exceeded(line.geometry, line.ring.pending_bytes(self._next) + inputs):
             if line.geometry.row_length:
+                self._say_that_rows_go()
                 line = self._drop_rows(line)
             elif not self._keyframes.thin(self.folder):
+                if self._options.chooses:
+                    self._budget = None  # nobody asked for it: a disk that is full is waited for
+                    return
                 self._stop(f"The budget of {self.output} is used up at step {self._next - 1}.")
+
+    def _say_what_is_coming(self) -> None:
+        line = self._at_work
+        if outlook.is_far(outlook.LIKELY, line.geometry, self._limit):
+            return
+        found = Outlook.of(self.folder, line.geometry, line.tail, self._options.interval, self._room.free, self._limit)
+        if line.geometry.row_length and found.is_too_much and self._options.budget is None:
+            logger.warning("%s", found.sentence(chooses=self._options.chooses))
+
+    def _say_that_rows_go(self) -> None:
+        if self._options.chooses:
+            logger.warning(
+                "The weights of every step would fill the disk (%s for %s at most): from step %d on keyframes are kept, "
+                "and of the steps before it, too; replay computes the steps between again.",
+                *(outlook.size_text(self._limit), self.output, self._next),
+            )
 
     def _drop_rows(self, line: Line) -> Line:
         """From now on keeps keyframes only: one writer ends, the folder is reworked, another begins."""
@@ -435,6 +476,7 @@ class RunFileSink:
         if not self._next:
             self._undo_start()
             return self._ending.summary()
+        self._waiting.finish(self.output)
         self._line, status = None, Status.FAILED
         try:
             status = line.finish(Finish.COMPLETE if complete else Finish.RECOVERED, self._room)
