@@ -122,7 +122,6 @@ def replay(size, path, question):
     from trajrec import Task
     from trajrec import open as open_run
     from trajrec.replay import hypergradients
-    from trajrec.replay.methods.blocks import Execution
     from trajrec.replay.methods.contributions import contributions
     from trajrec.replay.progress import Silent
 

@@ -436,7 +436,7 @@ class RunFileSink:
     def _say_that_rows_go(self) -> None:
         if self._options.chooses:
             logger.warning(
-                "The weights of every step would fill the disk (%s for %s at most): from step %d on keyframes are kept, "
+                "The weights of every step would fill the disk (%s for %s at most): keyframes are kept from step %d, "
                 "and of the steps before it, too; replay computes the steps between again.",
                 *(outlook.size_text(self._limit), self.output, self._next),
             )
