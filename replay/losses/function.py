@@ -94,6 +94,7 @@ class LossFunction:
         self.left_out: int | None = None
         self.target_noise: Any = None
         self._is_no_broadcast: set[str] = set()
+        self._fused = False
         self.kinks: tuple[str, ...] | None = None
         self._runs = False
         self.task = task
@@ -198,6 +199,15 @@ class LossFunction:
             yield
         finally:
             self.model, self._module, self._modes, self._buffers_of = kept
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Inside, attention may be computed by fused kernels, as in the training: for first derivatives only."""
+        before, self._fused = self._fused, True
+        try:
+            yield
+        finally:
+            self._fused = before
 
     @contextmanager
     def evaluated(self, within: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
@@ -384,7 +394,8 @@ class LossFunction:
         named = {f"model.{name}": value for name, value in parameters.items()}
         # The fused attention kernels have no second derivative; the plain one has. A loss may take derivatives itself
         # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
-        plainly = (sdpa_kernel(SDPBackend.MATH), self._checkpoints.active(), self._recurrence.active())
+        attention = nullcontext() if self._fused else sdpa_kernel(SDPBackend.MATH)
+        plainly = (attention, self._checkpoints.active(), self._recurrence.active())
         with torch.enable_grad(), plainly[0], plainly[1], plainly[2], self._around():
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
 

@@ -52,10 +52,13 @@ def rounding_of(spec: RunSpec, dtype: torch.dtype) -> float:
 
 
 def on_a_copy(function: LossFunction, samples: Samples) -> GradientAt:
-    """A step's gradient by a function that is left as it was: its passes are nobody's."""
+    """A step's gradient by a function that is left as it was: its passes are nobody's.
+
+    By the kernels of the training, which may be others than those that a replay differentiates twice.
+    """
 
     def gradient(step: Step) -> Tensor:
-        with function.on_a_copy():
+        with function.on_a_copy(), function.fused():
             return gradient_of(function, samples, step)
 
     return gradient
