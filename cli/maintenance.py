@@ -61,12 +61,16 @@ def verify(
 def _certify(path: Path, task: str, device: str) -> str:
     """The certificate of all steps, in words."""
     from trajrec.cli.progress import ReplayProgress
+    from trajrec.cli.tasks import from_anywhere, task_of
     from trajrec.replay.session import Session
     from trajrec.runfile.reader.run import open as open_run
-    from trajrec.task.loading import load_task
 
-    with open_run(path) as recorded, ReplayProgress() as progress:
-        return Session(recorded, load_task(task), device=device).certify(progress).sentence
+    with (
+        open_run(from_anywhere(path)) as recorded,
+        task_of(task, recorded, trust=False) as (_, the_task),
+        ReplayProgress() as progress,
+    ):
+        return Session(recorded, the_task, device=device).certify(progress).sentence
 
 
 def pack(run: RunArgument = None) -> None:
