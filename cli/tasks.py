@@ -71,10 +71,10 @@ def _loaded(reference: str, spec: RunSpec, back: ExitStack) -> Task:
     Raises:
         TaskError: it cannot be loaded.
     """
-    from trajrec.task.loading import absolute, load_task
+    from trajrec.task.loading import absolute, load_task, task_file
 
-    folder = _where_it_ran(spec)
-    if folder is None:
+    folder, file = _where_it_ran(spec), task_file(reference)
+    if folder is None or (file is not None and not file.is_file()):
         return _loaded_here(reference, spec.folder)
     here, named = os.getcwd(), absolute(reference)
     back.callback(os.chdir, here)

@@ -170,6 +170,10 @@ class Snapshot:
         """The calls that clipped the gradients of the coming step; `further` ones come after those before."""
         self._watch.calls = [*self._watch.calls, *calls] if further else calls
 
+    def tell_evaluated(self, loaders: tuple[LoaderSpec, ...]) -> None:
+        """The loaders that the model was evaluated on until the coming step."""
+        self._watch.evaluated = loaders
+
     # ---- keyframes
 
     def keyframe(self, with_weights: bool, *, is_first: bool = False, is_last: bool = False) -> Arrays:
