@@ -107,6 +107,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),
         ("loss", f"{run.loss(1):.4g} at step 1, {run.loss(run.steps):.4g} at step {run.steps:,}" if run.steps else "-"),
         ("samples", f"{spec.samples or 'unknown'} ({spec.data.get('dataset', 'unknown data set')})"),
+        ("loader", str(spec.loader or "not noted")),
+        ("evaluated", _evaluated(run)),
+        ("autocast", str(spec.autocast or "none was seen")),
         ("criterion", " and ".join(map(str, spec.criteria)) or "none of torch.nn's classes was seen"),
         ("clipping", _clipping(run)),
         *([("ids", str(spec.data["ids"]))] if "ids" in spec.data else []),
@@ -135,6 +138,12 @@ def _clipping(run: Run) -> str:
     found = {str(clip): step for step, changes in reversed(run.changes.items()) for clip in changes.clips}
     said = [f"{clip} (from step {step:,})" for clip, step in sorted(found.items(), key=lambda item: item[1])]
     return ", ".join(said[:3]) + (f", and {len(said) - 3} others" if len(said) > 3 else "") or "none was seen"
+
+
+def _evaluated(run: Run) -> str:
+    """What the model was evaluated on before a step, as far as it was seen."""
+    found = dict.fromkeys(str(spec) for changes in run.changes.values() for spec in changes.evaluated)
+    return "; ".join(found) or "not before a step"
 
 
 def _duration(run: Run) -> str:

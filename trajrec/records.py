@@ -249,7 +249,6 @@ class RunSpec:
         criteria: of torch.nn that the losses of the first step were made of.
         autocast: that the model was called under in the first step, if it was.
         loader: that the first step's batch came from, if one did.
-        evaluated: loaders whose batches the model was called on without gradients before the first step.
     """
 
     run_id: str
@@ -280,7 +279,6 @@ class RunSpec:
     criteria: tuple[Criterion, ...] = ()
     autocast: Autocast | None = None
     loader: LoaderSpec | None = None
-    evaluated: tuple[LoaderSpec, ...] = ()
 
     @property
     def row_length(self) -> int:

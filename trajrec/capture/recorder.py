@@ -344,7 +344,6 @@ class Recorder:
         if device.type == "cuda" and self.model is not None:
             data["tf32"] = rounds_products(self.model)
         file = None if self.task is None else task_file(self.task)
-        around = self._observer.surroundings
         numbers = [drawn.source.loader for drawn in batch.drawn if not drawn.source.is_indexed]
         loader = self._observer.passes.loader(numbers[0]) if numbers else None
         return {
@@ -352,9 +351,8 @@ class Recorder:
             "inputs": self.inputs,
             "data": data,
             "criteria": self._observer.criteria.close(),
-            "autocast": around.autocast,
+            "autocast": self._observer.surroundings.autocast,
             "loader": None if loader is None else described(loader),
-            "evaluated": around.evaluated,
             "folder": self._folder,
             "task": self.task,
             "task_sha256": file_sha256(file) if file is not None and file.is_file() else None,

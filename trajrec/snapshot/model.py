@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trajrec.bits import widest
-from trajrec.records import FROZEN_CHECK, Conditions, FloatArray, ParamSpec, Parts, Row, RunSpec
+from trajrec.records import FROZEN_CHECK, Conditions, FloatArray, LoaderSpec, ParamSpec, Parts, Row, RunSpec
 from trajrec.snapshot.clips import ClipCall
 from trajrec.snapshot.conditions import Watch
 from trajrec.snapshot.devicecopy import RowCopy
