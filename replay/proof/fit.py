@@ -137,6 +137,7 @@ def data_changed(session: Session) -> bool:
             "The training data changed since the recording: the first batch has other contents (CRC-32 "
             f"{recorded:08x} recorded), and the first loss is another. Give the Task the data set that the run "
             f"was trained on, or go on with --allow-drift. {about_augmentation(session)}"
+            f"{collated_by(session.run, session.task)}"
         )
     return True
 

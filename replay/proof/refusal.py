@@ -107,7 +107,8 @@ def guarded(session: Session, work: Callable[[], T]) -> T:
         raise DriftError(
             f"Replay drifted at step {_first_other_inputs(session, other.t)}: the inputs of its batch are not those "
             "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
-            f"{about_augmentation(session)}{collated_by(session.run, session.task)} Mend the Task, or go on with --allow-drift."
+            f"{about_augmentation(session)}{collated_by(session.run, session.task)} "
+            "Mend the Task, or go on with --allow-drift."
         ) from None
 
 

@@ -1,5 +1,6 @@
 """What was noted without being asked is shown, and used by the commands."""
 
+import html
 import json
 import os
 
@@ -48,12 +49,20 @@ def test_info_replay_and_the_folder(tmp_path, monkeypatch):
     assert "weight=[1, 2, 0.5]" in shown
     assert "the norm to 0.25 (from step 1)" in shown
     assert str(tmp_path)[:20] in shown
+    assert "TensorDataset of 12 samples, batches of 4" in " ".join(shown.split())
 
     done = CliRunner().invoke(app, ["replay", "run.h5", "--task", "task.py:task"])
     assert done.exit_code == 0, done.output
     notes = json.loads((tmp_path / "run-replay" / "replay.json").read_text())["notes"]
     assert any("clipped" in note for note in notes)
     assert any("seen to call, CrossEntropyLoss" in note for note in notes)
+    shown = " ".join(done.output.split())
+    assert "Gradients were clipped" in shown
+    assert "seen to call" in shown
+    code, _ = call("report", "run-replay", "--html", "run.html")
+    page = (tmp_path / "run.html").read_text()
+    assert code == 0
+    assert all(html.escape(note) in page for note in notes)
 
 
 LAZY = """

@@ -1,4 +1,4 @@
-"""What the model is called under and on, noted for a Task: autocast, and the loaders of the training and evaluations."""
+"""What the model is called under and on, for a Task: autocast, and the loaders of the training and of evaluations."""
 
 from __future__ import annotations
 
