@@ -61,12 +61,16 @@ def verify(
 def _certify(path: Path, task: str, device: str) -> str:
     """The certificate of all steps, in words."""
     from trajrec.cli.progress import ReplayProgress
+    from trajrec.cli.tasks import from_anywhere, task_of
     from trajrec.replay.session import Session
     from trajrec.runfile.reader.run import open as open_run
-    from trajrec.task.loading import load_task
 
-    with open_run(path) as recorded, ReplayProgress() as progress:
-        return Session(recorded, load_task(task), device=device).certify(progress).sentence
+    with (
+        open_run(from_anywhere(path)) as recorded,
+        task_of(task, recorded, trust=False) as (_, the_task),
+        ReplayProgress() as progress,
+    ):
+        return Session(recorded, the_task, device=device).certify(progress).sentence
 
 
 def pack(run: RunArgument = None) -> None:
@@ -103,6 +107,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{spec.optimizer}, {spec.groups} group(s); at the end: {_options(last)}"),
         ("loss", f"{run.loss(1):.4g} at step 1, {run.loss(run.steps):.4g} at step {run.steps:,}" if run.steps else "-"),
         ("samples", f"{spec.samples or 'unknown'} ({spec.data.get('dataset', 'unknown data set')})"),
+        ("loader", str(spec.loader or "not noted")),
+        ("evaluated", _evaluated(run)),
+        ("autocast", str(spec.autocast or "none was seen")),
         ("criterion", " and ".join(map(str, spec.criteria)) or "none of torch.nn's classes was seen"),
         ("clipping", _clipping(run)),
         *([("ids", str(spec.data["ids"]))] if "ids" in spec.data else []),
@@ -131,6 +138,12 @@ def _clipping(run: Run) -> str:
     found = {str(clip): step for step, changes in reversed(run.changes.items()) for clip in changes.clips}
     said = [f"{clip} (from step {step:,})" for clip, step in sorted(found.items(), key=lambda item: item[1])]
     return ", ".join(said[:3]) + (f", and {len(said) - 3} others" if len(said) > 3 else "") or "none was seen"
+
+
+def _evaluated(run: Run) -> str:
+    """What the model was evaluated on before a step, as far as it was seen."""
+    found = dict.fromkeys(str(spec) for changes in run.changes.values() for spec in changes.evaluated)
+    return "; ".join(found) or "not before a step"
 
 
 def _duration(run: Run) -> str:

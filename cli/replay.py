@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from trajrec.cli import options as shared
 from trajrec.cli.options import LONG_RUNS, MACHINE, METHOD, OUTPUT, QUESTION, choice, flag
 from trajrec.cli.say import say
-from trajrec.cli.tasks import task_of
+from trajrec.cli.tasks import from_anywhere, task_of
 from trajrec.cli.values import bytes_of, ids_in, shard_of, steps_of, targets_file, targets_in
 
 if TYPE_CHECKING:
@@ -100,8 +100,11 @@ def replay(
     )
     place = Place(out or replay_folder(path), KIND, force, _used(path, samples, targets, task))
     began = time.monotonic()
-    with place.claimed(), open_run(path) as recorded:
-        reference, the_task = task_of(task, recorded, trust)
+    with (
+        place.claimed(),
+        open_run(from_anywhere(path)) as recorded,
+        task_of(task, recorded, trust) as (reference, the_task),
+    ):
         session = Session.of(recorded, the_task, question, bytes_of(memory))
         identity = identity_of(question, session, reference)
         file = ResumeFile(place.path, f"{identity}/{shard}", _progress_seconds(), forced=place.force)

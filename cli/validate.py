@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from trajrec.cli import options as shared
 from trajrec.cli.options import MACHINE, METHOD, OUTPUT, QUESTION, choice, flag
 from trajrec.cli.say import say
-from trajrec.cli.tasks import task_of
+from trajrec.cli.tasks import from_anywhere, task_of
 from trajrec.cli.values import bytes_of
 
 if TYPE_CHECKING:
@@ -102,14 +102,13 @@ def _tried(
     found = contributions_in(inputs)
     memory = bytes_of(words["memory"])
     question = Question(curvature=found.curvature, **{k: v for k, v in words.items() if k != "memory"})  # type: ignore[arg-type]
-    with open_run(run) as recorded:
+    with open_run(from_anywhere(run)) as recorded:
         if recorded.spec.run_id != inputs.settings.run_id:
             raise ReplayError(
                 f"{inputs.folder} holds a replay of another run than {run}. Name the folder of its replay with --out."
             )
-        _, the_task = task_of(task, recorded, trust)
-        session = Session.of(recorded, the_task, question, memory)
-        with ReplayProgress() as progress:
+        with task_of(task, recorded, trust) as (_, the_task), ReplayProgress() as progress:
+            session = Session.of(recorded, the_task, question, memory)
             return tried(session, trials, found, None, question.curvature, progress)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from trajrec.replay.derivatives.difference import STEP, Differences
 from trajrec.replay.derivatives.pieces import Cutting
 from trajrec.replay.derivatives.through import differentiating, hidden_parts
+from trajrec.replay.losses.autocast import take_autocast
 from trajrec.replay.losses.batches import LIMIT, Samples
 from trajrec.replay.losses.buffers import Moved, check_targets, check_training, find_moved, losses_of
 from trajrec.replay.losses.finite import check_gradients
@@ -102,6 +103,7 @@ class Session:
         self.train.check_ids(fit.largest_id(run), "training")
         self.derivative: DerivativeProof | None = None
         self.difference_step = STEP
+        take_autocast(self.function, self.train, self.step_at_start(), run.loss(1))
         self._watch()
         self.targets_seen: Seen | None = None
         self.moved = self._find_moved()
@@ -130,6 +132,7 @@ class Session:
             limit=limit,
             stored=stored,
             classes_in=task.classes_in,
+            collated_by=fit.collated_by(self.run, task),
         )
 
     @property
@@ -142,6 +145,7 @@ class Session:
     def test_samples(self, kind: type[S], dtype: torch.dtype, **options: Any) -> S:
         """The test set in a floating type."""
         task = self.task
+        fit.check_test(self.run, task)
         return kind(task.test, task.test_collate, dtype, self.device, classes_in=task.classes_in, **options)
 
     def step_at_start(self) -> Step:
@@ -188,7 +192,7 @@ class Session:
         function = LossFunction(self.task, self.run, self.layout, dtype, self.device)
         function.reduction, function.within = self.function.reduction, self.function.within
         function.left_out = self.function.left_out
-        function.seen = self.function.seen
+        function.seen, function.autocast = self.function.seen, self.function.autocast
         return function
 
     def prove_derivative(self, *, forwards: bool) -> None:
@@ -329,6 +333,8 @@ class Session:
         function, found = self.function, [self.run.note] if isinstance(self.run, ClippedRun) else []
         if self._takes_criterion:
             found.append(f"The criterion is the one that the training was seen to call, {self.run.spec.criteria[0]}.")
+        if function.autocast is not None:
+            found.append(f"The Task's loss was computed under {function.autocast}, as the training's was seen to be.")
         if function.has_further:
             found.append(f"The loss has several values a sample: their {function.within} was taken.")
         if function.target_noise is not None and function.target_noise is not Noise.NONE:

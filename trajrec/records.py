@@ -41,6 +41,7 @@ WEIGHT_DTYPES = ("float32", "float64")
 HALF_DTYPES = ("float16", "bfloat16")  # of trained parameters, whose bits a row has in float32
 FROZEN, FROZEN_CHECK = "frozen/", "check/frozen"  # paths of `Keyframe.arrays`
 # Of a run that is read: more were never recorded, and would only be made to fill the memory.
+AUTOCAST_DEVICES = ("cpu", "cuda")
 MOST_CLASSES = 2048  # whose weights are noted
 # Criteria of torch.nn that are noted, with the options that decide their values, and those options' defaults.
 CRITERIA: dict[str, dict[str, float | None]] = {
@@ -163,6 +164,53 @@ class Criterion:
         return f"{self.kind}({', '.join(said)})"
 
 
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """The `torch.autocast` that the model was called under.
+
+    Attributes:
+        device: one of `AUTOCAST_DEVICES`.
+        dtype: one of `HALF_DTYPES`.
+    """
+
+    device: str
+    dtype: str
+
+    def faults(self) -> Iterator[str]:
+        """What there cannot be."""
+        if self.device not in AUTOCAST_DEVICES or self.dtype not in HALF_DTYPES:
+            yield f"there is no autocast to {self.dtype!r:.40} on {self.device!r:.40}"
+
+    def __str__(self) -> str:
+        return f"torch.autocast({self.device!r}, torch.{self.dtype})"
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSpec:
+    """A DataLoader that the loop drew from; only ever shown.
+
+    Attributes:
+        dataset: class of its data set; length of that, 0 if it has none.
+        batch_size: samples in a batch; 0 where a sampler decides.
+        collate: module and name of what makes a batch of samples.
+    """
+
+    dataset: str
+    length: int
+    batch_size: int
+    collate: str
+
+    @property
+    def collates_itself(self) -> bool:
+        """Whether batches are made by a function that is not torch's own."""
+        return not self.collate.startswith("torch.utils.data.")
+
+    def __str__(self) -> str:
+        size = f", batches of {self.batch_size}" if self.batch_size else ""
+        own = f", collated by {self.collate}" if self.collates_itself else ""
+        return f"{self.dataset} of {self.length:,} samples{size}{own}"
+
+
 def _few(values: tuple[float, ...]) -> str:
     return f"[{', '.join(f'{value:g}' for value in values[:4])}{', ...' if len(values) > 4 else ''}]"
 
@@ -199,6 +247,8 @@ class RunSpec:
         stretches: (first step, P) of every stretch of rows, the first from step 0; empty where all are alike.
         folder: where it ran, if that could be told.
         criteria: of torch.nn that the losses of the first step were made of.
+        autocast: that the model was called under in the first step, if it was.
+        loader: that the first step's batch came from, if one did.
     """
 
     run_id: str
@@ -227,6 +277,8 @@ class RunSpec:
     stretches: tuple[tuple[int, int], ...] = ()
     folder: str | None = None
     criteria: tuple[Criterion, ...] = ()
+    autocast: Autocast | None = None
+    loader: LoaderSpec | None = None
 
     @property
     def row_length(self) -> int:
@@ -314,6 +366,8 @@ class RunSpec:
             yield f"there are {self.samples} samples, and generator states of {[size for _, size in self.rng]} bytes"
         for criterion in self.criteria:
             yield from criterion.faults()
+        if self.autocast is not None:
+            yield from self.autocast.faults()
         if not all(type(self.data.get(name, 0)) is int for name in ("seeded_from", "first_batch_crc32")):
             yield "data should hold whole numbers as seeded_from and first_batch_crc32"
 
@@ -434,6 +488,7 @@ class Conditions:
         seeded_from: the pass over seeded data that epoch 0 would have been, as `trajrec.seeded` counts, where a
             resumption or an evaluation on these data has changed it; None for `RunSpec.data["seeded_from"]`.
         clips: how torch's own functions clipped the gradients before the step, one call after the other.
+        evaluated: loaders whose batches the model was called on without gradients until the step.
     """
 
     eval_modules: tuple[str, ...] = ()
@@ -442,12 +497,14 @@ class Conditions:
     joined: tuple[tuple[str, int], ...] = ()
     seeded_from: int | None = None
     clips: tuple[Clip, ...] = ()
+    evaluated: tuple[LoaderSpec, ...] = ()
 
     def to_json(self) -> bytes:
         """As JSON."""
         values = asdict(self)
-        if not self.clips:
-            del values["clips"]
+        for name in ("clips", "evaluated"):
+            if not values[name]:
+                del values[name]
         return json.dumps(values).encode()
 
     @classmethod

@@ -83,7 +83,7 @@ class Place:
         self, folder: Path, kind: Kind, force: bool = False, spared: Iterable[tuple[str, Path | None]] = ()
     ) -> None:
         self.given, self._kind, self.force = folder, kind, force
-        self._spared = [(what, where) for what, where in spared if where is not None]
+        self._spared = [*_resolved(spared)]
         self.path = self.final = self._absolute(folder)
         self._check()
         self._seen = self._identity(self.path)
@@ -133,19 +133,12 @@ class Place:
 
     def _why_not(self) -> str | None:
         """Why a folder is not to be replaced in any case; None if it may be."""
-        inside = next(
-            (what for what, path in self._all_spared() if path == self.path or self.path in path.parents), None
-        )
+        inside = next((what for what, path in self._spared if path == self.path or self.path in path.parents), None)
         if inside is not None:
             return f"it holds {inside}"
         if os.path.ismount(self.path):
             return "a file system is mounted there"
         return self._foreign(self.path)
-
-    def _all_spared(self) -> Iterator[tuple[str, Path]]:
-        for what, path in [*self._spared, ("the current directory", Path())]:
-            with suppress(OSError, RuntimeError, ValueError):
-                yield f"{what} ({path})" if path.name else what, path.resolve()
 
     def _foreign(self, folder: Path) -> str | None:
         """What in a folder is none of ours; None if all of it is."""
@@ -336,6 +329,14 @@ def _delete(folder: Path, may: Callable[[str], bool] = lambda name: True) -> Non
 def _drop_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
+
+
+def _resolved(spared: Iterable[tuple[str, Path | None]]) -> Iterator[tuple[str, Path]]:
+    """What is not to be replaced, as it is said, and where it is as seen from every folder."""
+    for what, path in [*spared, ("the current directory", Path())]:
+        if path is not None:
+            with suppress(OSError, RuntimeError, ValueError):
+                yield f"{what} ({path})" if path.name else what, path.resolve()
 
 
 def _cannot(folder: Path, error: Exception) -> str:

@@ -68,6 +68,7 @@ class Samples:
         limit: int = LIMIT,
         stored: Callable[[int], list[Batch] | None] | None = None,
         classes_in: Callable[[Batch], Tensor | None] = _PAIRS.classes_in,
+        collated_by: str = "",
     ) -> None:
         self.dataset = dataset
         self.collate = collate
@@ -76,7 +77,7 @@ class Samples:
         self.first_pass = first_pass
         self.checks_inputs = False
         self._stored = stored
-        self._classes_in = classes_in
+        self._classes_in, self._collated_by = classes_in, collated_by
         self._last_stored: tuple[int, list[Batch] | None] = (0, None)
         self._seeded = find_seeded(dataset)
         self._stack: Batch | None = None
@@ -145,7 +146,7 @@ class Samples:
             raise DataMismatchError(
                 f"The samples of step {t} ({', '.join(map(str, ids[:5]))}{', ...' if len(ids) > 5 else ''}) were one "
                 f"batch in the training, and the Task's collate cannot make one of them: {first_line(error)} "
-                "Give the Task the data set and the collate function that the run was trained with."
+                f"Give the Task the data set and the collate function that the run was trained with.{self._collated_by}"
             ) from error
 
     def _recorded(self, t: int) -> list[Batch] | None:

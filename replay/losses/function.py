@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trajrec.errors import ModelMismatchError, ReplayError, TaskError, TrajrecError
-from trajrec.records import Keyframe, RunSpec
+from trajrec.records import Autocast, Keyframe, RunSpec
 from trajrec.replay.losses.batches import OtherInputs, Samples
 from trajrec.replay.losses.finite import check_finite
 from trajrec.replay.losses.lazy import initialise
@@ -70,6 +70,8 @@ class LossFunction:
             of its values count.
         target_noise: what the target losses draw (`replay.losses.noise`); None as long as nobody has asked.
         has_further: whether the training loss has given several values a sample.
+        autocast: that the Task's loss is computed under (`replay.losses.autocast`); None for none, or its own.
+        enters_autocast: whether it enters one itself.
         kinks: operators in it whose derivative jumps, by name (`replay.losses.kinks`); None if that is not known.
 
     Args:
@@ -96,6 +98,8 @@ class LossFunction:
         self._is_no_broadcast: set[str] = set()
         self._fused = False
         self.kinks: tuple[str, ...] | None = None
+        self.autocast: Autocast | None = None
+        self.enters_autocast = False
         self._runs = False
         self.task = task
         self.layout = layout
@@ -396,8 +400,14 @@ class LossFunction:
         # (physics, gradient penalties), also where nobody asks for its own: nothing else here requires a gradient.
         attention = nullcontext() if self._fused else sdpa_kernel(SDPBackend.MATH)
         plainly = (attention, self._checkpoints.active(), self._recurrence.active())
-        with torch.enable_grad(), plainly[0], plainly[1], plainly[2], self._around():
+        cast = self._autocast() if function is self.task.loss else nullcontext()
+        with torch.enable_grad(), plainly[0], plainly[1], plainly[2], self._around(), cast:
             return functional_call(self._module, named, (function, batch))  # type: ignore[no-any-return]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.autocast.device, getattr(torch, self.autocast.dtype))
 
     def _call(self, loss: Loss, what: str, parameters: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
         values = self._evaluate(loss, parameters, batch)

@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch.utils.data import default_collate
 
 from trajrec.digest import digest
-from trajrec.errors import DataMismatchError, DriftError, HalfPrecisionError, ReplayError
-from trajrec.records import FROZEN_CHECK, HALF_DTYPES, ParamSpec
+from trajrec.errors import DataMismatchError, DriftError, HalfPrecisionError, ReplayError, TaskError
+from trajrec.records import FROZEN_CHECK, HALF_DTYPES, LoaderSpec, ParamSpec
 from trajrec.replay.step import RecordedRun
 from trajrec.rules import FlatLayout
 from trajrec.task.seeding import find_seeded
+from trajrec.task.task import Task
 
 if TYPE_CHECKING:
     from trajrec.replay.session import Session
@@ -135,6 +137,7 @@ def data_changed(session: Session) -> bool:
             "The training data changed since the recording: the first batch has other contents (CRC-32 "
             f"{recorded:08x} recorded), and the first loss is another. Give the Task the data set that the run "
             f"was trained on, or go on with --allow-drift. {about_augmentation(session)}"
+            f"{collated_by(session.run, session.task)}"
         )
     return True
 
@@ -142,6 +145,34 @@ def data_changed(session: Session) -> bool:
 def _same_first_loss(session: Session) -> bool:
     recorded, computed = session.run.loss(1), session.loss(session.step_at_start())
     return abs(recorded - computed) <= 1e-4 * abs(recorded)
+
+
+def collated_by(run: RecordedRun, task: Task) -> str:
+    """Which collate function the training used, after a blank, where the Task has torch's own; else ""."""
+    loader = run.spec.loader
+    if loader is None or not loader.collates_itself or task.collate is not default_collate:
+        return ""
+    return f" The training's loader made its batches by {loader.collate}: pass Task(collate=...)."
+
+
+def evaluated_on(run: RecordedRun) -> tuple[LoaderSpec, ...]:
+    """The loaders that the training was seen to evaluate its model on, each once."""
+    return tuple(dict.fromkeys(spec for _, conditions in sorted(run.changes.items()) for spec in conditions.evaluated))
+
+
+def check_test(run: RecordedRun, task: Task) -> None:
+    """Checks that the Task has a test set.
+
+    Raises:
+        TaskError: it has none; says what the training was evaluated on.
+    """
+    try:
+        _ = task.test
+    except TaskError as error:
+        seen = [] if task.has_test else [str(spec) for spec in evaluated_on(run)]
+        if not seen:
+            raise
+        raise TaskError(f"{error} The training was seen to evaluate its model on {'; '.join(seen)}.") from None
 
 
 def about_augmentation(session: Session) -> str:

@@ -17,7 +17,7 @@ from trajrec.errors import DerivativeError, DriftError, NonFiniteError
 from trajrec.replay.derivatives.operators import derivative_error
 from trajrec.replay.derivatives.zeros import zeros_error
 from trajrec.replay.losses.batches import OtherInputs
-from trajrec.replay.proof.fit import about_augmentation
+from trajrec.replay.proof.fit import about_augmentation, collated_by
 from trajrec.replay.step import OtherState, Step, make_step
 from trajrec.rules.step import State
 from trajrec.tf32 import full_single_precision
@@ -107,7 +107,8 @@ def guarded(session: Session, work: Callable[[], T]) -> T:
         raise DriftError(
             f"Replay drifted at step {_first_other_inputs(session, other.t)}: the inputs of its batch are not those "
             "that the training loop received (their CRC-32 differs). Data were changed, or augmented at random. "
-            f"{about_augmentation(session)} Mend the Task, or go on with --allow-drift."
+            f"{about_augmentation(session)}{collated_by(session.run, session.task)} "
+            "Mend the Task, or go on with --allow-drift."
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,7 +56,23 @@ def test_a_run_is_known_by_its_id_its_task_and_the_tasks_checksum(state):
     assert not register.has(replace(NOTED, task_sha256=None))
 
 
-def test_a_run_without_a_task_is_not_entered(state):
+def test_the_folder_is_that_of_the_entry(state):
+    ran = replace(spec(4), folder="/here")
+    register.enter(ran)
+    assert register.ran_in(ran, "/here")
+    assert not register.ran_in(replace(ran, folder="/elsewhere"), "/elsewhere")
+    assert not register.has(replace(ran, task="task.py:task", task_sha256="12" * 32))
+
+
+def test_an_entry_of_an_earlier_version_has_no_folder(state):
+    register.enter(NOTED)
+    (entry,) = [path for path in state.rglob("*") if path.is_file()]
+    entry.write_text(json.dumps({"task": NOTED.task, "sha256": NOTED.task_sha256}))
+    assert register.has(NOTED)
+    assert not register.ran_in(replace(NOTED, folder="/here"), "/here")
+
+
+def test_a_run_without_a_task_and_a_folder_is_not_entered(state):
     register.enter(spec(4))
     assert not state.exists()
 

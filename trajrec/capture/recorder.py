@@ -35,6 +35,7 @@ from trajrec.capture.companions import is_within_step
 from trajrec.capture.discovery import Discovery, companions, parameters_of, watch_model
 from trajrec.capture.guard import Guard, not_compiled
 from trajrec.capture.observing.observer import Observer
+from trajrec.capture.observing.surroundings import described
 from trajrec.capture.processes import refuse_several_processes, speaks
 from trajrec.capture.steps import Steps
 from trajrec.capture.stopwatch import Stopwatch
@@ -343,11 +344,15 @@ class Recorder:
         if device.type == "cuda" and self.model is not None:
             data["tf32"] = rounds_products(self.model)
         file = None if self.task is None else task_file(self.task)
+        numbers = [drawn.source.loader for drawn in batch.drawn if not drawn.source.is_indexed]
+        loader = self._observer.passes.loader(numbers[0]) if numbers else None
         return {
             "samples": length,
             "inputs": self.inputs,
             "data": data,
             "criteria": self._observer.criteria.close(),
+            "autocast": self._observer.surroundings.autocast,
+            "loader": None if loader is None else described(loader),
             "folder": self._folder,
             "task": self.task,
             "task_sha256": file_sha256(file) if file is not None and file.is_file() else None,

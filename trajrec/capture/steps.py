@@ -255,6 +255,7 @@ class Steps:
         epoch, made_for = self._epoch(), observer.known.epochs.seeded_pass
         snapshot.tell_pass(None if made_for is None else made_for - epoch)
         snapshot.tell_clips(observer.clippings.take(), is_tried_again)
+        snapshot.tell_evaluated(observer.surroundings.evaluated)
         changes = snapshot.changes(self.number + 1)
         if thawed := snapshot.thawed():
             self._rows.widen(thawed)

@@ -1,10 +1,11 @@
-"""The runs that this user recorded on this machine: whose Task may be called without being named again.
+"""The runs that this user recorded on this machine: whose Task may be called unnamed, and whose folder gone to.
 
 A recording names its Task, and replay would import that file and run what is in it. A file from somebody else could
-name anything, with a checksum that fits. So every recording that notes a Task is entered here when it begins, and the
-Task that a file names is used only where this register has exactly that run, reference and checksum.
+name anything, with a checksum that fits. So every recording is entered here when it begins, and the Task that a file
+names is used only where this register has exactly that run, reference and checksum. So is the folder that it ran in.
 
-    STATE/trajrec/runs/0f/0f3c...      one small file a run, named by its id: {"task": REFERENCE, "sha256": DIGEST}
+    STATE/trajrec/runs/0f/0f3c...      one small file a run, named by its id:
+                                       {"task": REFERENCE, "sha256": DIGEST, "folder": FOLDER}
 
 STATE is $XDG_STATE_HOME, or where the system keeps such things (`state_folder`). A look-up opens one file, however many
 there are; one is written whole and renamed, so that several processes may record at once. The register must never
@@ -43,24 +44,31 @@ def state_folder() -> Path:
 
 
 def enter(spec: RunSpec) -> None:
-    """Notes a run whose recording begins; one that names no Task need not be known."""
-    if spec.task is None:
+    """Notes a run whose recording begins; one that names neither a Task nor a folder need not be known."""
+    if spec.task is None and spec.folder is None:
         return
     with suppress(OSError, RuntimeError, ValueError):
-        _write(_place(spec.run_id), _entry(spec))
+        _write(_place(spec.run_id), {"task": spec.task, "sha256": spec.task_sha256, "folder": spec.folder})
 
 
 def has(spec: RunSpec) -> bool:
     """Whether this user recorded this run here, with just this Task."""
+    entry = _entry(spec.run_id)
+    return entry is not None and (entry.get("task", ""), entry.get("sha256", "")) == (spec.task, spec.task_sha256)
+
+
+def ran_in(spec: RunSpec, folder: str) -> bool:
+    """Whether this user recorded this run here, in this folder."""
+    entry = _entry(spec.run_id)
+    return entry is not None and entry.get("folder") == folder
+
+
+def _entry(run_id: str) -> dict[str, object] | None:
     try:
-        entry: object = json.loads(_place(spec.run_id).read_text(encoding="utf-8"))
-    except (OSError, RuntimeError, ValueError):
-        return False
-    return entry == _entry(spec)
-
-
-def _entry(spec: RunSpec) -> dict[str, str | None]:
-    return {"task": spec.task, "sha256": spec.task_sha256}
+        entry: object = json.loads(_place(run_id).read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _place(run_id: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trajrec.records import Clip, Conditions
+from trajrec.records import Clip, Conditions, LoaderSpec
 from trajrec.snapshot.clips import ClipCall, Clips
 from trajrec.snapshot.groups import Groups
 
@@ -21,7 +21,8 @@ class Watch:
     Attributes:
         enters_other_modes: whether the step that was last asked about is the first in other modes.
         has_changed: whether anything was other than at the step before, when it was last asked about.
-        seeded_from: what `Conditions.seeded_from` would be of the coming step; calls: that clipped its gradients.
+        seeded_from: what `Conditions.seeded_from` would be of the coming step; calls: that clipped its gradients;
+            evaluated: the loaders of evaluations until then.
     """
 
     def __init__(self, model: nn.Module, groups: Groups) -> None:
@@ -30,6 +31,7 @@ class Watch:
         self._seen: Any = None
         self.seeded_from: int | None = None
         self.calls: Sequence[ClipCall] = ()
+        self.evaluated: tuple[LoaderSpec, ...] = ()
         self._clips = Clips(groups)
         self._present_clips: tuple[Clip, ...] = ()
         self.enters_other_modes = self.has_changed = False
@@ -52,6 +54,7 @@ class Watch:
             [None if p.grad is None else p.requires_grad for p in self._groups.members],
             self.seeded_from,
             self._present_clips,
+            self.evaluated,
         )
         if seen == self._seen:
             return None
@@ -79,6 +82,7 @@ class Watch:
             joined=tuple(self._groups.joined.items()),
             seeded_from=self.seeded_from,
             clips=self._present_clips,
+            evaluated=self.evaluated,
         )
 
     def _where(self, holds: Callable[[Tensor], bool]) -> tuple[str, ...]:

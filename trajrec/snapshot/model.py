@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trajrec.bits import widest
-from trajrec.records import FROZEN_CHECK, Conditions, FloatArray, ParamSpec, Parts, Row, RunSpec
+from trajrec.records import FROZEN_CHECK, Conditions, FloatArray, LoaderSpec, ParamSpec, Parts, Row, RunSpec
 from trajrec.snapshot.clips import ClipCall
 from trajrec.snapshot.conditions import Watch
 from trajrec.snapshot.devicecopy import RowCopy
@@ -169,6 +169,10 @@ class Snapshot:
     def tell_clips(self, calls: Sequence[ClipCall], further: bool) -> None:
         """The calls that clipped the gradients of the coming step; `further` ones come after those before."""
         self._watch.calls = [*self._watch.calls, *calls] if further else calls
+
+    def tell_evaluated(self, loaders: tuple[LoaderSpec, ...]) -> None:
+        """The loaders that the model was evaluated on until the coming step."""
+        self._watch.evaluated = loaders
 
     # ---- keyframes
 

@@ -228,6 +228,11 @@ class Task:
         return self._train
 
     @property
+    def has_test(self) -> bool:
+        """Whether a test set was given."""
+        return self._test is not None
+
+    @property
     def test(self) -> Any:
         """The test set.
 

@@ -9,13 +9,22 @@ from torch import nn
 from trajrec.replay.proof.diagnosis.outside import weights_outside
 from trajrec.replay.proof.diagnosis.randomness import drawn_outside
 from trajrec.replay.proof.diagnosis.trial import Trial
+from trajrec.replay.proof.fit import collated_by
 
 _STATES = ("h", "hx", "hidden", "hidden_state", "state", "states", "memory", "mems", "past", "cache", "carry")
 
 
 def noted(trial: Trial) -> str:
     """What the recording notes of the step that the replay did not follow, in sentences; "" for nothing."""
-    return " ".join(sentence for sentence in (_clipping(trial), _criterion(trial)) if sentence)
+    said = _clipping(trial), _criterion(trial), _autocast(trial), collated_by(trial.run, trial.function.task)
+    return " ".join(sentence.strip() for sentence in said if sentence)
+
+
+def _autocast(trial: Trial) -> str:
+    noted, function = trial.run.spec.autocast, trial.function
+    if noted is None or function.autocast is not None or function.enters_autocast:
+        return ""
+    return f"The training's forward pass ran under {noted}: put `with {noted}:` into Task.loss."
 
 
 def _criterion(trial: Trial) -> str:

@@ -42,6 +42,7 @@ from trajrec.capture.observing.graph import GraphMarks, leaves_of
 from trajrec.capture.observing.listeners import Handed
 from trajrec.capture.observing.passes import Passes
 from trajrec.capture.observing.picked import picked_from
+from trajrec.capture.observing.surroundings import Surroundings
 from trajrec.capture.observing.traces import BatchTensors, Held, tensors_of
 from trajrec.digest import digest, sampled_digest
 from trajrec.errors import RecordingError, UnknownBatchError
@@ -70,7 +71,7 @@ class Observer:
         passes: over the loaders.
         backwards: how many backward passes were seen.
         owners: of the gradients: the model, its optimizers.
-        clippings: of gradients; criteria: of the losses.
+        clippings: of gradients; criteria: of the losses; surroundings: of the forward passes.
         arrivals: the samples that are numbered as they arrive; None if none are.
     """
 
@@ -82,7 +83,7 @@ class Observer:
         self.known = Known(habits)
         self.backwards = 0
         self.owners: list[Any] = []
-        self.clippings, self.criteria = Clippings(), Criteria()
+        self.clippings, self.criteria, self.surroundings = Clippings(), Criteria(), Surroundings()
         self._keeps_contents = keeps_contents
         self._facts: list[Fact] = []
         self._lock = threading.RLock()
@@ -183,6 +184,8 @@ class Observer:
             if shown is None and gradients and self._is_cut_out():
                 shown, why = self._rows(given)
             if not gradients:
+                if shown is not None and not training and not shown.source.is_indexed:
+                    self.surroundings.evaluates(shown.source.loader, self.passes.loader(shown.source.loader))
                 self._facts.append(Evaluated(shown))
                 self._is_evaluated = True
                 self._tidy()
@@ -190,6 +193,8 @@ class Observer:
             thread = threading.get_ident()
             self._thread = self._thread or thread
             self._forwards += 1
+            if not self.known.habits.has_stepped:
+                self.surroundings.look()
             shape = tuple(given[0].shape) if given else ()
             fact = Forward(self._forwards, thread, training, _samples_in(inputs, given), shape, states(), shown, why)
             self._facts.append(fact)

@@ -84,6 +84,10 @@ class Passes:
         self._sources[key] = ref(loader, gone), source
         return source
 
+    def loader(self, number: int) -> Any:
+        """The loader with this number; None if it is there no more."""
+        return next((mark() for mark, source in [*self._sources.values()] if source.loader == number), None)
+
     def new_source(self, name: str) -> Source:
         """A data set without a loader, that batches are cut out of."""
         self._last_loader += 1
