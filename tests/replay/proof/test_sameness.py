@@ -10,10 +10,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import trajrec
+from tests.made import loops
 from trajrec.replay import contributions
 from trajrec.replay.losses.gradient import gradient_of
 from trajrec.replay.proof import place
-from trajrec.replay.proof.rounding import FACTOR, Rounding
+from trajrec.replay.proof.rounding import FACTOR, Rounding, on_a_copy
 from trajrec.replay.session import Session
 from trajrec.runfile.trainer.sink import RunFileSink
 
@@ -205,3 +206,22 @@ def test_the_place_is_told_by_processor_versions_threads_and_type(session):
     for name in ("torch", "processor"):
         without = {key: value for key, value in spec.versions.items() if key != name}
         assert not place.is_here(replace(spec, versions=without), cpu, torch.float32)
+
+
+def test_rounding_is_measured_by_the_kernels_of_the_training():
+    """A replay differentiates plain attention; what a fused one rounds otherwise is rounding, and no other Task."""
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+
+    seen = []
+
+    def loss(model, batch):
+        seen.append(SDPBackend.FLASH_ATTENTION in _cur_sdpa_kernel_backends())
+        return loops.per_sample(model, batch)
+
+    made = loops.train(loops.Loop(loss=loss))
+    session = Session(made.run, made.task)
+    step = session.step_at_start()
+    seen.clear()
+    on_a_copy(session.function, session.train)(step)
+    session.loss(step)
+    assert seen == [True, False]
