@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from tests.capture.frameworks.common import Numbered, certified, numbers, same_and_right, weights_of
 from trajrec.capture.recorder import Recorder
 from trajrec.sink import MemorySink
+from trajrec.task.task import Task
 from trajrec.vision import import_torchvision
 
 with warnings.catch_warnings():
@@ -55,6 +57,37 @@ def test_accelerate(every, normalises, prepared_first):
     assert recorder.problem is None
     assert ids_of(sink) == made
     assert len(made) == 2 * -(-6 // every)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_accelerate_with_clipping_is_replayed(every):
+    def build():
+        return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def train():
+        torch.manual_seed(0)
+        accelerator, made, used = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=every), [], []
+        model = build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Numbered(), 8, shuffle=True))
+        for x, y in _twice(loader):
+            with accelerator.accumulate(model):
+                used += numbers(x)
+                accelerator.backward(cross_entropy(model(x), y))
+                if accelerator.sync_gradients:
+                    made.append(list(used))
+                    used.clear()
+                    accelerator.clip_grad_norm_(model.parameters(), 0.05)
+                optimizer.step()
+                optimizer.zero_grad()
+        return weights_of(model), made
+
+    certified(same_and_right(train), Task.supervised(build, Numbered(), Numbered()))
+
+
+def _twice(loader):
+    for _ in range(2):
+        yield from loader
 
 
 class Sentences(Dataset):

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from tests.capture.frameworks.common import Numbered, numbers, same_and_right, weights_of
+import trajrec
+from tests.capture.frameworks.common import Numbered, certified, numbers, same_and_right, weights_of
 from trajrec.vision import import_torchvision
 
 with warnings.catch_warnings():
@@ -61,12 +62,20 @@ def test_timm_with_its_loader_an_average_of_weights_and_clipping():
                 average.update(model)
         return weights_of(model), made
 
-    same_and_right(train)
+    def losses(model, batch):
+        return cross_entropy(
+            model((batch[0].float() - mean[:, None, None]) / deviation[:, None, None]), batch[1], reduction="none"
+        )
+
+    def build():
+        return nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
+
+    certified(same_and_right(train), trajrec.Task(build, data, data, loss=losses, collate=fast_collate))
 
 
 def test_batches_of_graphs():
     pytest.importorskip("torch_geometric")
-    from torch_geometric.data import Data
+    from torch_geometric.data import Batch, Data
     from torch_geometric.loader import DataLoader as GraphLoader
     from torch_geometric.nn import GCNConv, global_mean_pool
 
@@ -100,7 +109,11 @@ def test_batches_of_graphs():
                 optimizer.step()
         return weights_of(model), made
 
-    same_and_right(train)
+    def losses(model, batch):
+        return cross_entropy(model(batch.x, batch.edge_index, batch.batch), batch.y, reduction="none")
+
+    task = trajrec.Task(Net, graphs, graphs[:5], loss=losses, collate=Batch.from_data_list)
+    certified(same_and_right(train), task)
 
 
 def test_low_rank_adapters():

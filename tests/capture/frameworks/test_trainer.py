@@ -89,7 +89,6 @@ def task_of(build, criterion=None, together=collate):
     return trajrec.Task.supervised(build, SENTENCES, SENTENCES[:6], criterion, collate=together, **READ)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize(
     "options",
     [
@@ -102,9 +101,9 @@ def task_of(build, criterion=None, together=collate):
     ],
     ids=["plain", "accumulation", "clipping", "warm-up", "evaluation", "label-smoothing"],
 )
-def test_a_classifier(tmp_path, options, dropout):
+def test_a_classifier(tmp_path, options):
     def build():
-        return classifier(dropout)
+        return classifier(dropout=0.1)
 
     def smoothed(outputs, labels):
         return cross_entropy(outputs.logits, labels, reduction="none", label_smoothing=0.2)
@@ -119,14 +118,27 @@ def test_sentences_grouped_by_length(tmp_path):
     certified(recorded(tmp_path, classifier, **options), task_of(classifier))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("every", [1, 2])
+def tokens_by_number(model, batch):
+    """The Trainer divides by how many labels there are, of which the first predicts nothing: sum / count, [B]."""
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+    losses = cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+    return losses.sum(1) / labels_of(batch)
+
+
+def labels_of(batch):
+    return (batch["labels"] != -100).sum(1)
+
+
+@pytest.mark.parametrize(("every", "dropout"), [(1, 0.0), (2, 0.1)])
 def test_a_language_model(tmp_path, every, dropout):
     def build():
         return language_model(dropout)
 
     sink = recorded(tmp_path, build, next_words, gradient_accumulation_steps=every)
-    certified(sink, task_of(build, trajrec.next_tokens, next_words))
+    data = {"train": SENTENCES, "test": SENTENCES[:6], "collate": next_words}
+    certified(sink, trajrec.Task(build, loss=tokens_by_number, weight=labels_of, **data))
+    with pytest.raises(trajrec.TrajrecError, match="loss differs"):  # which divides by the labels that are predicted
+        certified(sink, task_of(build, trajrec.next_tokens, next_words))
 
 
 def test_resumed_from_its_own_checkpoint(tmp_path):
@@ -149,7 +161,7 @@ def test_resumed_from_its_own_checkpoint(tmp_path):
         again.train(resume_from_checkpoint=os.path.join(tmp_path, "out", "checkpoint-4"))
     assert all(map(torch.equal, weights_of(whole.model), weights_of(again.model)))
     with trajrec.open(tmp_path / "run.h5") as run:
-        assert [sorted(run.record(t).ids.tolist()) for t in range(1, run.steps + 1)] == list(map(sorted, whole.made))
+        assert [sorted(run.sample_ids(t).tolist()) for t in range(1, run.steps + 1)] == list(map(sorted, whole.made))
         found = contributions(run, task_of(lambda: classifier(0.1)), targets="mean")
     assert found.exact, found.certificate.sentence
 
@@ -165,7 +177,9 @@ def test_contributions_are_those_of_training_again(tmp_path):
 
         def compute_loss(self, model, inputs, *args, **named):
             numbers, labels = inputs["input_ids"][:, 0] - 1, inputs["labels"]
-            losses = cross_entropy(model(inputs["input_ids"], inputs["attention_mask"]).logits, labels, reduction="none")
+            losses = cross_entropy(
+                model(inputs["input_ids"], inputs["attention_mask"]).logits, labels, reduction="none"
+            )
             return (losses * (1 + self.more * (numbers == self.sample))).mean()
 
     def target(sample, more):
