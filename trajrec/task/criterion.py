@@ -37,10 +37,10 @@ class CrossEntropies:
         Raises:
             TaskError: if the shapes do not fit each other.
         """
-        losses, counts = self.values(outputs, labels), self.counts(labels)
-        if counts is None or losses.dim() < 2:
+        losses = self.values(outputs, labels)
+        if losses.dim() < 2 or labels.is_floating_point():
             return losses
-        return losses.flatten(1).sum(1) / counts.clamp(min=1)
+        return losses.flatten(1).sum(1) / self._counted(labels).clamp(min=1)
 
     def values(self, outputs: Any, labels: Any) -> Tensor:
         """The loss of every label, [B] or [B, T, ...]; 0 for those that do not count.
@@ -61,8 +61,11 @@ class CrossEntropies:
         """How many labels of each sample count, [B]; None where that is one for each."""
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return None
-        counts = (labels != IGNORED).reshape(len(labels) if labels.dim() else 1, -1).sum(1)
+        counts = self._counted(labels)
         return None if labels.dim() < 2 and bool((counts == 1).all()) else counts
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        return (labels != IGNORED).reshape(len(labels) if labels.dim() else 1, -1).sum(1)
 
 
 class NextTokens(CrossEntropies):
@@ -85,7 +88,10 @@ class NextTokens(CrossEntropies):
 
     def counts(self, labels: Any) -> Tensor | None:
         """How many tokens of each sample count, [B]."""
-        return super().counts(labels[:, 1:]) if isinstance(labels, Tensor) else None
+        return super().counts(labels) if isinstance(labels, Tensor) else None
+
+    def _counted(self, labels: Tensor) -> Tensor:
+        return super()._counted(labels[:, 1:])
 
 
 cross_entropies = CrossEntropies()
