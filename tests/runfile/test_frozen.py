@@ -343,7 +343,9 @@ def test_weights_in_half_precision_are_recorded_and_not_replayed(tmp_path):
 
 KILLED = """
 import os, signal, sys
+import torch
 from tests.runfile.test_frozen import held, thaw_in_stages, train
+torch.set_num_threads(1)  # as in the other tests
 def between(model, optimizer, step):
     thaw_in_stages(model, optimizer, step)
     if step == 10:
