@@ -15,6 +15,7 @@ import trajrec
 from tests.made import loops
 from tests.made.loops import CLASSES, Loop, N, cut
 from tests.made.memory_run import MemoryRun
+from tests.made.told import Listed
 from trajrec.capture.recorder import Recorder
 from trajrec.errors import DriftError, RecordingError
 from trajrec.replay import contributions
@@ -36,17 +37,8 @@ class Unseedable(Dataset):
         return x + 0.3 * torch.from_numpy(np.frombuffer(os.urandom(4), np.uint8) / 255.0), *rest
 
 
-class Fixed(Dataset):
-    """The items of a list."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i]
+class Fixed(Listed):
+    """The items of a list, by a name that a refusal shows."""
 
 
 def recorded(make_loop=Loop, **options):
